@@ -1,0 +1,228 @@
+//! The transformer's blocks and its final layer.
+
+use candle_core::Tensor;
+
+use super::{
+    norm::{modulated_norm, qk_norm},
+    rope::Rope,
+};
+use crate::{
+    Error, Result,
+    attention::attention,
+    nn::{Linear, RmsNorm},
+    weights::Weights,
+};
+
+/// Makes `count` vectors `(H)` of the conditioning vector `(1, H)`: shifts, scales and gates.
+fn modulation(linear: &Linear, vec: &Tensor, count: usize) -> candle_core::Result<Vec<Tensor>> {
+    let all = linear.forward(&vec.silu()?)?;
+    let all = all.reshape((count, all.dim(1)? / count))?;
+    (0..count).map(|i| all.get(i)).collect()
+}
+
+/// `x + gate·y`, with the gate `(H)` broadcast over the tokens.
+fn gated(x: &Tensor, y: &Tensor, gate: &Tensor) -> candle_core::Result<Tensor> {
+    x + y.broadcast_mul(gate)?
+}
+
+/// Queries, keys and values of one stream: each `(heads, L, d)`.
+struct Heads {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+/// Norms of queries and keys; their width says how many heads there are.
+#[derive(Debug, Clone)]
+struct QkNorm {
+    q: RmsNorm,
+    k: RmsNorm,
+    width: usize,
+}
+
+impl QkNorm {
+    fn load(weights: &Weights, stream: &str, hidden: usize) -> Result<Self> {
+        let name = |part: &str| format!("{stream}{part}_norm");
+        let [width] = weights.dims(format!("{}.weight", name("q")))?;
+        if width == 0 || !hidden.is_multiple_of(width) {
+            let reason = format!("heads of width {width} do not make up a width of {hidden}");
+            return Err(Error::input("num_heads", reason));
+        }
+        let norm = |part: &str| qk_norm(&weights.pp(name(part)), width);
+        Ok(Self { q: norm("q")?, k: norm("k")?, width })
+    }
+
+    /// - `qkv`: `(L, 3H)`, any strides
+    fn heads(&self, qkv: &Tensor) -> candle_core::Result<Heads> {
+        let (length, width) = qkv.dims2()?;
+        let parts = qkv
+            .reshape((length, 3, width / 3 / self.width, self.width))? // (L, 3, heads, d)
+            .permute((1, 2, 0, 3))?
+            .contiguous()?; // (3, heads, L, d)
+        Ok(Heads { q: self.q.forward(&parts.get(0)?)?, k: self.k.forward(&parts.get(1)?)?, v: parts.get(2)? })
+    }
+}
+
+/// - returns: `(L, H)`
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
+    let (heads, length, width) = q.dims3()?;
+    let scale = (width as f64).powf(-0.5);
+    attention(&q.unsqueeze(0)?, &k.unsqueeze(0)?, &v.unsqueeze(0)?, scale, None)?
+        .squeeze(0)?
+        .transpose(0, 1)?
+        .reshape((length, heads * width))
+}
+
+/// Two layers with the tanh form of GELU between them.
+#[derive(Debug, Clone)]
+pub struct Mlp {
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl Mlp {
+    /// Reads `fc1` and `fc2`.
+    pub fn load(weights: &Weights, hidden: usize) -> Result<Self> {
+        let fc1 = Linear::load(&weights.pp("fc1"), hidden)?;
+        Ok(Self { fc2: Linear::load_sized(&weights.pp("fc2"), fc1.out(), hidden)?, fc1 })
+    }
+
+    /// - `x`: `(L, H)`
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.fc2.forward(&self.fc1.forward(x)?.gelu()?)
+    }
+}
+
+/// One of a double block's two streams.
+#[derive(Debug, Clone)]
+struct Stream {
+    modulation: Linear,
+    qkv: Linear,
+    norm: QkNorm,
+    proj: Linear,
+    mlp: Mlp,
+}
+
+impl Stream {
+    fn load(weights: &Weights, stream: &str, hidden: usize) -> Result<Self> {
+        let part = |name: &str| weights.pp(format!("{stream}_{name}"));
+        Ok(Self {
+            modulation: Linear::load_sized(&part("mod.linear"), hidden, 6 * hidden)?,
+            qkv: Linear::load_sized(&part("attn_qkv"), hidden, 3 * hidden)?,
+            norm: QkNorm::load(weights, &format!("{stream}_attn_"), hidden)?,
+            proj: Linear::load_sized(&part("attn_proj"), hidden, hidden)?,
+            mlp: Mlp::load(&part("mlp"), hidden)?,
+        })
+    }
+
+    fn before(&self, x: &Tensor, m: &[Tensor]) -> candle_core::Result<Heads> {
+        self.norm.heads(&self.qkv.forward(&modulated_norm(x, &m[0], &m[1])?)?)
+    }
+
+    fn after(&self, x: &Tensor, seen: &Tensor, m: &[Tensor]) -> candle_core::Result<Tensor> {
+        let x = gated(x, &self.proj.forward(seen)?, &m[2])?;
+        gated(&x, &self.mlp.forward(&modulated_norm(&x, &m[3], &m[4])?)?, &m[5])
+    }
+}
+
+/// A block in which picture and text have weights of their own and see each other.
+#[derive(Debug, Clone)]
+pub struct DoubleBlock {
+    image: Stream,
+    text: Stream,
+}
+
+impl DoubleBlock {
+    /// Reads the `img_*` and `txt_*` tensors.
+    pub fn load(weights: &Weights, hidden: usize) -> Result<Self> {
+        Ok(Self { image: Stream::load(weights, "img", hidden)?, text: Stream::load(weights, "txt", hidden)? })
+    }
+
+    /// - `image`: `(I, H)`; `text`: `(L, H)`, valid rows only; `vec`: `(1, H)`; `rope`: of the I image tokens
+    /// - returns: image and text, the same shapes
+    pub fn forward(&self, image: &Tensor, text: &Tensor, vec: &Tensor, rope: &Rope) -> Result<(Tensor, Tensor)> {
+        let of_image = modulation(&self.image.modulation, vec, 6)?;
+        let of_text = modulation(&self.text.modulation, vec, 6)?;
+        let (i, t) = (self.image.before(image, &of_image)?, self.text.before(text, &of_text)?);
+        let q = Tensor::cat(&[&rope.rotate(&i.q)?, &t.q], 1)?; // (heads, I + L, d)
+        let k = Tensor::cat(&[&rope.rotate(&i.k)?, &t.k], 1)?;
+        let v = Tensor::cat(&[&i.v, &t.v], 1)?;
+        let seen = attend(&q, &k, &v)?; // (I + L, H)
+        let (images, texts) = (image.dim(0)?, text.dim(0)?);
+        Ok((
+            self.image.after(image, &seen.narrow(0, 0, images)?, &of_image)?,
+            self.text.after(text, &seen.narrow(0, images, texts)?, &of_text)?,
+        ))
+    }
+}
+
+/// A block in which picture and text share weights; attention and MLP run side by side.
+#[derive(Debug, Clone)]
+pub struct SingleBlock {
+    modulation: Linear,
+    linear1: Linear,
+    linear2: Linear,
+    norm: QkNorm,
+    hidden: usize,
+}
+
+impl SingleBlock {
+    /// Reads `modulation`, `linear1`, `linear2`, `q_norm` and `k_norm`.
+    pub fn load(weights: &Weights, hidden: usize) -> Result<Self> {
+        let linear1 = Linear::load(&weights.pp("linear1"), hidden)?;
+        let Some(mlp) = linear1.out().checked_sub(3 * hidden) else {
+            let reason = format!("{} outputs, expected at least {}", linear1.out(), 3 * hidden);
+            return Err(Error::input("single_blocks.linear1", reason));
+        };
+        Ok(Self {
+            modulation: Linear::load_sized(&weights.pp("modulation.linear"), hidden, 3 * hidden)?,
+            linear2: Linear::load_sized(&weights.pp("linear2"), hidden + mlp, hidden)?,
+            linear1,
+            norm: QkNorm::load(weights, "", hidden)?,
+            hidden,
+        })
+    }
+
+    /// - `x`: `(L, H)`, image then text; `vec`: `(1, H)`; `rope`: of all L tokens, the text's standing still
+    /// - returns: `(L, H)`
+    pub fn forward(&self, x: &Tensor, vec: &Tensor, rope: &Rope) -> Result<Tensor> {
+        let m = modulation(&self.modulation, vec, 3)?;
+        let both = self.linear1.forward(&modulated_norm(x, &m[0], &m[1])?)?; // (L, 3H + mlp)
+        let qkv = both.narrow(1, 0, 3 * self.hidden)?;
+        let mlp = both.narrow(1, 3 * self.hidden, both.dim(1)? - 3 * self.hidden)?.contiguous()?.gelu()?;
+        let heads = self.norm.heads(&qkv)?;
+        drop(both);
+        let seen = attend(&rope.rotate(&heads.q)?, &rope.rotate(&heads.k)?, &heads.v)?; // (L, H)
+        Ok(gated(x, &self.linear2.forward(&Tensor::cat(&[&seen, &mlp], 1)?)?, &m[2])?)
+    }
+}
+
+/// Tokens as patches of velocity.
+#[derive(Debug, Clone)]
+pub struct FinalLayer {
+    modulation: Linear,
+    linear: Linear,
+}
+
+impl FinalLayer {
+    /// Reads `adaLN_modulation.1` and `linear`.
+    pub fn load(weights: &Weights, hidden: usize) -> Result<Self> {
+        Ok(Self {
+            modulation: Linear::load_sized(&weights.pp("adaLN_modulation.1"), hidden, 2 * hidden)?,
+            linear: Linear::load(&weights.pp("linear"), hidden)?,
+        })
+    }
+
+    /// Values of one patch: channels x 4.
+    #[must_use]
+    pub fn out(&self) -> usize {
+        self.linear.out()
+    }
+
+    /// - `x`: `(L, H)`; `vec`: `(1, H)`
+    /// - returns: `(L, C·4)`
+    pub fn forward(&self, x: &Tensor, vec: &Tensor) -> Result<Tensor> {
+        let m = modulation(&self.modulation, vec, 2)?;
+        Ok(self.linear.forward(&modulated_norm(x, &m[0], &m[1])?)?)
+    }
+}

@@ -1,0 +1,403 @@
+//! The video transformer: noisy latents of one window, and everything that conditions them, to a velocity.
+//!
+//! One item at a time, without a batch dimension. Image tokens are the reference frame's, then the window's latent
+//! frames'; text tokens come after them. Of the text only the valid rows enter the blocks: in the reference the
+//! other rows are a segment of attention of their own, which nothing else sees.
+
+mod audio;
+mod blocks;
+mod cache;
+mod config;
+mod embed;
+mod norm;
+mod refiner;
+mod rope;
+mod stage;
+
+#[cfg(test)]
+mod goldens;
+
+use candle_core::{DType, Device, Tensor};
+
+pub use audio::{AudioAdapter, AudioProjection, face_gate, group_frames};
+pub use blocks::{DoubleBlock, FinalLayer, Mlp, SingleBlock};
+pub use cache::{FeatureCache, Features};
+pub use config::{Defaults, TransformerConfig};
+pub use embed::{Embedder, PatchEmbed, TimeEmbedder, grid_of, timestep_embedding, unpatchify};
+pub use norm::{audio_norm, block_norm, modulated_norm, qk_norm, refiner_norm};
+pub use refiner::TokenRefiner;
+pub use rope::{Grid, Rope};
+pub use stage::DiffusionStage;
+
+use crate::{Error, Result, nn::Linear, weights::Weights};
+
+/// Everything that conditions one window, apart from the flow time.
+#[derive(Debug, Clone)]
+pub struct Conditioning<'a> {
+    /// The picture, `(C, 1, h, w)` for all latent frames or `(C, T, h, w)`; its first frame is the reference frame.
+    pub reference_latents: Tensor,
+    /// `(1, 1, h, w)`: how much of the audio reaches each place.
+    pub face_mask: Tensor,
+    /// `(L, D)`, padding rows included.
+    pub text_states: Tensor,
+    /// L values of 0 and 1. Their positions steer the text refiner; their sum is the number of valid rows, from the
+    /// first.
+    pub text_mask: &'a [i64],
+    /// `(P)`.
+    pub pooled: Tensor,
+    /// `(4T-3, window, layers, channels)`: one window of audio features for each frame.
+    pub audio: Tensor,
+    /// Frames a second.
+    pub fps: f32,
+    /// Strength of facial motion; 30 four times in the reference.
+    pub motion_exp: [f32; 4],
+    /// Strength of head motion; 25 four times in the reference.
+    pub motion_pose: [f32; 4],
+}
+
+/// Strength of facial motion that the reference always asks for.
+pub const MOTION_EXP: [f32; 4] = [30.0; 4];
+/// Strength of head motion that the reference always asks for.
+pub const MOTION_POSE: [f32; 4] = [25.0; 4];
+
+/// Result of one full pass.
+#[derive(Debug, Clone)]
+pub struct Pass {
+    /// Flow velocity, `(C, T, h, w)`, f32.
+    pub velocity: Tensor,
+    /// What a cached pass needs, where it was asked for.
+    pub features: Option<Features>,
+}
+
+/// Widths of the inputs, for whoever checks them before a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Widths {
+    /// Channels of the latents.
+    pub channels: usize,
+    /// Width of a text state.
+    pub text: usize,
+    /// Width of the pooled text state.
+    pub pooled: usize,
+    /// Audio values of one frame: window positions x layers x channels.
+    pub audio: usize,
+    /// Width of a token.
+    pub hidden: usize,
+}
+
+/// Receives intermediate tensors by the reference's module names, without the batch dimension.
+pub type Tap<'a> = dyn FnMut(&str, &Tensor) + 'a;
+
+/// A tap, or none: then not even the names are made.
+struct Taps<'a, 'b>(Option<&'a mut Tap<'b>>);
+
+impl Taps<'_, '_> {
+    fn give(&mut self, tensor: &Tensor, name: std::fmt::Arguments<'_>) {
+        if let Some(tap) = &mut self.0 {
+            tap(&name.to_string(), tensor);
+        }
+    }
+}
+
+/// The transformer.
+#[derive(Debug)]
+pub struct Transformer {
+    img_in: PatchEmbed,
+    ref_in: PatchEmbed,
+    before_proj: Linear,
+    txt_in: TokenRefiner,
+    time_in: TimeEmbedder,
+    motion_exp: TimeEmbedder,
+    motion_pose: TimeEmbedder,
+    fps_proj: TimeEmbedder,
+    vector_in: Embedder,
+    audio_proj: AudioProjection,
+    double_blocks: Vec<DoubleBlock>,
+    /// `adapters[j]` follows double block `adapted[j]`.
+    adapters: Vec<AudioAdapter>,
+    adapted: Vec<usize>,
+    single_blocks: Vec<SingleBlock>,
+    final_layer: FinalLayer,
+    rope_dims: [usize; 3],
+    rope_theta: f64,
+    dtype: DType,
+    device: Device,
+}
+
+/// What does not change with the latents and the flow time.
+struct Prepared {
+    grid: Grid,
+    reference: Tensor, // (R, H)
+    added: Tensor,     // (1 or T, R, H)
+    audio: Tensor,     // (T, 16, H)
+    gate: Tensor,      // (R, 1)
+}
+
+impl Transformer {
+    /// Reads the transformer's tensors, under the reference's names.
+    ///
+    /// Errors: a tensor is missing or mis-shaped, or the config contradicts the tensors.
+    pub fn load(weights: &Weights, config: &TransformerConfig) -> Result<Self> {
+        let img_in = PatchEmbed::load(&weights.pp("img_in"))?;
+        let (hidden, channels) = (img_in.hidden(), img_in.channels());
+        let depths = (
+            config.depth_double_blocks.unwrap_or_else(|| weights.count("double_blocks", "img_attn_qkv.weight")),
+            config.depth_single_blocks.unwrap_or_else(|| weights.count("single_blocks", "linear1.weight")),
+        );
+        if depths.1 == 0 {
+            return Err(Error::input("depth_single_blocks", "the checkpoint has no single block, expected one"));
+        }
+        let [head] = weights.dims("single_blocks.0.q_norm.weight")?;
+        let heads = hidden.checked_div(head).unwrap_or(0);
+        if config.rope_dim_list.iter().sum::<usize>() != head {
+            let reason = format!("{:?}: expected a sum of {head}, the width of a head", config.rope_dim_list);
+            return Err(Error::input("rope_dim_list", reason));
+        }
+        let adapters = weights.count("audio_adapter_blocks", "to_q.weight");
+        let transformer = Self {
+            ref_in: PatchEmbed::load(&weights.pp("ref_in"))?,
+            before_proj: Linear::load_sized(&weights.pp("before_proj"), hidden, hidden)?,
+            txt_in: TokenRefiner::load(&weights.pp("txt_in"), heads)?,
+            time_in: TimeEmbedder::load(&weights.pp("time_in"))?,
+            motion_exp: TimeEmbedder::load(&weights.pp("motion_exp"))?,
+            motion_pose: TimeEmbedder::load(&weights.pp("motion_pose"))?,
+            fps_proj: TimeEmbedder::load(&weights.pp("fps_proj"))?,
+            vector_in: Embedder::load(&weights.pp("vector_in"), "in_layer", "out_layer")?,
+            audio_proj: AudioProjection::load(&weights.pp("audio_proj"), hidden)?,
+            double_blocks: (0..depths.0)
+                .map(|i| DoubleBlock::load(&weights.pp(format!("double_blocks.{i}")), hidden))
+                .collect::<Result<_>>()?,
+            adapters: (0..adapters)
+                .map(|j| AudioAdapter::load(&weights.pp(format!("audio_adapter_blocks.{j}")), hidden))
+                .collect::<Result<_>>()?,
+            adapted: config.adapted_blocks(depths.0, adapters)?,
+            single_blocks: (0..depths.1)
+                .map(|i| SingleBlock::load(&weights.pp(format!("single_blocks.{i}")), hidden))
+                .collect::<Result<_>>()?,
+            final_layer: FinalLayer::load(&weights.pp("final_layer"), hidden)?,
+            rope_dims: config.rope_dim_list,
+            rope_theta: config.rope_theta,
+            dtype: weights.dtype(),
+            device: weights.device().clone(),
+            img_in,
+        };
+        let widths = transformer.widths();
+        TransformerConfig::agree("hidden_size", config.hidden_size, hidden)?;
+        TransformerConfig::agree("num_heads", config.num_heads, heads)?;
+        TransformerConfig::agree("in_channels", config.in_channels, channels)?;
+        TransformerConfig::agree("text_states_dim", config.text_states_dim, widths.text)?;
+        TransformerConfig::agree("text_states_dim_2", config.text_states_dim_2, widths.pooled)?;
+        for (name, found, expected) in [
+            ("ref_in", transformer.ref_in.hidden(), hidden),
+            ("ref_in", transformer.ref_in.channels(), channels),
+            ("final_layer", transformer.final_layer.out(), 4 * channels),
+            ("time_in", transformer.time_in.out(), hidden),
+            ("motion_exp", 4 * transformer.motion_exp.out(), hidden),
+            ("motion_pose", 4 * transformer.motion_pose.out(), hidden),
+            ("fps_proj", transformer.fps_proj.out(), hidden),
+            ("vector_in", transformer.vector_in.out(), hidden),
+        ] {
+            if found != expected {
+                return Err(Error::input(name, format!("gives a width of {found}, expected {expected}")));
+            }
+        }
+        Ok(transformer)
+    }
+
+    /// Widths of the inputs.
+    #[must_use]
+    pub fn widths(&self) -> Widths {
+        Widths {
+            channels: self.img_in.channels(),
+            text: self.txt_in.inp(),
+            pooled: self.vector_in.inp(),
+            audio: self.audio_proj.inp(),
+            hidden: self.img_in.hidden(),
+        }
+    }
+
+    /// Runs every block.
+    ///
+    /// - `latents`: `(C, T, h, w)`, noisy; `timestep`: flow time, 0..1000
+    /// - `keep`: also give the features that a cached pass needs
+    ///
+    /// Errors: an input's shape does not fit the others or the checkpoint.
+    pub fn predict(&self, latents: &Tensor, timestep: f32, given: &Conditioning<'_>, keep: bool) -> Result<Pass> {
+        self.run(latents, timestep, given, (keep, Taps(None)))
+    }
+
+    /// As [`predict`](Self::predict), and shows intermediate tensors on the way.
+    ///
+    /// Names and shapes: `time_in`, `fps_proj`, `vector_in` `(H)`; `motion_exp`, `motion_pose` `(4, H/4)`;
+    /// `audio_proj` `(4T-3, 4, H)`; `before_proj` `(1 or T · R, H)`; `txt_in` `(L, H)`; `double_blocks.{i}.img`
+    /// `((T+1)·R, H)`, `.txt` `(valid, H)`; `audio_adapter_blocks.{j}` `(T, R, H)`; `single_blocks.{i}`
+    /// `((T+1)·R + valid, H)`; `final_layer` `(T·R, C·4)`.
+    pub fn predict_with_taps(
+        &self,
+        latents: &Tensor,
+        timestep: f32,
+        given: &Conditioning<'_>,
+        tap: &mut Tap<'_>,
+    ) -> Result<Pass> {
+        self.run(latents, timestep, given, (true, Taps(Some(tap))))
+    }
+
+    /// Runs the last single block and the final layer on features of an earlier full pass.
+    ///
+    /// - `timestep`: of this pass; the conditioning vector is made anew
+    ///
+    /// Errors: the features are not those of `given`'s size.
+    pub fn predict_cached(&self, features: &Features, timestep: f32, given: &Conditioning<'_>) -> Result<Tensor> {
+        let grid = Grid { frames: 0, ..grid_of(&given.reference_latents)? };
+        let (each, hidden) = (grid.per_frame(), self.img_in.hidden());
+        let (images, texts) = (features.image.dim(0)?, features.text.dim(0)?);
+        let grid = Grid { frames: images / each, ..grid };
+        let wrong = |what: &Tensor, rows: usize| what.dims() != [rows, hidden];
+        if grid.frames == 0
+            || wrong(&features.image, grid.tokens())
+            || wrong(&features.reference, each)
+            || wrong(&features.text, texts)
+        {
+            let reason = format!(
+                "image {:?}, reference {:?}, text {:?}; expected {each} tokens a frame of width {hidden}",
+                features.image.dims(),
+                features.reference.dims(),
+                features.text.dims(),
+            );
+            return Err(Error::input("features", reason));
+        }
+        let vec = self.vector(timestep, given, &mut Taps(None))?;
+        let rope = Rope::new(grid, self.rope_dims, self.rope_theta, texts, &self.device)?;
+        let x = Tensor::cat(&[&features.reference, &features.image, &features.text], 0)?;
+        let last = &self.single_blocks[self.single_blocks.len() - 1];
+        self.finish(&last.forward(&x, &vec, &rope)?, &vec, grid, &mut Taps(None))
+    }
+
+    fn run(
+        &self,
+        latents: &Tensor,
+        timestep: f32,
+        given: &Conditioning<'_>,
+        (keep, mut taps): (bool, Taps<'_, '_>),
+    ) -> Result<Pass> {
+        let prepared = self.prepare(latents, given, &mut taps)?;
+        let grid = prepared.grid;
+        let (each, hidden) = (grid.per_frame(), self.img_in.hidden());
+        let vec = self.vector(timestep, given, &mut taps)?;
+
+        let text = self.txt_in.forward(&self.own(&given.text_states)?, timestep, Some(given.text_mask))?;
+        taps.give(&text, format_args!("txt_in"));
+        let valid = given.text_mask.iter().filter(|&&m| m == 1).count();
+        let mut text = text.narrow(0, 0, valid)?;
+
+        let noisy = self.img_in.forward(&self.own(latents)?)?.reshape((grid.frames, each, hidden))?;
+        let noisy = noisy.broadcast_add(&prepared.added)?.reshape((grid.tokens(), hidden))?;
+        let mut image = Tensor::cat(&[&prepared.reference, &noisy], 0)?; // ((T+1)·R, H)
+        drop(noisy);
+
+        let rope = Rope::new(grid, self.rope_dims, self.rope_theta, valid, &self.device)?;
+        let image_rope = rope.first(each + grid.tokens())?;
+        for (i, block) in self.double_blocks.iter().enumerate() {
+            (image, text) = block.forward(&image, &text, &vec, &image_rope)?;
+            taps.give(&image, format_args!("double_blocks.{i}.img"));
+            taps.give(&text, format_args!("double_blocks.{i}.txt"));
+            if let Ok(j) = self.adapted.binary_search(&i) {
+                let frames = image.narrow(0, each, grid.tokens())?.reshape((grid.frames, each, hidden))?;
+                let heard = self.adapters[j].forward(&prepared.audio, &frames)?;
+                taps.give(&heard, format_args!("audio_adapter_blocks.{j}"));
+                let frames = (frames + heard.broadcast_mul(&prepared.gate)?)?.reshape((grid.tokens(), hidden))?;
+                image = Tensor::cat(&[&image.narrow(0, 0, each)?, &frames], 0)?;
+            }
+        }
+
+        let mut x = Tensor::cat(&[&image, &text], 0)?; // ((T+1)·R + valid, H)
+        drop((image, text));
+        let mut features = None;
+        for (i, block) in self.single_blocks.iter().enumerate() {
+            if keep && i + 1 == self.single_blocks.len() {
+                features = Some(Features {
+                    reference: x.narrow(0, 0, each)?,
+                    image: x.narrow(0, each, grid.tokens())?,
+                    text: x.narrow(0, each + grid.tokens(), valid)?,
+                });
+            }
+            x = block.forward(&x, &vec, &rope)?;
+            taps.give(&x, format_args!("single_blocks.{i}"));
+        }
+        Ok(Pass { velocity: self.finish(&x, &vec, grid, &mut taps)?, features })
+    }
+
+    /// The conditioning vector `(1, H)`.
+    fn vector(&self, timestep: f32, given: &Conditioning<'_>, taps: &mut Taps<'_, '_>) -> Result<Tensor> {
+        let (hidden, pooled) = (self.img_in.hidden(), self.vector_in.inp());
+        if given.pooled.dims() != [pooled] {
+            return Err(Error::input("pooled", format!("shape {:?}, expected ({pooled})", given.pooled.dims())));
+        }
+        let time = self.time_in.forward(&[timestep])?; // (1, H)
+        let exp = self.motion_exp.forward(&given.motion_exp)?; // (4, H/4)
+        let pose = self.motion_pose.forward(&given.motion_pose)?; // (4, H/4)
+        let fps = self.fps_proj.forward(&[given.fps])?; // (1, H)
+        let text = self.vector_in.forward(&self.own(&given.pooled)?.unsqueeze(0)?)?; // (1, H)
+        taps.give(&time.squeeze(0)?, format_args!("time_in"));
+        taps.give(&exp, format_args!("motion_exp"));
+        taps.give(&pose, format_args!("motion_pose"));
+        taps.give(&fps.squeeze(0)?, format_args!("fps_proj"));
+        taps.give(&text.squeeze(0)?, format_args!("vector_in"));
+        let vec = ((time + exp.reshape((1, hidden))?)? + pose.reshape((1, hidden))?)?;
+        Ok(((vec + fps)? + text)?)
+    }
+
+    /// Checks the inputs and computes what stays the same over the steps.
+    fn prepare(&self, latents: &Tensor, given: &Conditioning<'_>, taps: &mut Taps<'_, '_>) -> Result<Prepared> {
+        let grid = grid_of(latents)?;
+        let widths = self.widths();
+        let dims = latents.dims();
+        if dims[0] != widths.channels {
+            let reason = format!("shape {dims:?}, expected {} channels", widths.channels);
+            return Err(Error::input("latents", reason));
+        }
+        let picture = given.reference_latents.dims();
+        if picture != dims && picture != [dims[0], 1, dims[2], dims[3]] {
+            return Err(Error::input("reference_latents", format!("shape {picture:?} does not go with {dims:?}")));
+        }
+        if given.face_mask.dims() != [1, 1, dims[2], dims[3]] {
+            let reason = format!("shape {:?}, expected (1, 1, {}, {})", given.face_mask.dims(), dims[2], dims[3]);
+            return Err(Error::input("face_mask", reason));
+        }
+        let states = given.text_states.dims();
+        if states != [given.text_mask.len(), widths.text] {
+            let reason = format!("shape {states:?}, expected ({}, {})", given.text_mask.len(), widths.text);
+            return Err(Error::input("text_states", reason));
+        }
+        let frames = given.audio.dims().first().copied().unwrap_or(0);
+        if frames != 4 * grid.frames - 3 {
+            let reason = format!("{frames} frames, expected {} for {} latent ones", 4 * grid.frames - 3, grid.frames);
+            return Err(Error::input("audio", reason));
+        }
+
+        let picture = self.own(&given.reference_latents)?;
+        let added = self.before_proj.forward(&self.ref_in.forward(&picture)?)?;
+        taps.give(&added, format_args!("before_proj"));
+        let audio = self.audio_proj.forward(&self.own(&given.audio)?)?;
+        taps.give(&audio, format_args!("audio_proj"));
+        Ok(Prepared {
+            grid,
+            reference: self.img_in.forward(&picture.narrow(1, 0, 1)?)?,
+            added: added.reshape((picture.dim(1)?, grid.per_frame(), widths.hidden))?,
+            audio: group_frames(&audio)?,
+            gate: face_gate(&self.own(&given.face_mask)?)?,
+        })
+    }
+
+    /// - `x`: `((T+1)·R + valid, H)` after the last single block
+    /// - returns: `(C, T, h, w)`, f32
+    fn finish(&self, x: &Tensor, vec: &Tensor, grid: Grid, taps: &mut Taps<'_, '_>) -> Result<Tensor> {
+        let frames = x.narrow(0, grid.per_frame(), grid.tokens())?;
+        let patches = self.final_layer.forward(&frames, vec)?;
+        taps.give(&patches, format_args!("final_layer"));
+        Ok(unpatchify(&patches, grid)?.to_dtype(DType::F32)?)
+    }
+
+    fn own(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
+        tensor.to_device(&self.device)?.to_dtype(self.dtype)
+    }
+}

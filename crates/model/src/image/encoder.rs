@@ -1,0 +1,106 @@
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{Rgb8, face, face::FaceBox, resize_lanczos, vae_pixels};
+use crate::{
+    Error, Result,
+    vae::{VaeConfig, VaeEncoder},
+    weights::{Weights, read_json},
+};
+
+/// What the transformer needs of a picture.
+#[derive(Debug, Clone)]
+pub struct Reference {
+    /// Latents of the picture `(C, 1, h, w)`, f32, scaled as the transformer takes them.
+    pub latents: Tensor,
+    /// Where the speech may move the picture `(1, 1, h, w)`, f32, 0..1.
+    pub face_mask: Tensor,
+    /// Every face that was found, largest first, in pixels of the picture as given; empty where a face was given.
+    pub faces: Vec<FaceBox>,
+    /// The face that the mask is made of, in pixels of the picture as given; `None` moves all of it.
+    pub face: Option<FaceBox>,
+}
+
+/// The `image-encoder` stage: a picture to its latents and face mask.
+#[derive(Debug, Clone)]
+pub struct ImageEncoder {
+    /// What the stage's `config.json` says.
+    pub config: VaeConfig,
+    /// The network.
+    pub encoder: VaeEncoder,
+    device: Device,
+}
+
+impl ImageEncoder {
+    /// Opens `config.json` and the `*.safetensors` of a folder.
+    ///
+    /// The decoder's tensors may be there too and are not read; any other unknown one is refused.
+    pub fn open(folder: &Path, device: &Device) -> Result<Self> {
+        let path = folder.join("config.json");
+        let config: VaeConfig = read_json(&path)?;
+        config.validate().map_err(|e| Error::file(&path, e))?;
+        let weights = Weights::open(folder, DType::F32, device)?;
+        let encoder = VaeEncoder::load(&weights, &config)?;
+        weights.refuse_unused(|name| name.starts_with("decoder.") || name.starts_with("post_quant_conv."))?;
+        Ok(Self { config, encoder, device: device.clone() })
+    }
+
+    /// Encodes a picture at the size that is generated, as the mean of its latents (no sampling).
+    ///
+    /// One frame is encoded; every latent frame of the still clip is the same.
+    ///
+    /// - `width`, `height`: pixels, multiples of 16
+    /// - `face`: in pixels of the picture as given; `None` looks for the largest
+    ///
+    /// Errors: another size; a face that is not finite, empty, or outside the picture.
+    pub fn encode(&self, picture: &Rgb8, width: u32, height: u32, face: Option<FaceBox>) -> Result<Reference> {
+        let unit = 2 * self.config.spatial_compression_ratio;
+        for (field, size) in [("width", width as usize), ("height", height as usize)] {
+            if size == 0 || size % unit != 0 {
+                return Err(Error::input(field, format!("{size} pixels, a multiple of {unit} is needed")));
+            }
+        }
+        if let Some(face) = &face {
+            check(face, picture)?;
+        }
+        let (width, height) = (width as usize, height as usize);
+        let resized = resize_lanczos(picture, width, height);
+        let (x, y) = (width as f64 / picture.width as f64, height as f64 / picture.height as f64);
+        let (faces, chosen) = match face {
+            Some(face) => (Vec::new(), Some(face.scaled(x, y))),
+            None => {
+                let faces = face::detect(&resized);
+                let chosen = face::largest(&faces).copied();
+                (faces, chosen)
+            }
+        };
+        let mask = face::latent_mask(&face::mask(chosen.as_ref(), width, height), width, height);
+        let moments = self.encoder.encode_tiled(&vae_pixels(&resized, &self.device)?)?;
+        let shift = self.config.shift_factor.unwrap_or(0.0);
+        let latents = ((moments.mean.squeeze(0)? - shift)? * self.config.scaling_factor)?; // (C, 1, h, w)
+        let (h, w) = (latents.dim(2)?, latents.dim(3)?);
+        if h * w != mask.len() {
+            let reason = format!("{h}x{w} latents of {height}x{width} pixels, one for 8x8 pixels is needed");
+            return Err(Error::input("spatial_compression_ratio", reason));
+        }
+        let given = |face: &FaceBox| face.scaled(1.0 / x, 1.0 / y);
+        Ok(Reference {
+            face_mask: Tensor::from_vec(mask, (1, 1, h, w), &self.device)?,
+            faces: faces.iter().map(given).collect(),
+            face: face.or(chosen.as_ref().map(given)),
+            latents,
+        })
+    }
+}
+
+fn check(face: &FaceBox, picture: &Rgb8) -> Result<()> {
+    let values = [face.x, face.y, face.width, face.height];
+    let (width, height) = (picture.width as f64, picture.height as f64);
+    let inside = face.x < width && face.y < height && face.x + face.width > 0.0 && face.y + face.height > 0.0;
+    if values.iter().all(|v| v.is_finite()) && face.width > 0.0 && face.height > 0.0 && inside {
+        return Ok(());
+    }
+    let reason = format!("x, y, width, height {values:?}, a box within the picture of {width}x{height} is needed");
+    Err(Error::input("face", reason))
+}

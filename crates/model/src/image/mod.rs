@@ -1,0 +1,68 @@
+//! Pictures: resizing exactly as the reference's libraries do, the face and its mask, the reference latents.
+
+pub mod face;
+
+mod detector;
+mod encoder;
+mod opencv;
+mod pillow;
+
+#[cfg(test)]
+mod tests;
+
+pub use encoder::{ImageEncoder, Reference};
+pub use opencv::resize_cv2_linear;
+pub use pillow::{resize_bilinear, resize_lanczos};
+
+use candle_core::{Device, Tensor};
+
+use crate::{Error, Result};
+
+/// A picture of 8-bit RGB, rows from the top.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rgb8 {
+    /// Columns.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// `height · width · 3` bytes.
+    pub data: Vec<u8>,
+}
+
+impl Rgb8 {
+    /// Wraps pixels.
+    ///
+    /// Errors: a side of 0, or another number of bytes than the sides ask for.
+    pub fn new(width: usize, height: usize, data: Vec<u8>) -> Result<Self> {
+        let bytes = width.checked_mul(height).and_then(|pixels| pixels.checked_mul(3));
+        if width == 0 || height == 0 || bytes != Some(data.len()) {
+            let reason = format!("{} bytes for {width}x{height} pixels of 3 bytes, no side 0", data.len());
+            return Err(Error::input("picture", reason));
+        }
+        Ok(Self { width, height, data })
+    }
+}
+
+/// What the vision tower sees: resized to a square (the aspect is not kept), scaled and centred per channel.
+///
+/// - `picture`: of the size that is generated
+/// - returns: `(3, side, side)`, f32, on the CPU
+pub fn llava_pixels(picture: &Rgb8, side: usize) -> Result<Tensor> {
+    const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
+    const STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
+    if side == 0 {
+        return Err(Error::input("side", "0, at least 1 is needed"));
+    }
+    let small = resize_bilinear(picture, side, side);
+    let values: Vec<f32> = (0..3)
+        .flat_map(|c| small.data.iter().skip(c).step_by(3).map(move |v| (f32::from(*v) / 255.0 - MEAN[c]) / STD[c]))
+        .collect();
+    Ok(Tensor::from_vec(values, (3, side, side), &Device::Cpu)?)
+}
+
+/// A picture as the VAE takes it: `(1, 3, 1, H, W)`, f32, -1..1.
+fn vae_pixels(picture: &Rgb8, device: &Device) -> Result<Tensor> {
+    let values: Vec<f32> =
+        (0..3).flat_map(|c| picture.data.iter().skip(c).step_by(3).map(|v| f32::from(*v) / 127.5 - 1.0)).collect();
+    Ok(Tensor::from_vec(values, (1, 3, 1, picture.height, picture.width), device)?)
+}

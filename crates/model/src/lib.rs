@@ -1,0 +1,19 @@
+//! The networks of HunyuanVideo-Avatar, and nothing else: tensors in, tensors out.
+//!
+//! No async, no network, no environment, no clock. Widths come from the checkpoint's tensor shapes and
+//! `config.json`; nothing is fixed to one published size.
+
+pub mod attention;
+pub mod audio;
+pub mod diffusion;
+pub mod fp8;
+pub mod image;
+pub mod nn;
+pub mod synth;
+pub mod text;
+pub mod vae;
+pub mod weights;
+
+mod error;
+
+pub use error::{Error, Result};

@@ -1,0 +1,150 @@
+//! Prompt and picture to text states: LLaVA for the sequence, CLIP for the pooled vector.
+
+mod block;
+pub mod clip;
+pub mod config;
+mod llama;
+pub mod llava;
+pub mod tokens;
+pub mod vision;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use self::tokens::{ClipTokenizer, PromptTokenizer, Tokens};
+pub use self::{
+    clip::ClipText,
+    config::{ClipConfig, LlavaConfig, TextConfig},
+    llava::{Llava, PromptEmbeds},
+    vision::VisionTower,
+};
+use crate::{
+    Error, Result,
+    image::{Rgb8, llava_pixels, resize_lanczos},
+    weights::{Weights, read_json},
+};
+
+/// What is put before every prompt.
+pub const QUALITY_PREFIX: &str = "Authentic, Realistic, Natural, High-quality, Lens-Fixed, ";
+/// The prompt of a caller who gives none.
+pub const DEFAULT_PROMPT: &str = "Authentic, Realistic, Natural, High-quality, Lens-Fixed.";
+/// The prompt of the branch that guidance leads away from.
+pub const NEGATIVE_PROMPT: &str = "Aerial view, aerial view, overexposed, low quality, deformation, a poor \
+    composition, bad hands, bad teeth, bad eyes, bad limbs, distortion, blurring, Lens changes";
+
+/// The prompt that the networks read for a caller's words.
+#[must_use]
+pub fn positive_prompt(words: &str) -> String {
+    if words.trim().is_empty() { DEFAULT_PROMPT.to_owned() } else { format!("{QUALITY_PREFIX}{words}") }
+}
+
+/// What the transformer reads of one prompt.
+#[derive(Debug, Clone)]
+pub struct Branch {
+    /// `(L, D)`, f32, from LLaVA.
+    pub states: Tensor,
+    /// L values, 1 or 0; see [`PromptEmbeds::mask`].
+    pub mask: Vec<i64>,
+    /// `(P)`, f32, from CLIP.
+    pub pooled: Tensor,
+}
+
+/// What the text stage gives for one request.
+#[derive(Debug, Clone)]
+pub struct TextStates {
+    /// The caller's prompt.
+    pub positive: Branch,
+    /// [`NEGATIVE_PROMPT`], with the same picture.
+    pub negative: Branch,
+    /// Tokens of the caller's prompt, with the words that are put before it.
+    pub prompt_tokens: usize,
+    /// Most tokens that a prompt may have.
+    pub prompt_token_limit: usize,
+}
+
+/// The text stage.
+pub struct TextEncoder {
+    llava: Llava,
+    llava_tokens: PromptTokenizer,
+    clip: ClipText,
+    clip_tokens: ClipTokenizer,
+    device: Device,
+}
+
+impl TextEncoder {
+    /// Opens a folder with `config.json` ([`TextConfig`]) and two subfolders, `llava/` and `clip/`, each with
+    /// `*.safetensors` and `tokenizer.json`. All layers stay in memory.
+    ///
+    /// What the stage does not run is left in its file: CLIP's picture half, LLaVA's last layers and its head.
+    /// Errors: as [`Weights::open`] and [`read_json`], any other tensor that the networks do not have, a tokenizer
+    /// that does not fit its network.
+    pub fn open(folder: &Path, device: &Device) -> Result<Self> {
+        Self::build(folder, device, Llava::load)
+    }
+
+    /// As [`open`](Self::open), with the Llama's layers read from their file whenever they are run.
+    pub fn open_streamed(folder: &Path, device: &Device) -> Result<Self> {
+        Self::build(folder, device, Llava::load_streamed)
+    }
+
+    fn build(folder: &Path, device: &Device, load: fn(&Weights, &LlavaConfig) -> Result<Llava>) -> Result<Self> {
+        let config: TextConfig = read_json(&folder.join("config.json"))?;
+        let (llava_folder, clip_folder) = (folder.join("llava"), folder.join("clip"));
+
+        let weights = Weights::open(&llava_folder, DType::F32, device)?;
+        let llava = load(&weights, &config.llava)?;
+        weights.refuse_unused(|name| llava.may_skip(name))?;
+        let llava_tokens = PromptTokenizer::open(&llava_folder, &config.llava, llava.vocabulary()?)?;
+
+        let weights = Weights::open(&clip_folder, DType::F32, device)?;
+        let clip = ClipText::load(&weights, &config.clip)?;
+        weights.refuse_unused(ClipText::may_skip)?;
+        let sizes = (clip.length(), clip.vocabulary()?);
+        let clip_tokens = ClipTokenizer::open(&clip_folder, config.clip.eot_token, sizes)?;
+        Ok(Self { llava, llava_tokens, clip, clip_tokens, device: device.clone() })
+    }
+
+    /// Encodes a caller's prompt, and the negative prompt, with a picture.
+    ///
+    /// The picture is resized to `width` x `height` pixels (the size that is generated), then to the vision tower's
+    /// side, as the reference does it.
+    ///
+    /// Errors: a prompt of more tokens than [`TextStates::prompt_token_limit`], a size of 0.
+    pub fn encode(&self, prompt: &str, picture: &Rgb8, width: u32, height: u32) -> Result<TextStates> {
+        for (field, value) in [("width", width), ("height", height)] {
+            if !(1..=MAX_SIDE).contains(&value) {
+                return Err(Error::input(field, format!("{value} pixels, expected 1 to {MAX_SIDE}")));
+            }
+        }
+        let positive = positive_prompt(prompt);
+        let tokens = self.llava_tokens.encode(&positive)?;
+        let negative_tokens = self.llava_tokens.encode(NEGATIVE_PROMPT)?;
+        let resized = resize_lanczos(picture, width as usize, height as usize);
+        let features = self.llava.image_features(&llava_pixels(&resized, self.llava.vision().side())?)?;
+        Ok(TextStates {
+            positive: self.branch(&positive, &tokens, &features)?,
+            negative: self.branch(NEGATIVE_PROMPT, &negative_tokens, &features)?,
+            prompt_tokens: tokens.prompt,
+            prompt_token_limit: self.llava_tokens.limit(),
+        })
+    }
+
+    fn branch(&self, prompt: &str, tokens: &Tokens, features: &Tensor) -> Result<Branch> {
+        let embeds = self.llava.encode_with(&tokens.ids, &tokens.mask, features, self.llava_tokens.crop())?;
+        let clip = self.clip_tokens.encode(prompt)?;
+        let row = |values: Vec<i64>| Tensor::new(values, &self.device)?.unsqueeze(0);
+        let (_, pooled) = self.clip.forward(&row(clip.ids)?, &row(clip.mask)?)?;
+        Ok(Branch {
+            states: embeds.states.to_dtype(DType::F32)?,
+            mask: embeds.mask,
+            pooled: pooled.squeeze(0)?.to_dtype(DType::F32)?,
+        })
+    }
+}
+
+/// Longest side of a generated picture, far past what the transformer can do.
+const MAX_SIDE: u32 = 8192;
+
+#[cfg(test)]
+mod tests;

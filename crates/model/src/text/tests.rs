@@ -1,0 +1,90 @@
+//! The text stage over a small checkpoint.
+
+use super::*;
+
+fn small() -> (tempfile::TempDir, TextEncoder) {
+    let folder = tempfile::tempdir().unwrap();
+    crate::synth::tiny(folder.path(), 3).unwrap();
+    let encoder = TextEncoder::open(&folder.path().join("text-encoder"), &Device::Cpu).unwrap();
+    (folder, encoder)
+}
+
+fn picture() -> Rgb8 {
+    Rgb8::new(24, 32, (0..24 * 32 * 3).map(|i| (i * 7 % 251) as u8).collect()).unwrap()
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn encodes_both_branches_and_says_how_long_the_prompt_is() -> Result<()> {
+    let (folder, encoder) = small();
+    let states = encoder.encode("a person speaks", &picture(), 64, 96)?;
+    // One token a byte.
+    assert_eq!(states.prompt_tokens, QUALITY_PREFIX.len() + "a person speaks".len());
+    for branch in [&states.positive, &states.negative] {
+        assert_eq!(branch.states.dim(0)?, branch.mask.len());
+        assert!(values(&branch.states).iter().chain(&values(&branch.pooled)).all(|v| v.is_finite()));
+    }
+    assert_ne!(values(&states.positive.pooled), values(&states.negative.pooled));
+    // The sum of the mask is the number of valid rows; the rows behind them are padding, and all alike.
+    let valid = states.positive.mask.iter().sum::<i64>() as usize;
+    let rows = states.positive.states.to_vec2::<f32>()?;
+    assert!(valid < rows.len() && rows[valid..].windows(2).all(|pair| pair[0] == pair[1]));
+    assert_ne!(rows[valid - 1], rows[valid]);
+
+    let streamed = TextEncoder::open_streamed(&folder.path().join("text-encoder"), &Device::Cpu)?;
+    let again = streamed.encode("a person speaks", &picture(), 64, 96)?;
+    assert_eq!(values(&again.positive.states), values(&states.positive.states));
+    Ok(())
+}
+
+#[test]
+fn a_prompt_is_refused_with_its_token_count_never_cut() -> Result<()> {
+    let (_folder, encoder) = small();
+    let limit = encoder.encode("", &picture(), 64, 64)?.prompt_token_limit;
+    let longest = "a".repeat(limit - QUALITY_PREFIX.len());
+    assert_eq!(encoder.encode(&longest, &picture(), 64, 64)?.prompt_tokens, limit);
+    let error = encoder.encode(&format!("{longest}b"), &picture(), 64, 64).unwrap_err();
+    assert_eq!(error.to_string(), format!("prompt: {} tokens, the limit is {limit}", limit + 1));
+    let error = encoder.encode(&"a".repeat(10 << 20), &picture(), 64, 64).unwrap_err().to_string();
+    assert!(error.starts_with("prompt: 10485817 bytes, the limit is "), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_prompt_may_not_spell_the_pictures_token() {
+    let (_folder, encoder) = small();
+    let error = encoder.encode("show <image> twice", &picture(), 64, 64).unwrap_err().to_string();
+    assert_eq!(error, "prompt: it spells a token that stands for the picture or for padding");
+}
+
+#[test]
+fn a_text_begins_with_one_bos_and_clip_keeps_its_end() -> Result<()> {
+    let (_folder, encoder) = small();
+    let tokens = encoder.llava_tokens.encode("hello")?;
+    let bos = tokens.ids[0];
+    assert_eq!(tokens.ids.iter().filter(|id| **id == bos).count(), 1);
+    assert_eq!(tokens.ids.len(), tokens.mask.len());
+    let long = encoder.clip_tokens.encode(&"x".repeat(300))?;
+    let eot = *long.ids.last().unwrap();
+    assert_eq!((long.ids.len(), long.ids[75], long.prompt), (77, i64::from(b'x'), 300));
+    assert_eq!(long.ids.iter().filter(|id| **id == eot).count(), 1);
+    let short = encoder.clip_tokens.encode("x")?;
+    assert_eq!((short.mask.iter().sum::<i64>(), &short.ids[2..4]), (3, &[eot, eot][..]));
+    Ok(())
+}
+
+#[test]
+fn the_caller_who_says_nothing_gets_the_quality_words_alone() {
+    assert_eq!(positive_prompt(" \n"), DEFAULT_PROMPT);
+    assert_eq!(positive_prompt("a man"), format!("{QUALITY_PREFIX}a man"));
+}
+
+#[test]
+fn sizes_of_nothing_are_refused() {
+    let (_folder, encoder) = small();
+    let error = encoder.encode("a", &picture(), 0, 64).unwrap_err().to_string();
+    assert_eq!(error, "width: 0 pixels, expected 1 to 8192");
+}

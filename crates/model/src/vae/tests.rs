@@ -1,0 +1,324 @@
+//! The reference cases, and what holds beyond them.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+
+use super::*;
+use crate::{Error, weights::Weights};
+
+/// Deterministic values in -1..1.
+pub(super) fn noise(shape: &[usize], seed: u64) -> Tensor {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// Largest absolute difference over the largest absolute value.
+pub(super) fn worst(got: &Tensor, wanted: &Tensor) -> f32 {
+    assert_eq!(got.dims(), wanted.dims());
+    let max = |t: Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    max((got - wanted).unwrap()) / max(wanted.clone()).max(1e-30)
+}
+
+struct Case {
+    folder: PathBuf,
+    json: Value,
+    inputs: HashMap<String, Tensor>,
+    outputs: HashMap<String, Tensor>,
+}
+
+impl Case {
+    fn open(name: &str) -> Self {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens").join(name);
+        let load = |file: &str| candle_core::safetensors::load(folder.join(file), &Device::Cpu).unwrap();
+        let json = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+        let (inputs, outputs) = (load("inputs.safetensors"), load("outputs.safetensors"));
+        Self { folder, json, inputs, outputs }
+    }
+
+    fn config(&self) -> VaeConfig {
+        serde_json::from_value(self.json.clone()).unwrap()
+    }
+
+    fn weights(&self) -> Weights {
+        let from = self.json["weights_from"].as_str().map(|name| self.folder.join("..").join(name));
+        let file = from.as_ref().unwrap_or(&self.folder).join("weights.safetensors");
+        let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+        Weights::from_tensors(tensors, DType::F32, &Device::Cpu)
+    }
+
+    fn networks(&self) -> (VaeEncoder, VaeDecoder) {
+        let (weights, config) = (self.weights(), self.config());
+        let networks = (VaeEncoder::load(&weights, &config).unwrap(), VaeDecoder::load(&weights, &config).unwrap());
+        weights.refuse_unused(|_| false).unwrap();
+        networks
+    }
+
+    fn holds(&self, name: &str, got: &Tensor) {
+        let tolerance = self.json["tolerance_max_rel"].as_f64().unwrap() as f32;
+        let difference = worst(got, &self.outputs[name]);
+        assert!(difference <= tolerance, "{name} differs by {difference}, the tolerance is {tolerance}");
+    }
+
+    fn holds_moments(&self, moments: &Moments) {
+        self.holds("mean", &moments.mean);
+        self.holds("logvar", &moments.logvar);
+        self.holds("std", &moments.std().unwrap());
+    }
+}
+
+fn untiled_case(name: &str) {
+    let case = Case::open(name);
+    let (encoder, decoder) = case.networks();
+    let (x, z) = (&case.inputs["x"], &case.inputs["z"]);
+    let mut taps = HashMap::new();
+    let moments = encoder
+        .encode_tapped(x, &mut |name, tensor| _ = taps.insert(format!("tap.enc.{name}"), tensor.copy().unwrap()))
+        .unwrap();
+    case.holds_moments(&moments);
+    let decoded = decoder
+        .decode_tapped(z, &mut |name, tensor| _ = taps.insert(format!("tap.dec.{name}"), tensor.copy().unwrap()))
+        .unwrap();
+    case.holds("decoded", &decoded);
+    let names: Vec<&String> = case.outputs.keys().filter(|name| name.starts_with("tap.")).collect();
+    assert!(!names.is_empty());
+    for name in names {
+        case.holds(name, &taps[name]);
+    }
+    let first = x.narrow(2, 0, 1).unwrap();
+    case.holds("image_mean", &encoder.encode(&first).unwrap().mean);
+    case.holds("image_decoded", &decoder.decode(&z.narrow(2, 0, 1).unwrap()).unwrap());
+    let still = first.repeat((1, 1, x.dim(2).unwrap(), 1, 1)).unwrap();
+    case.holds("static_mean", &encoder.encode(&still).unwrap().mean);
+}
+
+#[test]
+fn the_case_with_causal_middle_attention_holds() {
+    untiled_case("vae_causal_attn");
+}
+
+#[test]
+fn the_case_with_plain_middle_attention_holds() {
+    untiled_case("vae_plain_attn");
+}
+
+#[test]
+fn the_case_tiled_in_time_and_space_holds() {
+    let case = Case::open("vae_tiled");
+    let (encoder, decoder) = case.networks();
+    case.holds_moments(&encoder.encode_tiled(&case.inputs["x"]).unwrap());
+    case.holds("decoded", &decoder.decode_tiled(&case.inputs["z"]).unwrap());
+}
+
+#[test]
+fn the_case_tiled_in_time_only_holds() {
+    let case = Case::open("vae_temporal_only_tiling");
+    let (encoder, decoder) = case.networks();
+    case.holds("mean", &encoder.encode_tiled(&case.inputs["x"]).unwrap().mean);
+    case.holds("decoded", &decoder.decode_tiled(&case.inputs["z"]).unwrap());
+}
+
+#[test]
+fn the_case_of_the_norms_epsilon_holds() {
+    let case = Case::open("norm_eps");
+    let groups = case.json["vae_groups"].as_u64().unwrap() as usize;
+    let weights = case.weights().pp("vae_mid");
+    let v = &case.inputs["v"];
+    let norm = GroupNorm::load(&weights.pp("resnets.0.norm1"), groups).unwrap();
+    case.holds("vae_resnet_norm1", &norm.forward(v).unwrap());
+    let norm = GroupNorm::load(&weights.pp("attentions.0.group_norm"), groups).unwrap();
+    case.holds("vae_attn_group_norm", &norm.forward(&v.flatten_from(2).unwrap()).unwrap());
+}
+
+#[test]
+fn tiled_equals_untiled_where_one_tile_covers_the_input() {
+    let (encoder, decoder) = Case::open("vae_tiled").networks();
+    let (x, z) = (noise(&[1, 3, 13, 32, 24], 1), noise(&[1, 4, 4, 4, 3], 2));
+    assert_eq!(worst(&encoder.encode_tiled(&x).unwrap().mean, &encoder.encode(&x).unwrap().mean), 0.0);
+    assert_eq!(worst(&decoder.decode_tiled(&z).unwrap(), &decoder.decode(&z).unwrap()), 0.0);
+}
+
+/// f32: only the order of additions differs.
+#[test]
+fn one_frame_encodes_as_every_frame_of_the_still_clip() {
+    for name in ["vae_causal_attn", "vae_plain_attn"] {
+        let (encoder, _) = Case::open(name).networks();
+        let picture = noise(&[1, 3, 1, 40, 56], 3);
+        let one = encoder.encode_tiled(&picture).unwrap();
+        let clip = encoder.encode_tiled(&picture.repeat((1, 1, 33, 1, 1)).unwrap()).unwrap();
+        for frame in 0..clip.mean.dim(2).unwrap() {
+            let difference = worst(&clip.mean.narrow(2, frame, 1).unwrap(), &one.mean);
+            assert!(difference < 2e-5, "{name}: frame {frame} differs by {difference}");
+        }
+    }
+}
+
+#[test]
+fn every_length_decodes_to_its_number_of_frames() {
+    let (_, decoder) = Case::open("vae_tiled").networks();
+    for t in 1..=11 {
+        let (mut frames, mut runs) = (0, Vec::new());
+        let z = noise(&[1, 4, t, 2, 5], 4);
+        decoder
+            .decode_tiled_each(&z, &mut |run| {
+                frames += run.dim(2)?;
+                runs.push(run);
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(frames, 4 * t - 3);
+        assert_eq!(worst(&Tensor::cat(&runs, 2).unwrap(), &decoder.decode_tiled(&z).unwrap()), 0.0);
+    }
+}
+
+#[test]
+fn a_batch_is_decoded_item_by_item() {
+    let (_, decoder) = Case::open("vae_causal_attn").networks();
+    let z = noise(&[2, 4, 2, 3, 2], 5);
+    let both = decoder.decode(&z).unwrap();
+    for b in 0..2 {
+        let one = decoder.decode(&z.narrow(0, b, 1).unwrap()).unwrap();
+        let difference = worst(&both.narrow(0, b, 1).unwrap(), &one);
+        assert!(difference < 2e-5, "item {b} differs by {difference}");
+    }
+}
+
+fn stage(folder: &std::path::Path) -> VaeStage {
+    let case = Case::open("vae_causal_attn");
+    let file = case.folder.join("weights.safetensors");
+    std::fs::copy(file, folder.join("model.safetensors")).unwrap();
+    std::fs::write(folder.join("config.json"), serde_json::to_vec(&case.config()).unwrap()).unwrap();
+    VaeStage::open(folder, &Device::Cpu).unwrap()
+}
+
+#[test]
+fn the_stage_gives_frames_of_bytes_up_to_the_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let stage = stage(folder.path());
+    let latents = noise(&[4, 7, 2, 3], 6);
+    let collect = |limit| {
+        let (mut total, mut bytes) = (0, Vec::new());
+        stage
+            .decode_frames(&latents, limit, &mut |n, run: Vec<u8>| {
+                assert_eq!(run.len(), n * 16 * 24 * 3);
+                total += n;
+                bytes.extend(run);
+                Ok(())
+            })
+            .unwrap();
+        (total, bytes)
+    };
+    let (all, bytes) = collect(None);
+    assert_eq!(all, 25);
+    let (some, start) = collect(Some(22));
+    assert_eq!(some, 22);
+    assert_eq!(start, bytes[..start.len()]);
+    let z = (latents.unsqueeze(0).unwrap() / stage.config.scaling_factor).unwrap();
+    let pixels = stage.decoder.decode_tiled(&z).unwrap().squeeze(0).unwrap().permute((1, 2, 3, 0)).unwrap();
+    let values = pixels.contiguous().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let wanted: Vec<u8> = values.iter().map(|v| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0) as u8).collect();
+    assert_eq!(bytes, wanted);
+}
+
+#[test]
+fn the_stage_refuses_latents_of_another_shape_or_not_finite() {
+    let folder = tempfile::tempdir().unwrap();
+    let stage = stage(folder.path());
+    let mut emit = |_, _: Vec<u8>| Ok(());
+    for dims in [vec![5, 1, 2, 2], vec![4, 1, 2], vec![4, 0, 2, 2]] {
+        let latents = Tensor::zeros(dims, DType::F32, &Device::Cpu).unwrap();
+        let error = stage.decode_frames(&latents, None, &mut emit).unwrap_err();
+        assert!(matches!(error, Error::Input { field: "latents", .. }), "{error}");
+    }
+    let latents = Tensor::full(f32::NAN, (4, 1, 2, 2), &Device::Cpu).unwrap();
+    let error = stage.decode_frames(&latents, None, &mut emit).unwrap_err();
+    assert!(error.to_string().contains("finite"), "{error}");
+}
+
+#[test]
+fn a_config_that_no_network_can_have_is_refused() {
+    let good = Case::open("vae_causal_attn").config();
+    good.validate().unwrap();
+    for bad in [
+        VaeConfig { block_out_channels: vec![], ..good.clone() },
+        VaeConfig { norm_num_groups: 0, ..good.clone() },
+        VaeConfig { time_compression_ratio: 3, ..good.clone() },
+        VaeConfig { spatial_compression_ratio: 32, ..good.clone() },
+        VaeConfig { tile_latent: Some(1), ..good.clone() },
+        VaeConfig { scaling_factor: 0.0, ..good.clone() },
+    ] {
+        assert!(matches!(bad.validate(), Err(Error::Input { .. })), "{bad:?}");
+    }
+}
+
+/// Times a decoder of the published widths. Run by hand: `cargo test -p model full_width -- --ignored --nocapture`.
+#[test]
+#[ignore = "needs 0.6 GiB of weights and some seconds of both cores"]
+fn decodes_at_full_width() {
+    let mut tensors = HashMap::new();
+    let mut add = |name: String, shape: &[usize]| {
+        let fan: usize = shape[1..].iter().product();
+        let weight = match shape.len() == 1 {
+            true => Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap(),
+            false => (noise(shape, name.len() as u64) * (1.0 / (fan as f64).sqrt())).unwrap(),
+        };
+        tensors.insert(format!("{name}.bias"), Tensor::zeros(shape[0], DType::F32, &Device::Cpu).unwrap());
+        tensors.insert(format!("{name}.weight"), weight);
+    };
+    fn resnet(add: &mut impl FnMut(String, &[usize]), name: &str, inp: usize, out: usize) {
+        add(format!("{name}.norm1"), &[inp]);
+        add(format!("{name}.norm2"), &[out]);
+        add(format!("{name}.conv1.conv"), &[out, inp, 3, 3, 3]);
+        add(format!("{name}.conv2.conv"), &[out, out, 3, 3, 3]);
+        if inp != out {
+            add(format!("{name}.conv_shortcut.conv"), &[out, inp, 1, 1, 1]);
+        }
+    }
+    add("post_quant_conv".to_owned(), &[16, 16, 1, 1, 1]);
+    add("decoder.conv_in.conv".to_owned(), &[512, 16, 3, 3, 3]);
+    resnet(&mut add, "decoder.mid_block.resnets.0", 512, 512);
+    resnet(&mut add, "decoder.mid_block.resnets.1", 512, 512);
+    add("decoder.mid_block.attentions.0.group_norm".to_owned(), &[512]);
+    for name in ["to_q", "to_k", "to_v", "to_out.0"] {
+        add(format!("decoder.mid_block.attentions.0.{name}"), &[512, 512]);
+    }
+    let mut inp = 512;
+    for (i, out) in [512, 512, 256, 128].into_iter().enumerate() {
+        for j in 0..3 {
+            resnet(&mut add, &format!("decoder.up_blocks.{i}.resnets.{j}"), inp, out);
+            inp = out;
+        }
+        if i < 3 {
+            add(format!("decoder.up_blocks.{i}.upsamplers.0.conv.conv"), &[out, out, 3, 3, 3]);
+        }
+    }
+    add("decoder.conv_norm_out".to_owned(), &[128]);
+    add("decoder.conv_out.conv".to_owned(), &[3, 128, 3, 3, 3]);
+    let config: VaeConfig = serde_json::from_value(serde_json::json!({
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16,
+        "norm_num_groups": 32, "sample_size": 256, "sample_tsize": 64, "scaling_factor": 0.476986,
+        "mid_block_causal_attn": true,
+    }))
+    .unwrap();
+    let decoder = VaeDecoder::load(&Weights::from_tensors(tensors, DType::F32, &Device::Cpu), &config).unwrap();
+    let z = noise(&[1, 16, 3, 16, 16], 7);
+    let start = std::time::Instant::now();
+    let mut last = start;
+    let decoded = decoder
+        .decode_tapped(&z, &mut |name, x| {
+            println!("{name:>16} {:?} {:.2} s", x.dims(), last.elapsed().as_secs_f64());
+            last = std::time::Instant::now();
+        })
+        .unwrap();
+    println!("{:?} in {:.2} s", decoded.dims(), start.elapsed().as_secs_f64());
+    assert_eq!(decoded.dims(), [1, 3, 9, 128, 128]);
+}

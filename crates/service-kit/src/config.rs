@@ -1,0 +1,347 @@
+//! Settings: flags and environment variables, read once, with all mistakes reported together.
+//!
+//! clap only collects the words; [`Mistakes`] turns them into typed values, so that one wrong value does not hide
+//! the next.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, CommandFactory, FromArgMatches};
+
+/// Exit code of a process whose settings are wrong (`EX_USAGE` of sysexits).
+pub const EXIT_USAGE: i32 = 64;
+
+/// How the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// What is logged, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogConfig {
+    /// In the syntax of `tracing_subscriber::EnvFilter`.
+    pub filter: String,
+    /// Text or JSON.
+    pub format: LogFormat,
+}
+
+/// The flags of every process.
+#[derive(Debug, Clone, Args)]
+pub struct CommonFlags {
+    /// What to log: a level (error, warn, info, debug, trace), or levels by module as in `info,tower=warn`.
+    #[arg(long, env = "AVATAR_LOG", value_name = "FILTER", default_value = "info")]
+    pub log: String,
+    /// How to log, to standard error: `text` or `json`.
+    #[arg(long, env = "AVATAR_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
+    pub log_format: String,
+    /// How long requests in flight may go on after SIGTERM, as in `500ms`, `30s` or `5m`.
+    #[arg(long, env = "AVATAR_DRAIN_TIMEOUT", value_name = "TIME", default_value = "30s")]
+    pub drain_timeout: String,
+}
+
+/// What [`CommonFlags`] say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommonConfig {
+    /// The log.
+    pub log: LogConfig,
+    /// How long requests in flight may go on after SIGTERM.
+    pub drain_timeout: Duration,
+}
+
+impl CommonFlags {
+    /// Gives the values their types; what is wrong goes to `mistakes`.
+    pub fn resolve(self, mistakes: &mut Mistakes) -> Option<CommonConfig> {
+        let filter = mistakes.check("--log", &self.log, |text| {
+            tracing_subscriber::EnvFilter::try_new(text).map(|_| text.to_owned()).map_err(|e| e.to_string())
+        });
+        let format = mistakes.check("--log-format", &self.log_format, |text| match text {
+            "text" => Ok(LogFormat::Text),
+            "json" => Ok(LogFormat::Json),
+            _ => Err("accepted are text and json".to_owned()),
+        });
+        let drain_timeout = mistakes.check("--drain-timeout", &self.drain_timeout, parse_duration);
+        Some(CommonConfig { log: LogConfig { filter: filter?, format: format? }, drain_timeout: drain_timeout? })
+    }
+}
+
+/// The flags of every stage.
+#[derive(Debug, Clone, Args)]
+pub struct StageFlags {
+    /// Address and port to serve gRPC on; port 0 takes a free one.
+    #[arg(long, env = "AVATAR_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:0")]
+    pub listen: String,
+    /// Folder of the models; the stage reads only the subfolder that bears its name.
+    #[arg(long, env = "AVATAR_MODELS", value_name = "DIR", default_value = "models")]
+    pub models: PathBuf,
+    /// Device to compute on: `cpu`.
+    #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// Requests that may wait for the device (1 to 1024); more are refused with RESOURCE_EXHAUSTED.
+    #[arg(long, env = "AVATAR_QUEUE", value_name = "N", default_value = "16")]
+    pub queue: String,
+    /// Largest tensor that a request may bring, as in `1000000`, `64MiB` or `1GiB`.
+    #[arg(long, env = "AVATAR_MAX_TENSOR_BYTES", value_name = "BYTES", default_value = "256MiB")]
+    pub max_tensor_bytes: String,
+    #[allow(missing_docs)] // A doc comment would replace the description of the program in --help.
+    #[command(flatten)]
+    pub common: CommonFlags,
+}
+
+/// What [`StageFlags`] say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StageConfig {
+    /// Where to serve gRPC.
+    pub listen: SocketAddr,
+    /// Folder of the models.
+    pub models: PathBuf,
+    /// Requests that may wait for the device.
+    pub queue: usize,
+    /// Largest tensor that a request may bring.
+    pub max_tensor_bytes: u64,
+    /// What every process has.
+    pub common: CommonConfig,
+}
+
+impl StageConfig {
+    /// Settings for a stage inside another process or a test: any free port of this host, everything else as the
+    /// flags' defaults.
+    #[must_use]
+    pub fn local(models: impl Into<PathBuf>) -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            models: models.into(),
+            queue: 16,
+            max_tensor_bytes: 256 << 20,
+            common: CommonConfig {
+                log: LogConfig { filter: "info".to_owned(), format: LogFormat::Text },
+                drain_timeout: Duration::from_secs(30),
+            },
+        }
+    }
+}
+
+impl StageFlags {
+    /// Gives the values their types; what is wrong goes to `mistakes`.
+    pub fn resolve(self, mistakes: &mut Mistakes) -> Option<StageConfig> {
+        let listen = mistakes.check("--listen", &self.listen, parse_listen);
+        mistakes.check("--device", &self.device, parse_device);
+        let queue = mistakes.check("--queue", &self.queue, |text| parse_number(text, 1, 1024));
+        let max_tensor_bytes = mistakes.check("--max-tensor-bytes", &self.max_tensor_bytes, parse_bytes);
+        let common = self.common.resolve(mistakes);
+        Some(StageConfig {
+            listen: listen?,
+            models: self.models,
+            queue: queue?,
+            max_tensor_bytes: max_tensor_bytes?,
+            common: common?,
+        })
+    }
+}
+
+/// Everything that is wrong with the settings.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Mistakes(Vec<String>);
+
+impl Mistakes {
+    /// Parses one value; a failure is noted with the flag and the value.
+    pub fn check<T>(&mut self, flag: &str, value: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
+        parse(value).map_err(|reason| self.0.push(format!("{flag} {value:?}: {reason}"))).ok()
+    }
+
+    /// Notes a mistake that is no single value's, in a sentence.
+    pub fn note(&mut self, sentence: impl Into<String>) {
+        self.0.push(sentence.into());
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|line| writeln!(f, "error: {line}"))
+    }
+}
+
+/// Flags that become a configuration.
+pub trait Settings: CommandFactory + FromArgMatches {
+    /// The typed values.
+    type Config;
+
+    /// The command line, where a program's defaults differ from those of the shared flags.
+    fn with_defaults() -> clap::Command {
+        Self::command()
+    }
+
+    /// Gives the values their types; what is wrong goes to `mistakes`. `None` only with a mistake noted.
+    fn resolve(self, mistakes: &mut Mistakes) -> Option<Self::Config>;
+}
+
+/// Reads the process's settings, or ends the process: code 0 after `--help` and `--version`, 64 with all mistakes on
+/// standard error otherwise.
+pub fn parse_or_exit<S: Settings>() -> S::Config {
+    match parse_from::<S>(std::env::args_os()) {
+        Ok(config) => config,
+        Err(ConfigError::Usage(error)) => {
+            // Help or an error that cannot be printed has no other way to say so than the exit code.
+            let _ = error.print();
+            std::process::exit(if error.use_stderr() { EXIT_USAGE } else { 0 });
+        }
+        Err(ConfigError::Mistakes(mistakes)) => {
+            eprint!("{mistakes}");
+            std::process::exit(EXIT_USAGE);
+        }
+    }
+}
+
+/// Why the settings cannot be used.
+#[derive(Debug)]
+pub enum ConfigError {
+    /// Not the program's flags at all, or a call for help.
+    Usage(clap::Error),
+    /// Values that are wrong.
+    Mistakes(Mistakes),
+}
+
+/// As [`parse_or_exit`], from given arguments (the first is the program's name) and without exiting.
+pub fn parse_from<S: Settings>(
+    arguments: impl IntoIterator<Item = std::ffi::OsString>,
+) -> Result<S::Config, ConfigError> {
+    let flags = S::with_defaults()
+        .try_get_matches_from(arguments)
+        .and_then(|matches| S::from_arg_matches(&matches))
+        .map_err(ConfigError::Usage)?;
+    let mut mistakes = Mistakes::default();
+    match flags.resolve(&mut mistakes) {
+        Some(config) if mistakes.is_empty() => Ok(config),
+        _ => Err(ConfigError::Mistakes(mistakes)),
+    }
+}
+
+/// Reads an address and port.
+pub fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "not an address and port such as 127.0.0.1:50051 or [::1]:0".to_owned())
+}
+
+/// Reads a device. Only the CPU is accepted.
+pub fn parse_device(text: &str) -> Result<(), String> {
+    if text == "cpu" { Ok(()) } else { Err("not a device of this build; accepted is cpu".to_owned()) }
+}
+
+/// Reads a whole number within limits.
+pub fn parse_number(text: &str, least: usize, most: usize) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(number) if (least..=most).contains(&number) => Ok(number),
+        _ => Err(format!("not a whole number from {least} to {most}")),
+    }
+}
+
+/// Reads a number of bytes: plain, or with KiB, MiB or GiB behind it. At least 1.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let factor = match unit.trim_start() {
+        "" | "B" => Some(1u64),
+        "KiB" => Some(1 << 10),
+        "MiB" => Some(1 << 20),
+        "GiB" => Some(1 << 30),
+        _ => None,
+    };
+    match (digits.parse::<u64>().ok(), factor) {
+        (Some(number), Some(factor)) if number > 0 => {
+            number.checked_mul(factor).ok_or_else(|| "more bytes than 64 bits count".to_owned())
+        }
+        _ => Err("not a number of bytes such as 1000000, 64MiB or 1GiB".to_owned()),
+    }
+}
+
+/// Reads a time: a whole number with ms, s or m behind it.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let factor = match unit {
+        "ms" => Some(1u64),
+        "s" => Some(1000),
+        "m" => Some(60_000),
+        _ => None,
+    };
+    match (digits.parse::<u64>().ok(), factor) {
+        // A day is more than any wait here makes sense of, and far from what overflows.
+        (Some(number), Some(factor)) if number <= 86_400_000 / factor => Ok(Duration::from_millis(number * factor)),
+        _ => Err("not a time of at most a day such as 500ms, 30s or 5m".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Flags {
+        #[command(flatten)]
+        stage: StageFlags,
+    }
+
+    impl Settings for Flags {
+        type Config = StageConfig;
+
+        fn with_defaults() -> clap::Command {
+            Self::command().mut_arg("listen", |a| a.default_value("127.0.0.1:50051"))
+        }
+
+        fn resolve(self, mistakes: &mut Mistakes) -> Option<StageConfig> {
+            self.stage.resolve(mistakes)
+        }
+    }
+
+    fn parse(arguments: &[&str]) -> Result<StageConfig, ConfigError> {
+        parse_from::<Flags>(std::iter::once("x").chain(arguments.iter().copied()).map(Into::into))
+    }
+
+    #[test]
+    fn defaults_are_the_programs_own() {
+        let config = parse(&[]).unwrap();
+        assert_eq!(config.listen.port(), 50051);
+        assert_eq!(StageConfig { listen: config.listen, ..StageConfig::local("models") }, config);
+    }
+
+    #[test]
+    fn all_mistakes_are_reported_together() {
+        let arguments =
+            ["--listen", "here", "--device", "cuda:0", "--queue", "0", "--max-tensor-bytes", "lots", "--log", "a=b=c"];
+        let Err(ConfigError::Mistakes(mistakes)) = parse(&arguments) else { panic!() };
+        let text = mistakes.to_string();
+        assert_eq!(text.lines().count(), 5, "{text}");
+        for word in ["--listen \"here\"", "accepted is cpu", "1 to 1024", "\"lots\"", "--log \"a=b=c\""] {
+            assert!(text.contains(word), "{word} in {text}");
+        }
+    }
+
+    #[test]
+    fn unknown_flags_are_a_usage_error_and_help_is_not() {
+        let Err(ConfigError::Usage(error)) = parse(&["--nonsense"]) else { panic!() };
+        assert!(error.use_stderr());
+        let Err(ConfigError::Usage(error)) = parse(&["--help"]) else { panic!() };
+        assert!(!error.use_stderr());
+        assert!(error.to_string().contains("AVATAR_MAX_TENSOR_BYTES"));
+    }
+
+    #[test]
+    fn bytes_and_times_have_units() {
+        assert_eq!(parse_bytes("7"), Ok(7));
+        assert_eq!(parse_bytes("64MiB"), Ok(64 << 20));
+        assert!(parse_bytes("99999999999GiB").is_err());
+        assert!(parse_bytes("0").is_err());
+        assert!(parse_bytes("-1").is_err());
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        assert!(parse_duration("30").is_err());
+        assert!(parse_duration("9999999999999m").is_err());
+    }
+}

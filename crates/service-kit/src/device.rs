@@ -1,0 +1,243 @@
+//! One thread owns a device; a bounded queue leads to it.
+//!
+//! Stages that share a device share its [`DeviceWorker`], so their work runs one after the other.
+
+use std::{
+    any::Any,
+    future::Future,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
+    task::{Context, Poll},
+    thread,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::oneshot;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::ServiceError;
+
+/// Asks a task whether its caller still waits.
+#[derive(Debug, Clone)]
+pub struct CancelToken(CancellationToken);
+
+impl CancelToken {
+    /// Whether the caller has gone.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.is_cancelled()
+    }
+
+    /// An error when the caller has gone, for `?` between two items of work.
+    pub fn check(&self) -> Result<(), ServiceError> {
+        if self.is_cancelled() { Err(ServiceError::cancelled("the caller went away")) } else { Ok(()) }
+    }
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+struct Shared {
+    jobs: SyncSender<Job>,
+    capacity: usize,
+    waiting: AtomicUsize,
+    /// Milliseconds of a task, smoothed.
+    pace_ms: AtomicU64,
+}
+
+/// The way to a device's thread. Clones lead to the same thread; it ends when the last is gone.
+#[derive(Clone)]
+pub struct DeviceWorker(Arc<Shared>);
+
+impl DeviceWorker {
+    /// Starts the thread, with room for `capacity` waiting tasks (at least 1) besides the running one.
+    ///
+    /// Errors: the system gives no thread.
+    pub fn spawn(device: &str, capacity: usize) -> Result<Self, ServiceError> {
+        let capacity = capacity.max(1);
+        let (jobs, queue): (SyncSender<Job>, Receiver<Job>) = sync_channel(capacity);
+        thread::Builder::new()
+            .name(format!("device-{device}"))
+            .spawn(move || queue.into_iter().for_each(|job| job()))
+            .map_err(|e| ServiceError::internal(format!("the thread for device {device} did not start: {e}")))?;
+        Ok(Self(Arc::new(Shared { jobs, capacity, waiting: AtomicUsize::new(0), pace_ms: AtomicU64::new(1000) })))
+    }
+
+    /// Hands a task to the thread.
+    ///
+    /// The task sees the current tracing span. Dropping what comes back cancels it: a task that waits is skipped, one
+    /// that runs finds out through its [`CancelToken`]. A panic in it ends it with [`ServiceError::Internal`].
+    ///
+    /// Errors: [`ServiceError::ResourceExhausted`] at once when the queue is full.
+    pub fn try_submit<R, F>(&self, work: F) -> Result<Pending<R>, ServiceError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&CancelToken) -> Result<R, ServiceError> + Send + 'static,
+    {
+        let (answer, result) = oneshot::channel();
+        let token = CancellationToken::new();
+        let cancel = CancelToken(token.clone());
+        let span = tracing::Span::current();
+        // A task that holds the worker itself would keep its own thread alive.
+        let shared = Arc::downgrade(&self.0);
+        let job = move || {
+            if let Some(shared) = shared.upgrade() {
+                shared.waiting.fetch_sub(1, Relaxed);
+            }
+            let _entered = span.enter();
+            let begin = Instant::now();
+            let outcome = cancel.check().and_then(|()| {
+                catch_unwind(AssertUnwindSafe(|| work(&cancel))).unwrap_or_else(|panic| {
+                    Err(ServiceError::internal(format!("a task panicked: {}", panic_text(panic.as_ref()))))
+                })
+            });
+            if let Some(shared) = shared.upgrade() {
+                let now = begin.elapsed().as_millis().min(u128::from(u64::MAX)) as u64;
+                let before = shared.pace_ms.load(Relaxed);
+                shared.pace_ms.store(before - before / 4 + now / 4, Relaxed);
+            }
+            // Nobody may wait any more.
+            let _ = answer.send(outcome);
+        };
+        // Counted before it is sent, as the thread may take it at once.
+        self.0.waiting.fetch_add(1, Relaxed);
+        match self.0.jobs.try_send(Box::new(job)) {
+            Ok(()) => Ok(Pending { result, _cancel: token.drop_guard() }),
+            Err(reason) => {
+                self.0.waiting.fetch_sub(1, Relaxed);
+                Err(match reason {
+                    TrySendError::Full(_) => ServiceError::ResourceExhausted {
+                        message: format!("the device's queue is full: {} requests wait", self.0.capacity),
+                        retry_after: Some(self.retry_after()),
+                    },
+                    TrySendError::Disconnected(_) => ServiceError::unavailable("the device's thread has ended"),
+                })
+            }
+        }
+    }
+
+    fn retry_after(&self) -> Duration {
+        Duration::from_millis(self.0.pace_ms.load(Relaxed)).clamp(Duration::from_millis(100), Duration::from_secs(60))
+    }
+
+    /// Tasks that wait now.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.0.waiting.load(Relaxed).min(self.0.capacity)
+    }
+
+    /// Tasks that may wait.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.0.capacity
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message")
+}
+
+/// The result of a task, to be awaited. Dropping it cancels the task.
+pub struct Pending<R> {
+    result: oneshot::Receiver<Result<R, ServiceError>>,
+    _cancel: DropGuard,
+}
+
+impl<R> Future for Pending<R> {
+    type Output = Result<R, ServiceError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.result)
+            .poll(context)
+            .map(|answer| answer.unwrap_or_else(|_| Err(ServiceError::unavailable("the device's thread has ended"))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Keeps the worker's thread busy until the sender is dropped; returns when it is.
+    async fn block(worker: &DeviceWorker) -> (mpsc::Sender<()>, Pending<()>) {
+        let (release, held) = mpsc::channel::<()>();
+        let (started, running) = oneshot::channel();
+        let pending = worker
+            .try_submit(move |_| {
+                started.send(()).unwrap();
+                let _ = held.recv();
+                Ok(())
+            })
+            .unwrap();
+        running.await.unwrap();
+        (release, pending)
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_refuses_at_once_with_a_delay_and_takes_again_later() {
+        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let (release, running) = block(&worker).await;
+        let waiting: Vec<_> = (0..2).map(|i| worker.try_submit(move |_| Ok(i)).unwrap()).collect();
+        assert_eq!((worker.waiting(), worker.capacity()), (2, 2));
+        let Err(error) = worker.try_submit(|_| Ok(())) else { panic!("there was room") };
+        assert_eq!(error.code_name(), "RESOURCE_EXHAUSTED");
+        assert!(error.is_retryable() && error.retry_after().is_some(), "{error:?}");
+        drop(release);
+        running.await.unwrap();
+        for (i, pending) in waiting.into_iter().enumerate() {
+            assert_eq!(pending.await, Ok(i));
+        }
+        assert_eq!(worker.try_submit(|_| Ok(7)).unwrap().await, Ok(7));
+        assert_eq!(worker.waiting(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_internal_error_and_the_thread_lives_on() {
+        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let error = worker.try_submit(|_| -> Result<(), _> { panic!("boom {}", 3) }).unwrap().await.unwrap_err();
+        assert_eq!(error.code_name(), "INTERNAL");
+        assert!(error.to_string().contains("boom 3"), "{error}");
+        assert_eq!(worker.try_submit(|_| Ok(1)).unwrap().await, Ok(1));
+    }
+
+    #[tokio::test]
+    async fn a_running_task_learns_that_its_caller_is_gone() {
+        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let (began, begun) = oneshot::channel();
+        let (told, tell) = oneshot::channel();
+        let pending = worker
+            .try_submit(move |cancel| {
+                began.send(()).unwrap();
+                while cancel.check().is_ok() {
+                    thread::yield_now();
+                }
+                told.send(()).unwrap();
+                cancel.check()
+            })
+            .unwrap();
+        begun.await.unwrap();
+        drop(pending);
+        tokio::time::timeout(Duration::from_secs(20), tell).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_waiting_task_whose_caller_is_gone_never_runs() {
+        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let (release, running) = block(&worker).await;
+        let (ran, witness) = mpsc::channel();
+        drop(worker.try_submit(move |_| Ok(ran.send(()).unwrap())).unwrap());
+        drop(release);
+        running.await.unwrap();
+        worker.try_submit(|_| Ok(())).unwrap().await.unwrap();
+        assert!(witness.try_recv().is_err());
+    }
+}

@@ -1,0 +1,328 @@
+//! What the five stages have in common: weights that load at the first need, and `StageService`.
+
+use std::{
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use futures::{Stream, StreamExt as _};
+use proto::v1::{
+    DescribeRequest, DescribeResponse, GenerationDefaults, LoadRequest, LoadResponse, MemoryReport, Stage,
+    UnloadRequest, UnloadResponse, WatchMemoryRequest, WatchMemoryResponse,
+    stage_service_server::{StageService, StageServiceServer},
+};
+use tokio_stream::wrappers::IntervalStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    ServiceError,
+    config::StageConfig,
+    device::{CancelToken, DeviceWorker, Pending},
+    memory::StageMeter,
+};
+
+/// What a stage puts on its device: the networks, and all that lives and dies with them.
+pub trait StageModel: Send + Sized + 'static {
+    /// Which stage it is.
+    const STAGE: Stage;
+    /// The stage's name: of its folder, its binary and its log lines.
+    const NAME: &'static str;
+
+    /// Reads the weights.
+    ///
+    /// Errors: [`ServiceError::FailedPrecondition`] that names the file and the tensor.
+    fn open(folder: &Path) -> Result<Self, ServiceError>;
+
+    /// Settings that the checkpoint in `folder` asks for. A folder that cannot be read asks for none.
+    fn defaults(_folder: &Path) -> Option<GenerationDefaults> {
+        None
+    }
+
+    /// Bytes kept between requests besides the weights.
+    fn kept_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// One stage on its device. All work on the model happens on the device's thread, where it loads at the first need.
+pub struct StageHost<M> {
+    folder: PathBuf,
+    device: DeviceWorker,
+    meter: StageMeter,
+    loaded: AtomicBool,
+    model: Mutex<Option<M>>,
+    shutdown: CancellationToken,
+}
+
+impl<M: StageModel> StageHost<M> {
+    /// A stage that has not loaded yet. `config.models` is the folder that holds the stage's folder; streams without
+    /// an end of their own stop at `shutdown`.
+    #[must_use]
+    pub fn new(config: &StageConfig, device: DeviceWorker, shutdown: CancellationToken) -> Arc<Self> {
+        Arc::new(Self {
+            folder: config.models.join(M::NAME),
+            device,
+            meter: StageMeter::default(),
+            loaded: AtomicBool::new(false),
+            model: Mutex::new(None),
+            shutdown,
+        })
+    }
+
+    /// Runs `work` on the device's thread, with the model loaded. See [`DeviceWorker::try_submit`].
+    pub fn submit<R, F>(self: &Arc<Self>, work: F) -> Result<Pending<R>, ServiceError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut M, &CancelToken) -> Result<R, ServiceError> + Send + 'static,
+    {
+        let host = self.clone();
+        self.device.try_submit(move |cancel| host.with_model(|model| work(model, cancel)))
+    }
+
+    /// Runs `work` on the device's thread if the model is loaded, and does nothing otherwise.
+    pub fn submit_if_loaded<F>(self: &Arc<Self>, work: F) -> Result<Pending<()>, ServiceError>
+    where
+        F: FnOnce(&mut M) + Send + 'static,
+    {
+        let host = self.clone();
+        self.device.try_submit(move |_| {
+            if let Some(model) = host.model.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+                work(model);
+                host.meter.keep(model.kept_bytes());
+            }
+            Ok(())
+        })
+    }
+
+    fn with_model<R>(&self, work: impl FnOnce(&mut M) -> Result<R, ServiceError>) -> Result<R, ServiceError> {
+        // A panic in earlier work leaves the model itself whole: work only reads the weights.
+        let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
+        if slot.is_none() {
+            tracing::info!(stage = M::NAME, folder = %self.folder.display(), "loading");
+            *slot = Some(self.meter.load(|| M::open(&self.folder))?);
+            self.loaded.store(true, Relaxed);
+            tracing::info!(stage = M::NAME, resident_bytes = self.meter.report().resident_bytes, "loaded");
+        }
+        match slot.as_mut() {
+            Some(model) => {
+                let result = self.meter.measure(|| work(model));
+                self.meter.keep(model.kept_bytes());
+                result
+            }
+            None => Err(ServiceError::internal("the model is gone")),
+        }
+    }
+
+    fn unload(&self) {
+        let dropped = self.model.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(dropped);
+        self.loaded.store(false, Relaxed);
+        self.meter.unloaded();
+    }
+
+    /// The stage's memory now.
+    #[must_use]
+    pub fn memory(&self) -> MemoryReport {
+        self.meter.report()
+    }
+
+    /// The stage's `StageService`.
+    #[must_use]
+    pub fn stage_service(self: &Arc<Self>) -> StageServiceServer<StageServer<M>> {
+        StageServiceServer::new(StageServer(self.clone()))
+    }
+}
+
+/// Answers `StageService` for one stage.
+pub struct StageServer<M>(Arc<StageHost<M>>);
+
+#[tonic::async_trait]
+impl<M: StageModel> StageService for StageServer<M> {
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        let host = self.0.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            (checkpoint_digest(&host.folder).unwrap_or_default(), M::defaults(&host.folder))
+        });
+        let (checkpoint_digest, defaults) = read.await.map_err(ServiceError::internal)?;
+        let host = &self.0;
+        Ok(Response::new(DescribeResponse {
+            stage: M::STAGE.into(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            device: "cpu".to_owned(),
+            loaded: host.loaded.load(Relaxed),
+            checkpoint_digest,
+            queued: u32::try_from(host.device.waiting()).unwrap_or(u32::MAX),
+            queue_capacity: u32::try_from(host.device.capacity()).unwrap_or(u32::MAX),
+            memory: Some(host.memory()),
+            defaults,
+        }))
+    }
+
+    async fn load(&self, _: Request<LoadRequest>) -> Result<Response<LoadResponse>, Status> {
+        self.0.submit(|_, _| Ok(()))?.await?;
+        Ok(Response::new(LoadResponse { memory: Some(self.0.memory()) }))
+    }
+
+    async fn unload(&self, _: Request<UnloadRequest>) -> Result<Response<UnloadResponse>, Status> {
+        let host = self.0.clone();
+        self.0.device.try_submit(move |_| Ok(host.unload()))?.await?;
+        Ok(Response::new(UnloadResponse { memory: Some(self.0.memory()) }))
+    }
+
+    type WatchMemoryStream = Pin<Box<dyn Stream<Item = Result<WatchMemoryResponse, Status>> + Send>>;
+
+    async fn watch_memory(
+        &self,
+        request: Request<WatchMemoryRequest>,
+    ) -> Result<Response<Self::WatchMemoryStream>, Status> {
+        let interval = match request.into_inner().interval_ms {
+            0 => 1000,
+            ms @ 100..=60_000 => ms,
+            ms => return Err(ServiceError::invalid("interval_ms", format!("{ms}, allowed are 100 to 60000")).into()),
+        };
+        let host = self.0.clone();
+        let end = host.shutdown.clone().cancelled_owned();
+        let reports = IntervalStream::new(tokio::time::interval(Duration::from_millis(interval.into())))
+            .map(move |_| Ok(WatchMemoryResponse { memory: Some(host.memory()) }))
+            .take_until(end);
+        Ok(Response::new(Box::pin(reports)))
+    }
+}
+
+/// Hash of the names and sizes of a stage's config and weight files, in subfolders too, in hexadecimal.
+///
+/// Errors: the folder cannot be read.
+pub fn checkpoint_digest(folder: &Path) -> std::io::Result<String> {
+    let mut files = Vec::new();
+    collect(folder, "", &mut files)?;
+    files.sort();
+    // FNV-1a: it tells checkpoints apart, and guards nothing.
+    let bytes = files.iter().flat_map(|(name, size)| name.bytes().chain([0]).chain(size.to_le_bytes()));
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    Ok(format!("{hash:016x}"))
+}
+
+fn collect(folder: &Path, prefix: &str, files: &mut Vec<(String, u64)>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        let about = entry.metadata()?;
+        if about.is_dir() {
+            collect(&entry.path(), &format!("{name}/"), files)?;
+        } else if name.ends_with(".json") || name.ends_with(".safetensors") {
+            files.push((name, about.len()));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::v1::stage_service_client::StageServiceClient;
+    use tonic::{Code, service::Routes, transport::Channel};
+
+    use super::*;
+    use crate::{
+        client,
+        server::{Lifetime, serve},
+    };
+
+    /// A model whose weights are the file `w.safetensors`.
+    struct Weights(Vec<u8>);
+
+    impl StageModel for Weights {
+        const STAGE: Stage = Stage::VaeDecode;
+        const NAME: &'static str = "vae-decode";
+
+        fn open(folder: &Path) -> Result<Self, ServiceError> {
+            let file = folder.join("w.safetensors");
+            std::fs::read(&file)
+                .map(Self)
+                .map_err(|e| ServiceError::failed_precondition(format!("{}: {e}", file.display())))
+        }
+    }
+
+    fn start(models: &Path) -> (StageServiceClient<Channel>, Arc<StageHost<Weights>>) {
+        let shutdown = CancellationToken::new();
+        let device = DeviceWorker::spawn("test", 2).unwrap();
+        let host = StageHost::new(&StageConfig::local(models), device, shutdown.clone());
+        let (channel, incoming) = client::in_memory();
+        let life = Lifetime { shutdown, drain: Duration::from_secs(1) };
+        let routes = Routes::new(host.stage_service());
+        tokio::spawn(async move { serve(routes, &[], incoming, life).await });
+        (StageServiceClient::new(channel), host)
+    }
+
+    #[tokio::test]
+    async fn weights_load_when_they_are_there_and_not_before() {
+        let models = tempfile::tempdir().unwrap();
+        let (mut client, host) = start(models.path());
+        let described = client.describe(DescribeRequest {}).await.unwrap().into_inner();
+        assert_eq!((described.loaded, described.checkpoint_digest.as_str()), (false, ""));
+
+        let error = client.load(LoadRequest {}).await.unwrap_err();
+        assert_eq!(error.code(), Code::FailedPrecondition);
+        assert!(error.message().contains("w.safetensors"), "{error}");
+
+        let folder = models.path().join("vae-decode");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("w.safetensors"), vec![3; 32 << 20]).unwrap();
+        let memory = client.load(LoadRequest {}).await.unwrap().into_inner().memory.unwrap();
+        assert!(memory.resident_bytes >= 30 << 20, "{memory:?}");
+        assert_eq!(host.submit(|model, _| Ok(model.0.len())).unwrap().await, Ok(32 << 20));
+        let described = client.describe(DescribeRequest {}).await.unwrap().into_inner();
+        assert!(described.loaded && described.stage() == Stage::VaeDecode);
+        assert_eq!((described.checkpoint_digest.len(), described.queue_capacity), (16, 2));
+
+        let memory = client.unload(UnloadRequest {}).await.unwrap().into_inner().memory.unwrap();
+        assert!(memory.resident_bytes == 0 && memory.peak_bytes >= 30 << 20, "{memory:?}");
+        assert!(!client.describe(DescribeRequest {}).await.unwrap().into_inner().loaded);
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_request_leaves_the_stage_working() {
+        let models = tempfile::tempdir().unwrap();
+        std::fs::create_dir(models.path().join("vae-decode")).unwrap();
+        std::fs::write(models.path().join("vae-decode/w.safetensors"), [1, 2]).unwrap();
+        let (_, host) = start(models.path());
+        let error = host.submit(|_, _| -> Result<(), _> { panic!("boom") }).unwrap().await.unwrap_err();
+        assert_eq!(error.code_name(), "INTERNAL");
+        assert_eq!(host.submit(|model, _| Ok(model.0.len())).unwrap().await, Ok(2));
+    }
+
+    #[tokio::test]
+    async fn memory_is_streamed_and_the_interval_checked() {
+        let models = tempfile::tempdir().unwrap();
+        let (mut client, host) = start(models.path());
+        let error = client.watch_memory(WatchMemoryRequest { interval_ms: 99 }).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument);
+        let mut reports = client.watch_memory(WatchMemoryRequest { interval_ms: 100 }).await.unwrap().into_inner();
+        for _ in 0..3 {
+            assert!(reports.message().await.unwrap().unwrap().memory.unwrap().process_bytes > 0);
+        }
+        host.shutdown.cancel();
+        while reports.message().await.unwrap().is_some() {}
+    }
+
+    #[test]
+    fn the_digest_tells_names_and_sizes_apart() {
+        let digest = |files: &[(&str, usize)]| {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::create_dir(folder.path().join("clip")).unwrap();
+            for (name, size) in files {
+                std::fs::write(folder.path().join(name), vec![0; *size]).unwrap();
+            }
+            checkpoint_digest(folder.path()).unwrap()
+        };
+        let base = digest(&[("config.json", 3), ("clip/a.safetensors", 9)]);
+        assert_eq!(base, digest(&[("clip/a.safetensors", 9), ("config.json", 3), ("notes.txt", 5)]));
+        assert_ne!(base, digest(&[("config.json", 3), ("clip/a.safetensors", 10)]));
+        assert_ne!(base, digest(&[("config.json", 3), ("clip/b.safetensors", 9)]));
+    }
+}

@@ -1,0 +1,161 @@
+//! The JSON objects of the REST interface.
+
+use axum::{
+    Json,
+    response::{IntoResponse, Response},
+};
+use http::header::RETRY_AFTER;
+use proto::v1::{Generation, GenerationState};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::fault::{Fault, Kind, code_name};
+
+/// The one model, by the name that requests may carry.
+pub const MODEL: &str = "hunyuan-video-avatar";
+
+/// One generation.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Video {
+    /// For the other calls; a UUID.
+    pub id: String,
+    /// Always `video`.
+    pub object: &'static str,
+    /// Always `hunyuan-video-avatar`.
+    pub model: &'static str,
+    /// `queued`, `in_progress`, `completed`, `failed` or `cancelled`.
+    pub status: &'static str,
+    /// 0 to 100.
+    pub progress: u32,
+    /// Unix time in seconds.
+    pub created_at: u64,
+    /// Unix time in seconds, once it has ended well.
+    pub completed_at: Option<u64>,
+    /// Length of the video.
+    pub seconds: String,
+    /// Width x height in pixels.
+    pub size: String,
+    /// What the person does.
+    pub prompt: String,
+    /// Why it failed.
+    pub error: Option<VideoError>,
+    /// What the caller should know, in sentences.
+    pub warnings: Vec<String>,
+    /// Denoise steps.
+    pub steps: u32,
+    /// Seed of the noise.
+    pub seed: u64,
+    /// Pictures of the video.
+    pub frames: u32,
+    /// Pictures a second.
+    pub fps: u32,
+}
+
+/// Why a generation failed.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct VideoError {
+    /// A code such as `invalid_argument`.
+    pub code: String,
+    /// A sentence.
+    pub message: String,
+    /// The input at fault, if one is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub field: Option<String>,
+}
+
+/// The answer to a removal.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Deleted {
+    /// What was removed.
+    pub id: String,
+    /// Always `video.deleted`.
+    pub object: &'static str,
+    /// Always true.
+    pub deleted: bool,
+}
+
+/// The body of every error.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ErrorBody {
+    /// What went wrong.
+    pub error: ErrorObject,
+}
+
+/// What went wrong.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ErrorObject {
+    /// Names the value and the limit.
+    pub message: String,
+    /// `invalid_request_error`, `rate_limit_error` or `server_error`.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// The field at fault, if one is.
+    pub param: Option<String>,
+    /// A code such as `invalid_argument`.
+    pub code: String,
+}
+
+impl From<&Generation> for Video {
+    fn from(generation: &Generation) -> Self {
+        let spec = generation.spec.clone().unwrap_or_default();
+        let state = generation.state();
+        let failure = generation.failure.as_ref();
+        let percent = generation.progress.map_or(0.0, |progress| progress.percent);
+        Self {
+            id: generation.generation_id.clone(),
+            object: "video",
+            model: MODEL,
+            status: status_name(state),
+            progress: percent.clamp(0.0, 100.0) as u32,
+            created_at: generation.created_unix_ms / 1000,
+            completed_at: (state == GenerationState::Completed).then_some(generation.ended_unix_ms / 1000),
+            seconds: format!("{:.2}", f64::from(generation.frames) / f64::from(planner::clip::FPS)),
+            size: format!("{}x{}", generation.width, generation.height),
+            prompt: spec.prompt,
+            error: failure.map(|failure| VideoError {
+                code: failure.code.to_lowercase(),
+                message: failure.message.clone(),
+                field: Some(failure.field.clone()).filter(|field| !field.is_empty()),
+            }),
+            warnings: generation.outcome.as_ref().map(|outcome| outcome.warnings.clone()).unwrap_or_default(),
+            steps: spec.steps.unwrap_or_default(),
+            seed: spec.seed.unwrap_or_default(),
+            frames: generation.frames,
+            fps: planner::clip::FPS,
+        }
+    }
+}
+
+/// A state in the words of the REST interface.
+#[must_use]
+pub fn status_name(state: GenerationState) -> &'static str {
+    match state {
+        GenerationState::Unspecified | GenerationState::Queued => "queued",
+        GenerationState::Encoding | GenerationState::Denoising | GenerationState::Decoding => "in_progress",
+        GenerationState::Completed => "completed",
+        GenerationState::Failed => "failed",
+        GenerationState::Cancelled => "cancelled",
+    }
+}
+
+impl IntoResponse for Fault {
+    fn into_response(self) -> Response {
+        let status = self.http_status();
+        let kind = match self.kind {
+            Kind::Busy { .. } => "rate_limit_error",
+            _ if status.is_client_error() => "invalid_request_error",
+            _ => "server_error",
+        };
+        let error = ErrorObject {
+            message: self.message.clone(),
+            kind,
+            param: self.field().map(Into::into),
+            code: code_name(self.code()).to_lowercase(),
+        };
+        let mut response = (status, Json(ErrorBody { error })).into_response();
+        if let Kind::Busy { retry_after } = self.kind {
+            response.headers_mut().insert(RETRY_AFTER, retry_after.as_secs().max(1).into());
+        }
+        response
+    }
+}

@@ -1,0 +1,231 @@
+//! Stages without networks, for tests: right shapes, constant values, faults on demand.
+
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::{Stream, stream};
+use proto::{
+    tensor::{HostTensor, TensorReader},
+    v1::{self, TensorPart},
+};
+use service_kit::{
+    ServiceError, client,
+    server::{self, Lifetime},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::Stages;
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// What the fake stages do wrong, and what they saw.
+#[derive(Debug, Default)]
+pub(crate) struct Script {
+    /// Predict calls that answered.
+    pub(crate) predicted: AtomicUsize,
+    /// Predict call at which the session is lost, once.
+    pub(crate) lose_session_at: Option<usize>,
+    /// Predict call at which a value is not finite.
+    pub(crate) not_finite_at: Option<usize>,
+    /// How long a Predict takes.
+    pub(crate) predict_time: Duration,
+    /// Sessions that are open.
+    pub(crate) sessions: Mutex<HashMap<String, usize>>,
+    /// How often a session was opened.
+    pub(crate) opened: AtomicUsize,
+    /// The text encoder refuses the prompt.
+    pub(crate) refuse_prompt: bool,
+}
+
+#[derive(Clone)]
+struct Fake(Arc<Script>);
+
+/// Starts the five stages in memory.
+pub(crate) fn start(script: &Arc<Script>) -> Stages {
+    let (channel, incoming) = client::in_memory();
+    let fake = Fake(Arc::clone(script));
+    let routes =
+        tonic::service::Routes::new(v1::audio_encoder_service_server::AudioEncoderServiceServer::new(fake.clone()))
+            .add_service(v1::text_encoder_service_server::TextEncoderServiceServer::new(fake.clone()))
+            .add_service(v1::image_encoder_service_server::ImageEncoderServiceServer::new(fake.clone()))
+            .add_service(v1::diffusion_service_server::DiffusionServiceServer::new(fake.clone()))
+            .add_service(v1::vae_decode_service_server::VaeDecodeServiceServer::new(fake));
+    let lifetime = Lifetime { shutdown: CancellationToken::new(), drain: Duration::ZERO };
+    tokio::spawn(async move { server::serve(routes, &[], incoming, lifetime).await });
+    Stages {
+        audio_encoder: channel.clone(),
+        text_encoder: channel.clone(),
+        image_encoder: channel.clone(),
+        diffusion: channel.clone(),
+        vae_decode: channel,
+    }
+}
+
+fn constant(name: &str, shape: &[usize]) -> HostTensor {
+    HostTensor::from_f32(name, shape, &vec![0.5; shape.iter().product()]).unwrap()
+}
+
+fn answer<M: Send + 'static>(
+    tensors: Vec<HostTensor>,
+    part: impl Fn(TensorPart) -> M + Send + 'static,
+    summary: M,
+) -> Response<Answers<M>> {
+    let parts = tensors.into_iter().flat_map(HostTensor::parts).map(part);
+    let all = parts.chain(std::iter::once(summary)).map(Ok).collect::<Vec<_>>();
+    Response::new(Box::pin(stream::iter(all)))
+}
+
+/// Reads a request: its header and its tensors.
+macro_rules! read {
+    ($request:expr, $body:path) => {{
+        use $body as Body;
+        let mut messages = $request.into_inner();
+        let (mut header, mut tensors, mut reader) = (None, Vec::new(), TensorReader::new(1 << 30, 1 << 32));
+        while let Some(message) = messages.message().await? {
+            match message.body {
+                Some(Body::Header(h)) => header = Some(h),
+                Some(Body::Part(part)) => {
+                    tensors.extend(reader.push(part).map_err(|error| Status::from(ServiceError::from(error)))?)
+                }
+                None => {}
+            }
+        }
+        (header.unwrap(), tensors)
+    }};
+}
+
+#[tonic::async_trait]
+impl v1::audio_encoder_service_server::AudioEncoderService for Fake {
+    type EncodeAudioStream = Answers<v1::EncodeAudioResponse>;
+
+    async fn encode_audio(
+        &self,
+        request: Request<Streaming<v1::EncodeAudioRequest>>,
+    ) -> Result<Response<Self::EncodeAudioStream>, Status> {
+        use v1::encode_audio_response::Body as Out;
+        let (_, tensors) = read!(request, v1::encode_audio_request::Body);
+        let features = constant("features", &[tensors[0].shape()[0].div_ceil(320), 5, 8]);
+        let message = |body| v1::EncodeAudioResponse { body: Some(body) };
+        let memory = Some(v1::MemoryReport { peak_bytes: 7, ..Default::default() });
+        let summary = message(Out::Summary(v1::EncodeAudioSummary { memory }));
+        Ok(answer(vec![features], move |part| message(Out::Part(part)), summary))
+    }
+}
+
+#[tonic::async_trait]
+impl v1::text_encoder_service_server::TextEncoderService for Fake {
+    type EncodePromptStream = Answers<v1::EncodePromptResponse>;
+
+    async fn encode_prompt(
+        &self,
+        request: Request<Streaming<v1::EncodePromptRequest>>,
+    ) -> Result<Response<Self::EncodePromptStream>, Status> {
+        use v1::encode_prompt_response::Body as Out;
+        let _ = read!(request, v1::encode_prompt_request::Body);
+        if self.0.refuse_prompt {
+            return Err(ServiceError::invalid("prompt", "300 tokens; the limit is 249").into());
+        }
+        let mut tensors = Vec::new();
+        for side in ["positive", "negative"] {
+            tensors.push(constant(&format!("{side}.states"), &[4, 8]));
+            tensors.push(HostTensor::from_i64(format!("{side}.mask"), &[4], &[1; 4]).unwrap());
+            tensors.push(constant(&format!("{side}.pooled"), &[8]));
+        }
+        let message = |body| v1::EncodePromptResponse { body: Some(body) };
+        let summary = message(Out::Summary(v1::EncodePromptSummary::default()));
+        Ok(answer(tensors, move |part| message(Out::Part(part)), summary))
+    }
+}
+
+#[tonic::async_trait]
+impl v1::image_encoder_service_server::ImageEncoderService for Fake {
+    type EncodeReferenceStream = Answers<v1::EncodeReferenceResponse>;
+
+    async fn encode_reference(
+        &self,
+        request: Request<Streaming<v1::EncodeReferenceRequest>>,
+    ) -> Result<Response<Self::EncodeReferenceStream>, Status> {
+        use v1::encode_reference_response::Body as Out;
+        let (header, _) = read!(request, v1::encode_reference_request::Body);
+        let (h, w) = (header.height as usize / 8, header.width as usize / 8);
+        let tensors = vec![constant("reference_latents", &[2, 1, h, w]), constant("face_mask", &[1, 1, h, w])];
+        let message = |body| v1::EncodeReferenceResponse { body: Some(body) };
+        let summary = message(Out::Summary(v1::EncodeReferenceSummary::default()));
+        Ok(answer(tensors, move |part| message(Out::Part(part)), summary))
+    }
+}
+
+#[tonic::async_trait]
+impl v1::diffusion_service_server::DiffusionService for Fake {
+    type PredictStream = Answers<v1::PredictResponse>;
+
+    async fn open_session(
+        &self,
+        request: Request<Streaming<v1::OpenSessionRequest>>,
+    ) -> Result<Response<v1::OpenSessionResponse>, Status> {
+        let (header, tensors) = read!(request, v1::open_session_request::Body);
+        self.0.opened.fetch_add(1, Ordering::SeqCst);
+        self.0.sessions.lock().unwrap().insert(header.session_id, tensors.len());
+        Ok(Response::new(v1::OpenSessionResponse::default()))
+    }
+
+    async fn predict(
+        &self,
+        request: Request<Streaming<v1::PredictRequest>>,
+    ) -> Result<Response<Self::PredictStream>, Status> {
+        use v1::predict_response::Body as Out;
+        let (header, tensors) = read!(request, v1::predict_request::Body);
+        tokio::time::sleep(self.0.predict_time).await;
+        let call = self.0.predicted.fetch_add(1, Ordering::SeqCst);
+        let mut sessions = self.0.sessions.lock().unwrap();
+        if self.0.lose_session_at == Some(call) {
+            sessions.clear();
+        }
+        if sessions.get(&header.session_id) != Some(&9) {
+            return Err(ServiceError::not_found("no such session").into());
+        }
+        let bad = self.0.not_finite_at == Some(call);
+        let velocity = |(i, latents): (usize, &HostTensor)| {
+            let values = vec![if bad { f32::NAN } else { 0.25 }; latents.shape().iter().product()];
+            HostTensor::from_f32(format!("velocity.{i}"), latents.shape(), &values).unwrap()
+        };
+        let velocities = tensors.iter().enumerate().map(velocity).collect();
+        let message = |body| v1::PredictResponse { body: Some(body) };
+        let summary = message(Out::Summary(v1::PredictSummary::default()));
+        Ok(answer(velocities, move |part| message(Out::Part(part)), summary))
+    }
+
+    async fn close_session(
+        &self,
+        request: Request<v1::CloseSessionRequest>,
+    ) -> Result<Response<v1::CloseSessionResponse>, Status> {
+        self.0.sessions.lock().unwrap().remove(&request.get_ref().session_id);
+        Ok(Response::new(v1::CloseSessionResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl v1::vae_decode_service_server::VaeDecodeService for Fake {
+    type DecodeLatentsStream = Answers<v1::DecodeLatentsResponse>;
+
+    async fn decode_latents(
+        &self,
+        request: Request<Streaming<v1::DecodeLatentsRequest>>,
+    ) -> Result<Response<Self::DecodeLatentsStream>, Status> {
+        use v1::decode_latents_response::Body as Out;
+        let (header, tensors) = read!(request, v1::decode_latents_request::Body);
+        let (n, h, w) = (header.frame_limit as usize, 8 * tensors[0].shape()[2], 8 * tensors[0].shape()[3]);
+        let frames = HostTensor::from_u8("frames", &[n, h, w, 3], vec![128; n * h * w * 3]).unwrap();
+        let message = |body| v1::DecodeLatentsResponse { body: Some(body) };
+        let summary = message(Out::Summary(v1::DecodeLatentsSummary { frames: n as u32, memory: None }));
+        Ok(answer(vec![frames], move |part| message(Out::Part(part)), summary))
+    }
+}

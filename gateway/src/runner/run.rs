@@ -1,0 +1,133 @@
+//! What the parts of one run share: progress, times and memory.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use proto::v1::{GenerationState, MemoryReport, Progress, Stage, StageReport};
+
+use crate::{
+    fault::stage_name,
+    stages::Stages,
+    store::{Change, Record},
+};
+
+/// How much of the work, in percent, is done when encoding and denoising are.
+const ENCODED_PERCENT: f32 = 5.0;
+const DENOISED_PERCENT: f32 = 90.0;
+
+/// One generation that runs.
+#[derive(Debug)]
+pub(crate) struct Run {
+    /// Its record.
+    pub(crate) record: Arc<Record>,
+    /// The stages that it uses.
+    pub(crate) stages: Stages,
+    began: Instant,
+    inside: Mutex<Inside>,
+}
+
+#[derive(Debug)]
+struct Inside {
+    progress: Progress,
+    reports: BTreeMap<i32, StageReport>,
+}
+
+impl Run {
+    /// Begins the run of a generation with `steps` steps.
+    pub(crate) fn begin(record: Arc<Record>, stages: Stages, steps: u32) -> Self {
+        let progress = Progress { steps, ..Progress::default() };
+        let inside = Mutex::new(Inside { progress, reports: BTreeMap::new() });
+        Self { record, stages, began: Instant::now(), inside }
+    }
+
+    /// The id for headers.
+    pub(crate) fn id(&self) -> String {
+        self.record.id().to_string()
+    }
+
+    /// Says that a state begins.
+    pub(crate) fn enter(&self, state: GenerationState) {
+        let percent = match state {
+            GenerationState::Denoising => ENCODED_PERCENT,
+            GenerationState::Decoding => DENOISED_PERCENT,
+            _ => 0.0,
+        };
+        let progress = self.progress(|progress| progress.percent = percent.max(progress.percent));
+        self.record.publish(Change { state: Some(state), progress: Some(progress), ..Change::default() });
+    }
+
+    /// Says that a stage begins; the answer is for [`Run::stage_ended`].
+    pub(crate) fn stage_began(&self, stage: Stage) -> Instant {
+        self.note(stage, format!("{} began", stage_name(stage)));
+        Instant::now()
+    }
+
+    /// Says that a stage is done, and keeps its time and peak.
+    pub(crate) fn stage_ended(&self, stage: Stage, began: Instant, memory: MemoryReport) {
+        let seconds = began.elapsed().as_secs_f64();
+        let report = StageReport { stage: stage.into(), seconds, peak_bytes: memory.peak_bytes };
+        self.lock().reports.insert(stage.into(), report);
+        self.note(stage, format!("{} took {seconds:.1} s", stage_name(stage)));
+    }
+
+    /// Says that `done` steps are done, the last of which began `pace_seconds` per step ago.
+    pub(crate) fn step_done(&self, done: u32, pace_seconds: f64) {
+        let progress = self.progress(|progress| {
+            progress.step = done;
+            let share = done as f32 / progress.steps.max(1) as f32;
+            progress.percent = ENCODED_PERCENT + (DENOISED_PERCENT - ENCODED_PERCENT) * share;
+            progress.remaining_seconds = Some(pace_seconds * f64::from(progress.steps.saturating_sub(done)));
+        });
+        self.record.publish(Change { progress: Some(progress), stage: Stage::Diffusion, ..Change::default() });
+    }
+
+    /// Says that `done` of `frames` frames are decoded.
+    pub(crate) fn frames_done(&self, done: usize, frames: usize, pace_seconds: f64) {
+        let progress = self.progress(|progress| {
+            let share = done as f32 / frames.max(1) as f32;
+            progress.percent = DENOISED_PERCENT + (99.0 - DENOISED_PERCENT) * share.min(1.0);
+            progress.remaining_seconds = Some(pace_seconds * frames.saturating_sub(done) as f64);
+        });
+        let message = format!("{done} of {frames} frames decoded");
+        let change = Change { progress: Some(progress), stage: Stage::VaeDecode, message, ..Change::default() };
+        self.record.publish(change);
+    }
+
+    /// Times and peaks of the stages so far.
+    pub(crate) fn reports(&self) -> Vec<StageReport> {
+        self.lock().reports.values().copied().collect()
+    }
+
+    /// The progress at the end.
+    pub(crate) fn last_progress(&self, completed: bool) -> Progress {
+        self.progress(|progress| {
+            if completed {
+                progress.percent = 100.0;
+                progress.remaining_seconds = Some(0.0);
+            } else {
+                progress.remaining_seconds = None;
+            }
+        })
+    }
+
+    fn note(&self, stage: Stage, message: String) {
+        tracing::info!(generation_id = %self.record.id(), "{message}");
+        let progress = self.progress(|_| {});
+        self.record.publish(Change { progress: Some(progress), stage, message, ..Change::default() });
+    }
+
+    fn progress(&self, change: impl FnOnce(&mut Progress)) -> Progress {
+        let mut inside = self.lock();
+        inside.progress.elapsed_seconds = self.began.elapsed().as_secs_f64();
+        change(&mut inside.progress);
+        inside.progress
+    }
+
+    /// Only whole values are written under the lock, so it is sound even after a panic of a holder.
+    fn lock(&self) -> MutexGuard<'_, Inside> {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

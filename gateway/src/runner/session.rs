@@ -1,0 +1,151 @@
+//! A session of the transformer that survives the loss of its worker.
+
+use std::{sync::Arc, time::Duration};
+
+use proto::{
+    tensor::HostTensor,
+    v1::{MemoryReport, OpenSessionHeader, PassMode, PredictHeader, PredictItem, Stage},
+};
+
+use crate::{
+    fault::{Fault, Kind},
+    stages::{Stages, with_retries},
+};
+
+/// Items of one call. A step of a long clip is several calls, so that none holds the device or the queue for long.
+const ITEMS_PER_CALL: usize = 8;
+/// How long the end of a generation waits for the worker to free its session.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The passes of one denoise step.
+#[derive(Debug)]
+pub(crate) struct StepPasses {
+    /// Denoise step, from 0.
+    pub(crate) step: u32,
+    /// Flow time, 0..1000.
+    pub(crate) timestep: f32,
+    /// How much of the transformer runs.
+    pub(crate) mode: PassMode,
+    /// Keep features for later cached passes.
+    pub(crate) keep_features: bool,
+    /// (C, T, h, w) of every item's latents.
+    pub(crate) shape: [usize; 4],
+    /// Windows and branches, each with its latents.
+    pub(crate) items: Vec<(PredictItem, Vec<f32>)>,
+}
+
+/// One generation's session.
+#[derive(Debug)]
+pub(crate) struct Session {
+    stages: Stages,
+    header: OpenSessionHeader,
+    tensors: Vec<HostTensor>,
+    /// The passes whose features a cached step needs; run again when a worker has lost them.
+    last_kept: Option<Arc<StepPasses>>,
+    memory: MemoryReport,
+}
+
+impl Session {
+    /// A session that is not open yet.
+    pub(crate) fn new(stages: Stages, header: OpenSessionHeader, tensors: Vec<HostTensor>) -> Self {
+        Self { stages, header, tensors, last_kept: None, memory: MemoryReport::default() }
+    }
+
+    /// Opens it, or opens it again.
+    pub(crate) async fn open(&mut self) -> Result<(), Fault> {
+        let (header, tensors, stages) = (&self.header, &self.tensors, &self.stages);
+        self.memory = with_retries(|| stages.open_session(header.clone(), tensors.clone())).await?;
+        Ok(())
+    }
+
+    /// The worker's memory as last reported.
+    pub(crate) fn memory(&self) -> MemoryReport {
+        self.memory
+    }
+
+    /// Runs a step's passes; the velocities come in the order of the items.
+    ///
+    /// A worker that has lost the session gets it again, once a step. Where it also lost features that this step
+    /// needs, the step that left them is run again first, on the same latents: the result is that of a worker which
+    /// lost nothing.
+    pub(crate) async fn predict(&mut self, passes: StepPasses) -> Result<Vec<Vec<f32>>, Fault> {
+        let passes = Arc::new(passes);
+        let cached = passes.mode == PassMode::Cached;
+        let velocities = match self.run(&passes).await {
+            Err(fault) if fault.kind == Kind::NotFound => {
+                tracing::warn!(session_id = self.header.session_id, step = passes.step, "the session was lost");
+                self.open().await?;
+                if cached {
+                    self.rebuild_features().await?;
+                }
+                self.run(&passes).await?
+            }
+            Err(fault) if fault.kind == Kind::Precondition && cached && self.last_kept.is_some() => {
+                tracing::warn!(session_id = self.header.session_id, step = passes.step, "the features were lost");
+                self.rebuild_features().await?;
+                self.run(&passes).await?
+            }
+            other => other?,
+        };
+        if passes.mode == PassMode::Full && passes.keep_features {
+            self.last_kept = Some(passes);
+        }
+        Ok(velocities)
+    }
+
+    async fn rebuild_features(&mut self) -> Result<(), Fault> {
+        if let Some(kept) = self.last_kept.clone() {
+            self.run(&kept).await?;
+        }
+        Ok(())
+    }
+
+    async fn run(&mut self, passes: &StepPasses) -> Result<Vec<Vec<f32>>, Fault> {
+        let mut velocities = Vec::with_capacity(passes.items.len());
+        for items in passes.items.chunks(ITEMS_PER_CALL) {
+            let header = PredictHeader {
+                session_id: self.header.session_id.clone(),
+                step: passes.step,
+                timestep: passes.timestep,
+                mode: passes.mode.into(),
+                keep_features: passes.keep_features,
+                items: items.iter().map(|(item, _)| item.clone()).collect(),
+            };
+            let latents = items
+                .iter()
+                .enumerate()
+                .map(|(i, (_, values))| HostTensor::from_f32(format!("latents.{i}"), &passes.shape, values))
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|error| Fault::internal("the latents do not fit their window", &error))?;
+            let mut answer = with_retries(|| self.stages.predict(header.clone(), latents.clone())).await?;
+            self.memory = answer.memory;
+            for i in 0..items.len() {
+                let velocity = answer.take(&format!("velocity.{i}"), Stage::Diffusion)?;
+                velocities.push(checked(&velocity, passes)?);
+            }
+        }
+        Ok(velocities)
+    }
+
+    /// Frees the session on the worker. A worker that does not answer frees it by itself in time.
+    pub(crate) async fn close(stages: &Stages, session_id: String) {
+        match tokio::time::timeout(CLOSE_TIMEOUT, stages.close_session(session_id.clone())).await {
+            Ok(Ok(())) => {}
+            Ok(Err(fault)) => tracing::warn!(session_id, %fault, "the session was not closed"),
+            Err(_) => tracing::warn!(session_id, "closing the session took too long"),
+        }
+    }
+}
+
+/// The values of a velocity of the right shape, all finite.
+fn checked(velocity: &HostTensor, passes: &StepPasses) -> Result<Vec<f32>, Fault> {
+    let at = |message: String| Fault::new(Kind::Internal, format!("diffusion: step {}: {message}", passes.step + 1));
+    if velocity.shape() != passes.shape {
+        return Err(at(velocity.mismatch(format!("F32 {:?}", passes.shape)).to_string()).at(Stage::Diffusion));
+    }
+    let values = velocity.to_f32().map_err(|error| at(error.to_string()).at(Stage::Diffusion))?;
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(values),
+        Some(i) => Err(at(format!("{} has the value {} at {i}", velocity.name(), values[i])).at(Stage::Diffusion)),
+    }
+}

@@ -1,0 +1,313 @@
+//! The five stages as the gateway sees them: typed calls, tensors in, tensors out.
+
+use std::{collections::HashMap, future::Future, time::Duration};
+
+use futures::{Stream, StreamExt as _, stream};
+use http::Uri;
+use proto::{
+    tensor::{HostTensor, TensorReader},
+    v1::{
+        self, DecodeLatentsHeader, EncodeAudioHeader, EncodePromptHeader, EncodeReferenceHeader, GenerationDefaults,
+        MemoryReport, OpenSessionHeader, PredictHeader, Stage, TensorPart,
+        audio_encoder_service_client::AudioEncoderServiceClient, diffusion_service_client::DiffusionServiceClient,
+        image_encoder_service_client::ImageEncoderServiceClient, stage_service_client::StageServiceClient,
+        text_encoder_service_client::TextEncoderServiceClient, vae_decode_service_client::VaeDecodeServiceClient,
+    },
+};
+use service_kit::ServiceError;
+use tonic::{Response, Status, Streaming, transport::Channel};
+
+use crate::fault::{Fault, Kind};
+
+/// Most bytes of one tensor that a stage may answer with.
+const TENSOR_BYTES: u64 = 4 << 30;
+/// How long a stage may take to say what it is.
+const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Waits between attempts while a stage cannot be reached.
+const BACKOFF_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
+/// Longest wait that a full stage can ask for, and how often it may ask.
+const BUSY_WAIT: Duration = Duration::from_secs(30);
+const BUSY_ATTEMPTS: usize = 200;
+
+/// Connections to the five stages.
+#[derive(Debug, Clone)]
+pub struct Stages {
+    /// Speech to features.
+    pub audio_encoder: Channel,
+    /// Prompt to text states.
+    pub text_encoder: Channel,
+    /// Picture to reference latents.
+    pub image_encoder: Channel,
+    /// Latents to velocities.
+    pub diffusion: Channel,
+    /// Latents to frames.
+    pub vae_decode: Channel,
+}
+
+/// Where the five stages are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StageUris {
+    /// Speech to features.
+    pub audio_encoder: Uri,
+    /// Prompt to text states.
+    pub text_encoder: Uri,
+    /// Picture to reference latents.
+    pub image_encoder: Uri,
+    /// Latents to velocities.
+    pub diffusion: Uri,
+    /// Latents to frames.
+    pub vae_decode: Uri,
+}
+
+impl Stages {
+    /// Connections that are made at the first call and made again after a loss. Call it inside a tokio runtime.
+    ///
+    /// Errors: an address is not one.
+    pub fn connect(uris: &StageUris) -> Result<Self, ServiceError> {
+        let channel = |uri: &Uri| service_kit::client::connect(&uri.to_string());
+        Ok(Self {
+            audio_encoder: channel(&uris.audio_encoder)?,
+            text_encoder: channel(&uris.text_encoder)?,
+            image_encoder: channel(&uris.image_encoder)?,
+            diffusion: channel(&uris.diffusion)?,
+            vae_decode: channel(&uris.vae_decode)?,
+        })
+    }
+
+    /// The defaults that the diffusion stage's checkpoint asks for.
+    pub async fn defaults(&self) -> Result<GenerationDefaults, Fault> {
+        let mut client = StageServiceClient::new(self.diffusion.clone());
+        let call = tokio::time::timeout(DESCRIBE_TIMEOUT, client.describe(v1::DescribeRequest {}));
+        match call.await {
+            Ok(Ok(answer)) => Ok(answer.into_inner().defaults.unwrap_or_default()),
+            Ok(Err(status)) => Err(fault(&status, Stage::Diffusion)),
+            Err(_) => {
+                Err(Fault::new(Kind::Unavailable, "diffusion: no answer to Describe within 5 s").at(Stage::Diffusion))
+            }
+        }
+    }
+
+    /// Speech (N samples, 16 kHz) to `features`.
+    pub async fn encode_audio(&self, header: EncodeAudioHeader, samples: HostTensor) -> Result<Encoded, Fault> {
+        use v1::{encode_audio_request::Body, encode_audio_response::Body as Answer};
+        let stage = Stage::AudioEncoder;
+        let messages = tensor_stream(Body::Header(header), vec![samples], Body::Part)
+            .map(|body| v1::EncodeAudioRequest { body: Some(body) });
+        let call = AudioEncoderServiceClient::new(self.audio_encoder.clone()).encode_audio(messages).await;
+        let (tensors, summary) = collect(call, stage, |answer: v1::EncodeAudioResponse| match answer.body? {
+            Answer::Part(part) => Some(Piece::Part(part)),
+            Answer::Summary(summary) => Some(Piece::Summary(summary)),
+        })
+        .await?;
+        Ok(Encoded { tensors, memory: summary.memory.unwrap_or_default() })
+    }
+
+    /// Prompt and picture to the text states of both prompts.
+    pub async fn encode_prompt(&self, header: EncodePromptHeader, picture: HostTensor) -> Result<Encoded, Fault> {
+        use v1::{encode_prompt_request::Body, encode_prompt_response::Body as Answer};
+        let stage = Stage::TextEncoder;
+        let messages = tensor_stream(Body::Header(header), vec![picture], Body::Part)
+            .map(|body| v1::EncodePromptRequest { body: Some(body) });
+        let call = TextEncoderServiceClient::new(self.text_encoder.clone()).encode_prompt(messages).await;
+        let (tensors, summary) = collect(call, stage, |answer: v1::EncodePromptResponse| match answer.body? {
+            Answer::Part(part) => Some(Piece::Part(part)),
+            Answer::Summary(summary) => Some(Piece::Summary(summary)),
+        })
+        .await?;
+        Ok(Encoded { tensors, memory: summary.memory.unwrap_or_default() })
+    }
+
+    /// Picture to reference latents and face mask.
+    pub async fn encode_reference(
+        &self,
+        header: EncodeReferenceHeader,
+        picture: HostTensor,
+    ) -> Result<(Encoded, v1::EncodeReferenceSummary), Fault> {
+        use v1::{encode_reference_request::Body, encode_reference_response::Body as Answer};
+        let stage = Stage::ImageEncoder;
+        let messages = tensor_stream(Body::Header(header), vec![picture], Body::Part)
+            .map(|body| v1::EncodeReferenceRequest { body: Some(body) });
+        let call = ImageEncoderServiceClient::new(self.image_encoder.clone()).encode_reference(messages).await;
+        let (tensors, summary) = collect(call, stage, |answer: v1::EncodeReferenceResponse| match answer.body? {
+            Answer::Part(part) => Some(Piece::Part(part)),
+            Answer::Summary(summary) => Some(Piece::Summary(summary)),
+        })
+        .await?;
+        Ok((Encoded { tensors, memory: summary.memory.unwrap_or_default() }, summary))
+    }
+
+    /// Gives the transformer what stays the same for a generation.
+    pub async fn open_session(
+        &self,
+        header: OpenSessionHeader,
+        tensors: Vec<HostTensor>,
+    ) -> Result<MemoryReport, Fault> {
+        use v1::open_session_request::Body;
+        let messages = tensor_stream(Body::Header(header), tensors, Body::Part)
+            .map(|body| v1::OpenSessionRequest { body: Some(body) });
+        let call = DiffusionServiceClient::new(self.diffusion.clone()).open_session(messages).await;
+        let answer = call.map_err(|status| fault(&status, Stage::Diffusion))?;
+        Ok(answer.into_inner().memory.unwrap_or_default())
+    }
+
+    /// Runs the transformer: `latents.{i}` of every item in, `velocity.{i}` out.
+    pub async fn predict(&self, header: PredictHeader, latents: Vec<HostTensor>) -> Result<Encoded, Fault> {
+        use v1::{predict_request::Body, predict_response::Body as Answer};
+        let messages = tensor_stream(Body::Header(header), latents, Body::Part)
+            .map(|body| v1::PredictRequest { body: Some(body) });
+        let call = DiffusionServiceClient::new(self.diffusion.clone()).predict(messages).await;
+        let (tensors, summary) = collect(call, Stage::Diffusion, |answer: v1::PredictResponse| match answer.body? {
+            Answer::Part(part) => Some(Piece::Part(part)),
+            Answer::Summary(summary) => Some(Piece::Summary(summary)),
+        })
+        .await?;
+        Ok(Encoded { tensors, memory: summary.memory.unwrap_or_default() })
+    }
+
+    /// Frees a session.
+    pub async fn close_session(&self, session_id: String) -> Result<(), Fault> {
+        let mut client = DiffusionServiceClient::new(self.diffusion.clone());
+        let call = client.close_session(v1::CloseSessionRequest { session_id }).await;
+        call.map(|_| ()).map_err(|status| fault(&status, Stage::Diffusion))
+    }
+
+    /// Latents (C, T, h, w) to frames, which are read from the stream with [`Frames::next`].
+    pub async fn decode_latents(&self, header: DecodeLatentsHeader, latents: HostTensor) -> Result<Frames, Fault> {
+        use v1::decode_latents_request::Body;
+        let messages = tensor_stream(Body::Header(header), vec![latents], Body::Part)
+            .map(|body| v1::DecodeLatentsRequest { body: Some(body) });
+        let call = VaeDecodeServiceClient::new(self.vae_decode.clone()).decode_latents(messages).await;
+        let stream = call.map_err(|status| fault(&status, Stage::VaeDecode))?.into_inner();
+        Ok(Frames { stream, reader: TensorReader::new(TENSOR_BYTES, u64::MAX), memory: None })
+    }
+}
+
+/// What a stage answered.
+#[derive(Debug)]
+pub struct Encoded {
+    tensors: HashMap<String, HostTensor>,
+    /// The stage's memory after the call.
+    pub memory: MemoryReport,
+}
+
+impl Encoded {
+    /// Takes a tensor out; a stage that did not send it breaks the contract.
+    pub fn take(&mut self, name: &str, stage: Stage) -> Result<HostTensor, Fault> {
+        self.tensors.remove(name).ok_or_else(|| broken(stage, &format!("the answer has no tensor {name:?}")))
+    }
+}
+
+/// Frames as the decoder makes them.
+#[derive(Debug)]
+pub struct Frames {
+    stream: Streaming<v1::DecodeLatentsResponse>,
+    reader: TensorReader,
+    memory: Option<MemoryReport>,
+}
+
+impl Frames {
+    /// The next finished frames, U8 (n, H, W, 3); `None` after the last.
+    pub async fn next(&mut self) -> Result<Option<HostTensor>, Fault> {
+        use v1::decode_latents_response::Body;
+        let stage = Stage::VaeDecode;
+        loop {
+            let message = self.stream.message().await.map_err(|status| fault(&status, stage))?;
+            match message.map(|message| message.body) {
+                None if self.memory.is_some() => return Ok(None),
+                None => return Err(broken(stage, &"the answer ended without its summary")),
+                Some(Some(Body::Part(part))) => {
+                    let tensor = self.reader.push(part).map_err(|error| broken(stage, &error))?;
+                    if tensor.is_some() {
+                        return Ok(tensor);
+                    }
+                }
+                Some(Some(Body::Summary(summary))) => {
+                    self.reader.finish().map_err(|error| broken(stage, &error))?;
+                    self.memory = Some(summary.memory.unwrap_or_default());
+                }
+                Some(None) => return Err(broken(stage, &"a message of the answer is empty")),
+            }
+        }
+    }
+
+    /// The stage's memory, once all frames are there.
+    #[must_use]
+    pub fn memory(&self) -> MemoryReport {
+        self.memory.unwrap_or_default()
+    }
+}
+
+enum Piece<S> {
+    Part(TensorPart),
+    Summary(S),
+}
+
+/// Repeats a call while its stage cannot be reached (a few times) or is full (as it asks to).
+pub async fn with_retries<T, F>(mut call: impl FnMut() -> F) -> Result<T, Fault>
+where
+    F: Future<Output = Result<T, Fault>>,
+{
+    let (mut lost, mut full) = (0, 0);
+    loop {
+        let fault = match call().await {
+            Ok(value) => return Ok(value),
+            Err(fault) => fault,
+        };
+        let wait = match fault.kind {
+            Kind::Unavailable if lost < BACKOFF_MS.len() => {
+                lost += 1;
+                Duration::from_millis(BACKOFF_MS[lost - 1])
+            }
+            Kind::Busy { retry_after } if full < BUSY_ATTEMPTS => {
+                full += 1;
+                retry_after.clamp(Duration::from_millis(10), BUSY_WAIT)
+            }
+            _ => return Err(fault),
+        };
+        tracing::warn!(%fault, wait_ms = wait.as_millis() as u64, "a stage did not take a call; it is tried again");
+        tokio::time::sleep(wait).await;
+    }
+}
+
+fn fault(status: &Status, stage: Stage) -> Fault {
+    Fault::from_stage(&ServiceError::from_status(status), stage)
+}
+
+/// A stage whose answer breaks the contract.
+fn broken(stage: Stage, what: &dyn std::fmt::Display) -> Fault {
+    Fault::new(Kind::Internal, format!("{}: {what}", crate::fault::stage_name(stage))).at(stage)
+}
+
+/// The header, then the tensors' parts.
+fn tensor_stream<B: Send + 'static>(
+    header: B,
+    tensors: Vec<HostTensor>,
+    part: fn(TensorPart) -> B,
+) -> impl Stream<Item = B> + Send + 'static {
+    stream::iter(std::iter::once(header).chain(tensors.into_iter().flat_map(HostTensor::parts).map(part)))
+}
+
+/// Reads a whole answer: tensors by name, then the summary.
+async fn collect<M, S>(
+    call: Result<Response<Streaming<M>>, Status>,
+    stage: Stage,
+    open: impl Fn(M) -> Option<Piece<S>>,
+) -> Result<(HashMap<String, HostTensor>, S), Fault> {
+    let mut answers = call.map_err(|status| fault(&status, stage))?.into_inner();
+    let mut reader = TensorReader::new(TENSOR_BYTES, 4 * TENSOR_BYTES);
+    let (mut tensors, mut summary) = (HashMap::new(), None);
+    while let Some(message) = answers.message().await.map_err(|status| fault(&status, stage))? {
+        match open(message) {
+            Some(Piece::Part(part)) => {
+                if let Some(tensor) = reader.push(part).map_err(|error| broken(stage, &error))? {
+                    tensors.insert(tensor.name().to_owned(), tensor);
+                }
+            }
+            Some(Piece::Summary(last)) => summary = Some(last),
+            None => return Err(broken(stage, &"a message of the answer is empty")),
+        }
+    }
+    reader.finish().map_err(|error| broken(stage, &error))?;
+    let summary = summary.ok_or_else(|| broken(stage, &"the answer ended without its summary"))?;
+    Ok((tensors, summary))
+}

@@ -1,0 +1,89 @@
+//! `AudioEncoderService`.
+
+use std::{path::Path, sync::Arc};
+
+use candle_core::Device;
+use model::audio::AudioEncoder;
+use proto::{
+    tensor::HostTensor,
+    v1::{
+        DataType, EncodeAudioHeader, EncodeAudioRequest, EncodeAudioResponse, EncodeAudioSummary, Stage, TensorPart,
+        audio_encoder_service_server::AudioEncoderService, encode_audio_request, encode_audio_response,
+    },
+};
+use service_kit::{
+    ServiceError,
+    stage::{StageHost, StageModel},
+    tensors::{Item, Limits, ReplyStream, RequestReader, reply},
+};
+use tonic::{Request, Response, Status, Streaming};
+
+/// The networks on the device.
+pub(crate) struct Model(AudioEncoder);
+
+impl StageModel for Model {
+    const STAGE: Stage = Stage::AudioEncoder;
+    const NAME: &'static str = "audio-encoder";
+
+    fn open(folder: &Path) -> Result<Self, ServiceError> {
+        AudioEncoder::open(folder, &Device::Cpu).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+}
+
+/// Answers `AudioEncoderService`.
+pub(crate) struct Service {
+    host: Arc<StageHost<Model>>,
+    limits: Limits,
+}
+
+impl Service {
+    pub(crate) fn new(host: Arc<StageHost<Model>>, max_tensor_bytes: u64) -> Self {
+        Self { host, limits: Limits::new(max_tensor_bytes, 1) }
+    }
+}
+
+#[tonic::async_trait]
+impl AudioEncoderService for Service {
+    type EncodeAudioStream = ReplyStream<EncodeAudioResponse>;
+
+    async fn encode_audio(
+        &self,
+        request: Request<Streaming<EncodeAudioRequest>>,
+    ) -> Result<Response<Self::EncodeAudioStream>, Status> {
+        let mut reader = RequestReader::new(request.into_inner(), self.limits, split);
+        reader.header().await?;
+        let [samples] = reader.all(["samples"]).await?;
+        if samples.dtype() != DataType::F32 || samples.shape().len() != 1 {
+            return Err(ServiceError::from(samples.mismatch("F32 (N)")).into());
+        }
+        let work = move |model: &mut Model, _: &_| {
+            let samples = samples.to_f32()?;
+            let features = model.0.encode(&samples).map_err(fault)?;
+            HostTensor::from_candle("features", &features).map_err(ServiceError::internal)
+        };
+        let features = self.host.submit(work)?.await?;
+        let summary = EncodeAudioSummary { memory: Some(self.host.memory()) };
+        let summary = EncodeAudioResponse { body: Some(encode_audio_response::Body::Summary(summary)) };
+        Ok(Response::new(reply(vec![features], wrap, summary)))
+    }
+}
+
+fn split(message: EncodeAudioRequest) -> Item<EncodeAudioHeader> {
+    match message.body {
+        Some(encode_audio_request::Body::Header(header)) => Item::Other(header),
+        Some(encode_audio_request::Body::Part(part)) => Item::Part(part),
+        None => Item::Empty,
+    }
+}
+
+fn wrap(part: TensorPart) -> EncodeAudioResponse {
+    EncodeAudioResponse { body: Some(encode_audio_response::Body::Part(part)) }
+}
+
+fn fault(error: model::Error) -> ServiceError {
+    match error {
+        model::Error::Tensor { .. } | model::Error::File { .. } => ServiceError::failed_precondition(error.to_string()),
+        model::Error::Input { field, reason } => ServiceError::invalid(field, reason),
+        model::Error::Compute(error) => ServiceError::internal(error),
+    }
+}

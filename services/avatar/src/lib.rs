@@ -1,0 +1,15 @@
+//! The whole system in one process: the five stages and the gateway over in-memory connections, and the command
+//! line around them.
+
+pub mod config;
+pub mod failure;
+pub mod generate;
+pub mod output;
+pub mod progress;
+pub mod serve;
+pub mod signals;
+pub mod weights;
+
+mod stages;
+
+pub use stages::{InProcess, in_process};

@@ -1,0 +1,291 @@
+//! How a generation's progress is shown: bars, lines, JSON events, or not at all.
+
+use std::{
+    collections::HashMap,
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use proto::v1::{GenerationEvent, GenerationState, Outcome, Stage};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::failure::Failure;
+
+/// Shows progress on standard error, and the result on standard output.
+pub struct Progress {
+    form: Form,
+    quiet: bool,
+    /// Time at step 0, to tell the pace of the steps alone.
+    denoising_since: Option<Instant>,
+    shown_step: u32,
+}
+
+enum Form {
+    Json,
+    Bars { all: MultiProgress, of: HashMap<Stage, ProgressBar> },
+    Lines,
+}
+
+/// What a finished generation made.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Completed {
+    /// The video file.
+    pub path: PathBuf,
+    /// Frames of the video.
+    pub frames: u32,
+    /// Frames a second.
+    pub fps: u32,
+    /// Pixels to the right.
+    pub width: u32,
+    /// Pixels down.
+    pub height: u32,
+    /// Denoise steps done.
+    pub steps: u32,
+    /// The noise's seed.
+    pub seed: u64,
+    /// Seconds by stage.
+    pub seconds: Map<String, Value>,
+    /// Most bytes held at once, by stage; the gateway holds no weights and is not listed.
+    pub peak_bytes: Map<String, Value>,
+    /// What the caller should know, in sentences.
+    pub warnings: Vec<String>,
+}
+
+impl Completed {
+    /// Takes times, memory and warnings from the gateway's own account.
+    #[must_use]
+    pub fn with_outcome(mut self, outcome: &Outcome) -> Self {
+        for report in &outcome.stages {
+            let name = stage_name(report.stage());
+            self.seconds.insert(name.to_owned(), json!((report.seconds * 1000.0).round() / 1000.0));
+            if report.stage() != Stage::Unspecified {
+                self.peak_bytes.insert(name.to_owned(), json!(report.peak_bytes));
+            }
+        }
+        self.warnings.clone_from(&outcome.warnings);
+        self
+    }
+}
+
+impl Progress {
+    /// Bars where standard error is a terminal, lines elsewhere, JSON where asked for.
+    #[must_use]
+    pub fn new(json: bool, quiet: bool) -> Self {
+        let form = if json {
+            Form::Json
+        } else if std::io::stderr().is_terminal() && !quiet {
+            Form::Bars { all: MultiProgress::new(), of: HashMap::new() }
+        } else {
+            Form::Lines
+        };
+        Self { form, quiet, denoising_since: None, shown_step: 0 }
+    }
+
+    /// Shows one event of a generation that goes on.
+    pub fn event(&mut self, event: &GenerationEvent) {
+        if event.state() == GenerationState::Denoising && self.denoising_since.is_none() {
+            self.denoising_since = Some(Instant::now());
+        }
+        if self.quiet {
+            return;
+        }
+        let (step, steps) = event.progress.as_ref().map_or((0, 0), |p| (p.step, p.steps));
+        let stepped = step > self.shown_step;
+        self.shown_step = self.shown_step.max(step);
+        let pace = self.pace(step, steps);
+        match &mut self.form {
+            Form::Json => print_line(&event_json(event)),
+            Form::Lines => {
+                if stepped {
+                    eprintln!("denoise: {pace}");
+                } else if !event.message.is_empty() {
+                    eprintln!("{}: {}", stage_name(event.stage()), event.message);
+                }
+            }
+            Form::Bars { all, of } => {
+                if event.stage() != Stage::Unspecified && !event.message.is_empty() {
+                    match of.get(&event.stage()) {
+                        // A stage speaks when it begins and when it has ended.
+                        Some(bar) => bar.finish_with_message(event.message.clone()),
+                        None => {
+                            let bar = all.add(stage_bar(event.stage(), steps));
+                            bar.set_message(event.message.clone());
+                            of.insert(event.stage(), bar);
+                        }
+                    }
+                }
+                if stepped {
+                    let bar = of.entry(Stage::Diffusion).or_insert_with(|| all.add(stage_bar(Stage::Diffusion, steps)));
+                    bar.set_length(u64::from(steps));
+                    bar.set_position(u64::from(step));
+                    bar.set_message(pace);
+                }
+            }
+        }
+    }
+
+    fn pace(&self, step: u32, steps: u32) -> String {
+        let per_step = self.denoising_since.map_or(0.0, |t| t.elapsed().as_secs_f64()) / f64::from(step.max(1));
+        let left = per_step * f64::from(steps.saturating_sub(step));
+        format!("step {step} of {steps}, {per_step:.2} s a step, {left:.0} s left")
+    }
+
+    /// Shows the result: the last thing on standard output.
+    pub fn completed(self, result: &Completed) {
+        self.clear();
+        match self.form {
+            Form::Json => {
+                let mut value = json!(result);
+                if let Some(fields) = value.as_object_mut() {
+                    fields.insert("event".to_owned(), json!("completed"));
+                }
+                print_line(&value);
+            }
+            Form::Bars { .. } | Form::Lines if self.quiet => {}
+            Form::Bars { .. } | Form::Lines => {
+                for warning in &result.warnings {
+                    eprintln!("warning: {warning}");
+                }
+                let Completed { frames, fps, width, height, .. } = result;
+                let seconds: f64 = result.seconds.values().filter_map(Value::as_f64).sum();
+                eprintln!("{frames} frames at {fps} a second, {width}x{height}, made in {seconds:.1} s");
+                print_text(&result.path.display().to_string());
+            }
+        }
+    }
+
+    /// Shows the failure: for programs on standard output, for people on standard error.
+    pub fn failed(self, failure: &Failure) {
+        self.clear();
+        match self.form {
+            Form::Json => {
+                let Failure { code, message, field, .. } = failure;
+                print_line(&json!({ "event": "failed", "code": code, "message": message, "field": field }));
+            }
+            Form::Bars { .. } | Form::Lines => eprintln!("{}", failure.sentence()),
+        }
+    }
+
+    fn clear(&self) {
+        if let Form::Bars { of, .. } = &self.form {
+            of.values().for_each(ProgressBar::abandon);
+        }
+    }
+}
+
+fn stage_bar(stage: Stage, steps: u32) -> ProgressBar {
+    let template = if stage == Stage::Diffusion {
+        "{prefix:<14} {bar:24} {msg}"
+    } else {
+        "{prefix:<14} {spinner} {elapsed:>4} {msg}"
+    };
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::new(u64::from(steps)).with_style(style).with_prefix(stage_name(stage));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+fn event_json(event: &GenerationEvent) -> Value {
+    let mut line = Map::new();
+    line.insert("event".to_owned(), json!(state_name(event.state())));
+    line.insert("generation_id".to_owned(), json!(event.generation_id));
+    if let Some(progress) = &event.progress {
+        line.insert("step".to_owned(), json!(progress.step));
+        line.insert("steps".to_owned(), json!(progress.steps));
+        line.insert("percent".to_owned(), json!(progress.percent));
+        line.insert("elapsed_seconds".to_owned(), json!(progress.elapsed_seconds));
+        if let Some(remaining) = progress.remaining_seconds {
+            line.insert("remaining_seconds".to_owned(), json!(remaining));
+        }
+    }
+    if event.stage() != Stage::Unspecified {
+        line.insert("stage".to_owned(), json!(stage_name(event.stage())));
+    }
+    if !event.message.is_empty() {
+        line.insert("message".to_owned(), json!(event.message));
+    }
+    Value::Object(line)
+}
+
+fn print_line(value: &Value) {
+    print_text(&value.to_string());
+}
+
+/// Prints a line; a reader that went away is no reason to stop the work.
+fn print_text(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+}
+
+fn state_name(state: GenerationState) -> &'static str {
+    match state {
+        GenerationState::Unspecified => "unspecified",
+        GenerationState::Queued => "queued",
+        GenerationState::Encoding => "encoding",
+        GenerationState::Denoising => "denoising",
+        GenerationState::Decoding => "decoding",
+        GenerationState::Completed => "completed",
+        GenerationState::Failed => "failed",
+        GenerationState::Cancelled => "cancelled",
+    }
+}
+
+fn stage_name(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Unspecified => "gateway",
+        Stage::AudioEncoder => "audio-encoder",
+        Stage::TextEncoder => "text-encoder",
+        Stage::ImageEncoder => "image-encoder",
+        Stage::Diffusion => "diffusion",
+        Stage::VaeDecode => "vae-decode",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::v1::{Progress as Pace, StageReport};
+
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_flat_object() {
+        let event = GenerationEvent {
+            generation_id: "g".into(),
+            state: GenerationState::Denoising.into(),
+            progress: Some(Pace { step: 2, steps: 8, percent: 30.0, elapsed_seconds: 1.5, remaining_seconds: None }),
+            ..Default::default()
+        };
+        let value = event_json(&event);
+        assert_eq!((&value["event"], &value["step"], &value["steps"]), (&json!("denoising"), &json!(2), &json!(8)));
+        assert!(value.get("remaining_seconds").is_none() && value.get("stage").is_none());
+    }
+
+    #[test]
+    fn the_result_names_stages_and_warnings() {
+        let report = |stage: Stage, seconds, peak_bytes| StageReport { stage: stage.into(), seconds, peak_bytes };
+        let outcome = Outcome {
+            warnings: vec!["no face was found".into()],
+            stages: vec![report(Stage::Diffusion, 1.23456, 7), report(Stage::Unspecified, 0.5, 0)],
+            ..Default::default()
+        };
+        let result = Completed {
+            path: "v.mp4".into(),
+            frames: 25,
+            fps: 25,
+            width: 128,
+            height: 128,
+            steps: 8,
+            seed: 1,
+            seconds: Map::new(),
+            peak_bytes: Map::new(),
+            warnings: Vec::new(),
+        }
+        .with_outcome(&outcome);
+        assert_eq!(json!(result.seconds), json!({ "diffusion": 1.235, "gateway": 0.5 }));
+        assert_eq!(json!(result.peak_bytes), json!({ "diffusion": 7 }));
+        assert_eq!(result.warnings.len(), 1);
+    }
+}

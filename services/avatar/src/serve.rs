@@ -1,0 +1,91 @@
+//! `avatar serve`: gateway and stages in one process, on two ports.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Args;
+use gateway::{Listeners, Options, config::OptionFlags};
+use service_kit::{
+    config::{CommonConfig, CommonFlags, EXIT_USAGE, Mistakes, parse_listen},
+    server,
+};
+
+use crate::{failure::Failure, generate::models_folder, in_process};
+
+/// Exit code: the settings are wrong.
+pub const EXIT_SETTINGS: u8 = EXIT_USAGE as u8;
+
+/// The flags of `avatar serve`.
+#[derive(Debug, Args)]
+pub struct ServeFlags {
+    /// Folder of the models, with one subfolder a stage. `avatar weights synth` makes a small one.
+    #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
+    pub models: Option<PathBuf>,
+    /// Address and port to serve gRPC on; port 0 takes a free one.
+    #[arg(long, env = "AVATAR_GRPC", value_name = "ADDR:PORT", default_value = "127.0.0.1:50050")]
+    pub grpc: String,
+    /// Address and port to serve REST on; port 0 takes a free one.
+    #[arg(long, env = "AVATAR_HTTP", value_name = "ADDR:PORT", default_value = "127.0.0.1:7860")]
+    pub http: String,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub options: OptionFlags,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub common: CommonFlags,
+}
+
+/// What [`ServeFlags`] say.
+#[derive(Debug, Clone)]
+pub struct ServeConfig {
+    /// Folder of the models.
+    pub models: PathBuf,
+    /// Where to serve gRPC.
+    pub grpc: SocketAddr,
+    /// Where to serve REST.
+    pub http: SocketAddr,
+    /// About generations.
+    pub options: Options,
+    /// Log and drain time.
+    pub common: CommonConfig,
+}
+
+impl ServeFlags {
+    /// Gives the values their types.
+    ///
+    /// Errors: everything that is wrong, together.
+    pub fn check(self) -> Result<ServeConfig, Mistakes> {
+        let mut mistakes = Mistakes::default();
+        let models = models_folder(self.models.as_deref());
+        if let Err(failure) = &models {
+            let advice = failure.advice.unwrap_or_default();
+            mistakes.note(format!("--models: {failure}; {advice}"));
+        }
+        let grpc = mistakes.check("--grpc", &self.grpc, parse_listen);
+        let http = mistakes.check("--http", &self.http, parse_listen);
+        let options = self.options.resolve(&mut mistakes);
+        let common = self.common.resolve(&mut mistakes);
+        match (models, grpc, http, options, common) {
+            (Ok(models), Some(grpc), Some(http), Some(options), Some(common)) if mistakes.is_empty() => {
+                Ok(ServeConfig { models, grpc, http, options, common })
+            }
+            _ => Err(mistakes),
+        }
+    }
+}
+
+/// Serves until SIGTERM or SIGINT, then drains.
+///
+/// Errors: an address cannot be bound, the system cannot be started, or a server fails.
+pub async fn serve(config: ServeConfig) -> Result<(), Failure> {
+    let failed = |what: &'static str| move |e: service_kit::ServiceError| Failure::local(what, e);
+    let shutdown = server::shutdown_signal().map_err(failed("cannot catch signals"))?;
+    let (grpc, grpc_address) = server::bind(config.grpc).await.map_err(failed("--grpc"))?;
+    let (http, http_address) = server::bind(config.http).await.map_err(failed("--http"))?;
+    let system = in_process(&config.models, &config.options).await?;
+    // Both sockets listen: whoever connects now is answered.
+    server::announce(&[("grpc", grpc_address), ("http", http_address)]);
+    let listeners = Listeners { grpc, http };
+    gateway::serve(system.gateway().clone(), listeners, config.common.drain_timeout, shutdown.cancelled_owned())
+        .await
+        .map_err(|e| Failure::local("the server failed", e))
+}

@@ -1,0 +1,102 @@
+//! The five stages and the gateway in this process, over in-memory connections.
+
+use std::{future::Future, path::Path, time::Duration};
+
+use gateway::{Gateway, Options, Stages};
+use proto::v1::avatar_service_client::AvatarServiceClient;
+use service_kit::{
+    ServiceError,
+    client::{self, MemoryIncoming},
+    config::StageConfig,
+    device::DeviceWorker,
+    server::{self, Lifetime},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+
+use crate::failure::Failure;
+
+/// A running system: the same servers as six processes, without sockets.
+///
+/// Dropping it stops the servers at once; [`stop`](Self::stop) lets generations end first.
+pub struct InProcess {
+    gateway: Gateway,
+    channel: Channel,
+    shutdown: CancellationToken,
+}
+
+/// Starts the five stages, which share one device, and the gateway before them.
+///
+/// Weights are read at the first request that needs them, so a folder that lacks some is noticed then. To be called
+/// within a tokio runtime, which must live on as long as the system.
+///
+/// Errors: the device's thread or the gateway's folder cannot be made.
+pub async fn in_process(models: &Path, options: &Options) -> Result<InProcess, Failure> {
+    let config = StageConfig::local(models);
+    let device = DeviceWorker::spawn("cpu", config.queue).map_err(|e| Failure::local("cannot start the device", e))?;
+    let shutdown = CancellationToken::new();
+    let stages = Stages {
+        audio_encoder: stage("audio-encoder", |incoming| {
+            audio_encoder::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+        }),
+        text_encoder: stage("text-encoder", |incoming| {
+            text_encoder::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+        }),
+        image_encoder: stage("image-encoder", |incoming| {
+            image_encoder::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+        }),
+        diffusion: stage("diffusion", |incoming| {
+            diffusion::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+        }),
+        vae_decode: stage("vae-decode", |incoming| {
+            vae_decode::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+        }),
+    };
+    let gateway = Gateway::new(options, stages).map_err(|e| Failure::local("cannot start the gateway", e))?;
+    let routes = gateway.grpc_routes();
+    let lifetime = Lifetime { shutdown: shutdown.clone(), drain: config.common.drain_timeout };
+    let channel =
+        stage("gateway", |incoming| async move { server::serve(routes, &gateway::SERVICES, incoming, lifetime).await });
+    Ok(InProcess { gateway, channel, shutdown })
+}
+
+/// Runs a server on an in-memory connection, and gives the channel to it.
+fn stage<F>(name: &'static str, serve: impl FnOnce(MemoryIncoming) -> F) -> Channel
+where
+    F: Future<Output = Result<(), ServiceError>> + Send + 'static,
+{
+    let (channel, incoming) = client::in_memory();
+    let serving = serve(incoming);
+    tokio::spawn(async move {
+        if let Err(reason) = serving.await {
+            tracing::error!("{name} ended: {reason}");
+        }
+    });
+    channel
+}
+
+impl InProcess {
+    /// The gateway, to serve it on sockets too.
+    #[must_use]
+    pub fn gateway(&self) -> &Gateway {
+        &self.gateway
+    }
+
+    /// A client of the public service, over the in-memory connection.
+    #[must_use]
+    pub fn client(&self) -> AvatarServiceClient<Channel> {
+        AvatarServiceClient::new(self.channel.clone())
+    }
+
+    /// Takes no more generations, waits up to `grace` for those accepted, cancels the rest and stops the servers.
+    pub async fn stop(&self, grace: Duration) {
+        self.gateway.drain(grace).await;
+        self.shutdown.cancel();
+    }
+}
+
+impl Drop for InProcess {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}

@@ -1,0 +1,279 @@
+//! `DiffusionService`.
+
+use std::{collections::HashMap, path::Path, sync::Arc, time::Instant};
+
+use candle_core::Device;
+use model::{
+    diffusion::{DiffusionStage, TransformerConfig},
+    weights::read_json,
+};
+use proto::{
+    tensor::HostTensor,
+    v1::{
+        Branch, CloseSessionRequest, CloseSessionResponse, DataType, GenerationDefaults, OpenSessionHeader,
+        OpenSessionRequest, OpenSessionResponse, PassMode, PredictHeader, PredictItem, PredictRequest, PredictResponse,
+        PredictSummary, PromptKind, Stage, TensorPart, diffusion_service_server::DiffusionService,
+        open_session_request, predict_request, predict_response,
+    },
+};
+use service_kit::{
+    ServiceError,
+    device::CancelToken,
+    stage::{StageHost, StageModel},
+    tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
+};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::session::{Session, TENSORS, clip_frames};
+
+/// Most sessions at once.
+const MAX_SESSIONS: usize = 32;
+/// Most items of one request.
+const MAX_ITEMS: usize = 64;
+/// Most latent frames of one window.
+const MAX_WINDOW: usize = 1024;
+
+/// The network and the sessions on the device.
+pub(crate) struct Model {
+    stage: DiffusionStage,
+    sessions: HashMap<String, Session>,
+}
+
+impl StageModel for Model {
+    const STAGE: Stage = Stage::Diffusion;
+    const NAME: &'static str = "diffusion";
+
+    fn open(folder: &Path) -> Result<Self, ServiceError> {
+        DiffusionStage::open(folder, &Device::Cpu)
+            .map(|stage| Self { stage, sessions: HashMap::new() })
+            .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+
+    fn defaults(folder: &Path) -> Option<GenerationDefaults> {
+        let config: TransformerConfig = read_json(&folder.join("config.json")).ok()?;
+        let wanted = config.defaults?;
+        Some(GenerationDefaults {
+            size: Some(wanted.size),
+            steps: Some(wanted.steps),
+            guidance_scale: Some(wanted.guidance_scale),
+            flow_shift: Some(wanted.flow_shift),
+        })
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        self.sessions.values().map(Session::bytes).sum()
+    }
+}
+
+/// Answers `DiffusionService`.
+pub(crate) struct Service {
+    host: Arc<StageHost<Model>>,
+    session_limits: Limits,
+    predict_limits: Limits,
+}
+
+impl Service {
+    pub(crate) fn new(host: Arc<StageHost<Model>>, max_tensor_bytes: u64) -> Self {
+        let session_limits = Limits::new(max_tensor_bytes, 4);
+        Self { host, session_limits, predict_limits: Limits::new(max_tensor_bytes, 4) }
+    }
+}
+
+#[tonic::async_trait]
+impl DiffusionService for Service {
+    async fn open_session(
+        &self,
+        request: Request<Streaming<OpenSessionRequest>>,
+    ) -> Result<Response<OpenSessionResponse>, Status> {
+        let mut reader = RequestReader::new(request.into_inner(), self.session_limits, split_session);
+        let header = reader.header().await?;
+        check_session_id(&header.session_id)?;
+        if !(header.fps > 0.0 && header.fps <= 1000.0) {
+            return Err(ServiceError::invalid("fps", format!("{}, allowed are over 0 to 1000", header.fps)).into());
+        }
+        let tensors = reader.all(TENSORS).await?;
+        self.host.submit(move |model, _| model.open_session(header, &tensors))?.await?;
+        Ok(Response::new(OpenSessionResponse { memory: Some(self.host.memory()) }))
+    }
+
+    type PredictStream = ReplyStream<PredictResponse>;
+
+    async fn predict(
+        &self,
+        request: Request<Streaming<PredictRequest>>,
+    ) -> Result<Response<Self::PredictStream>, Status> {
+        let mut reader = RequestReader::new(request.into_inner(), self.predict_limits, split_predict);
+        let header = reader.header().await?;
+        check_predict(&header)?;
+        let mut latents = Vec::with_capacity(header.items.len());
+        while let Some(tensor) = reader.next().await? {
+            let expected = format!("latents.{}", latents.len());
+            if latents.len() == header.items.len() || tensor.name() != expected {
+                let reason = format!("expected latents.0 to latents.{}, in order", header.items.len() - 1);
+                return Err(ServiceError::invalid(tensor.name(), reason).into());
+            }
+            latents.push(tensor);
+        }
+        if latents.len() < header.items.len() {
+            return Err(ServiceError::invalid(format!("latents.{}", latents.len()), "the tensor is missing").into());
+        }
+        let host = self.host.clone();
+        // Room for every result, so that a slow reader never holds the device.
+        let messages = streamed_reply(header.items.len(), wrap, |outbox| {
+            let work =
+                move |model: &mut Model, cancel: &CancelToken| model.predict(&header, latents, (&outbox, cancel));
+            let pending = self.host.submit(work)?;
+            Ok(async move {
+                let summary = PredictSummary { device_seconds: pending.await?, memory: Some(host.memory()) };
+                Ok(PredictResponse { body: Some(predict_response::Body::Summary(summary)) })
+            })
+        })?;
+        Ok(Response::new(messages))
+    }
+
+    async fn close_session(
+        &self,
+        request: Request<CloseSessionRequest>,
+    ) -> Result<Response<CloseSessionResponse>, Status> {
+        let id = request.into_inner().session_id;
+        check_session_id(&id)?;
+        self.host.submit_if_loaded(move |model| drop(model.sessions.remove(&id)))?.await?;
+        Ok(Response::new(CloseSessionResponse {}))
+    }
+}
+
+impl Model {
+    fn open_session(&mut self, header: OpenSessionHeader, tensors: &[HostTensor; 9]) -> Result<(), ServiceError> {
+        self.sessions.retain(|_, session| !session.is_idle());
+        if self.sessions.len() >= MAX_SESSIONS && !self.sessions.contains_key(&header.session_id) {
+            return Err(ServiceError::ResourceExhausted {
+                message: format!("{MAX_SESSIONS} sessions are open, which is the most"),
+                retry_after: Some(std::time::Duration::from_secs(10)),
+            });
+        }
+        let session = Session::new(&header, tensors, self.stage.transformer.widths())?;
+        self.sessions.insert(header.session_id, session);
+        Ok(())
+    }
+
+    /// Runs the items in order; gives the seconds it took.
+    fn predict(
+        &mut self,
+        header: &PredictHeader,
+        latents: Vec<HostTensor>,
+        (outbox, cancel): (&Outbox<PredictResponse>, &CancelToken),
+    ) -> Result<f64, ServiceError> {
+        let begin = Instant::now();
+        let Self { stage, sessions } = self;
+        let session = sessions
+            .get_mut(&header.session_id)
+            .ok_or_else(|| ServiceError::not_found(format!("no session {:?} is open here", header.session_id)))?;
+        session.touch();
+        for (item, latents) in header.items.iter().zip(&latents) {
+            let shape = session.latents_shape(item);
+            if latents.dtype() != DataType::F32 || latents.shape() != shape {
+                return Err(latents.mismatch(format!("F32 {shape:?}")).into());
+            }
+            if header.mode() == PassMode::Cached && !session.cache(item).holds(&clip_frames(item)) {
+                let reason = format!("no features of latent frames {:?} are kept; run them FULL", item.latent_frames);
+                return Err(ServiceError::failed_precondition(reason));
+            }
+        }
+        for (i, (item, latents)) in header.items.iter().zip(latents).enumerate() {
+            cancel.check()?;
+            let given = session.conditioning(item)?;
+            let latents = latents.to_candle(&Device::Cpu).map_err(ServiceError::internal)?;
+            let transformer = &stage.transformer;
+            let velocity = if header.mode() == PassMode::Cached {
+                let features = session.cache(item).get(&clip_frames(item));
+                let features = features.ok_or_else(|| {
+                    ServiceError::failed_precondition("the kept features are of different sizes; run the item FULL")
+                })?;
+                transformer.predict_cached(&features, header.timestep, &given).map_err(fault)?
+            } else {
+                let pass =
+                    transformer.predict(&latents, header.timestep, &given, header.keep_features).map_err(fault)?;
+                if let Some(features) = pass.features {
+                    session.keep(item, features)?;
+                }
+                pass.velocity
+            };
+            let velocity =
+                HostTensor::from_candle(format!("velocity.{i}"), &velocity).map_err(ServiceError::internal)?;
+            outbox.send(velocity, cancel)?;
+        }
+        session.touch();
+        Ok(begin.elapsed().as_secs_f64())
+    }
+}
+
+fn check_session_id(id: &str) -> Result<(), ServiceError> {
+    match id.chars().count() {
+        1..=128 => Ok(()),
+        n => Err(ServiceError::invalid("session_id", format!("{n} characters, allowed are 1 to 128"))),
+    }
+}
+
+fn check_predict(header: &PredictHeader) -> Result<(), ServiceError> {
+    check_session_id(&header.session_id)?;
+    if !(0.0..=1000.0).contains(&header.timestep) {
+        return Err(ServiceError::invalid("timestep", format!("{}, allowed are 0 to 1000", header.timestep)));
+    }
+    if header.mode() == PassMode::Unspecified {
+        return Err(ServiceError::invalid("mode", "neither FULL nor CACHED"));
+    }
+    if !(1..=MAX_ITEMS).contains(&header.items.len()) {
+        return Err(ServiceError::invalid("items", format!("{}, allowed are 1 to {MAX_ITEMS}", header.items.len())));
+    }
+    header.items.iter().enumerate().try_for_each(|(i, item)| check_item(i, item))
+}
+
+fn check_item(i: usize, item: &PredictItem) -> Result<(), ServiceError> {
+    let wrong = |field: &str, reason: String| Err(ServiceError::invalid(format!("items[{i}].{field}"), reason));
+    if item.branch() == Branch::Unspecified {
+        return wrong("branch", "neither CONDITIONAL nor UNCONDITIONAL".to_owned());
+    }
+    if item.prompt() == PromptKind::Unspecified {
+        return wrong("prompt", "neither POSITIVE nor NEGATIVE".to_owned());
+    }
+    if !(0.0..=1.0).contains(&item.face_mask_scale) {
+        return wrong("face_mask_scale", format!("{}, allowed are 0 to 1", item.face_mask_scale));
+    }
+    let window = item.latent_frames.len();
+    if !(1..=MAX_WINDOW).contains(&window) {
+        return wrong("latent_frames", format!("{window}, allowed are 1 to {MAX_WINDOW}"));
+    }
+    if item.audio_frames.len() != 4 * window - 3 {
+        let (found, expected) = (item.audio_frames.len(), 4 * window - 3);
+        return wrong("audio_frames", format!("{found} for {window} latent frames, expected {expected}"));
+    }
+    Ok(())
+}
+
+fn split_session(message: OpenSessionRequest) -> Item<OpenSessionHeader> {
+    match message.body {
+        Some(open_session_request::Body::Header(header)) => Item::Other(header),
+        Some(open_session_request::Body::Part(part)) => Item::Part(part),
+        None => Item::Empty,
+    }
+}
+
+fn split_predict(message: PredictRequest) -> Item<PredictHeader> {
+    match message.body {
+        Some(predict_request::Body::Header(header)) => Item::Other(header),
+        Some(predict_request::Body::Part(part)) => Item::Part(part),
+        None => Item::Empty,
+    }
+}
+
+fn wrap(part: TensorPart) -> PredictResponse {
+    PredictResponse { body: Some(predict_response::Body::Part(part)) }
+}
+
+fn fault(error: model::Error) -> ServiceError {
+    match error {
+        model::Error::Tensor { .. } | model::Error::File { .. } => ServiceError::failed_precondition(error.to_string()),
+        model::Error::Input { field, reason } => ServiceError::invalid(field, reason),
+        model::Error::Compute(error) => ServiceError::internal(error),
+    }
+}

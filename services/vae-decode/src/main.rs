@@ -1,0 +1,17 @@
+//! The process: settings, log, address, then serving until SIGTERM.
+
+use std::process::ExitCode;
+
+use service_kit::{config, server, telemetry};
+use vae_decode::config::Flags;
+
+fn main() -> ExitCode {
+    let config = config::parse_or_exit::<Flags>();
+    telemetry::init(&config.common.log);
+    server::run_process(|| async {
+        let shutdown = server::shutdown_signal()?;
+        let (listener, address) = server::bind(config.listen).await?;
+        server::announce(&[("grpc", address)]);
+        vae_decode::serve(config, server::tcp(listener), shutdown).await
+    })
+}

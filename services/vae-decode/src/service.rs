@@ -1,0 +1,122 @@
+//! `VaeDecodeService`.
+
+use std::{path::Path, sync::Arc};
+
+use candle_core::Device;
+use model::vae::VaeStage;
+use proto::{
+    tensor::HostTensor,
+    v1::{
+        DataType, DecodeLatentsHeader, DecodeLatentsRequest, DecodeLatentsResponse, DecodeLatentsSummary, Stage,
+        TensorPart, decode_latents_request, decode_latents_response, vae_decode_service_server::VaeDecodeService,
+    },
+};
+use service_kit::{
+    ServiceError,
+    device::CancelToken,
+    stage::{StageHost, StageModel},
+    tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
+};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Runs of frames that a slow reader may leave lying before the device waits for it.
+const WAITING_TILES: usize = 4;
+
+/// The networks on the device.
+pub(crate) struct Model(VaeStage);
+
+impl StageModel for Model {
+    const STAGE: Stage = Stage::VaeDecode;
+    const NAME: &'static str = "vae-decode";
+
+    fn open(folder: &Path) -> Result<Self, ServiceError> {
+        VaeStage::open(folder, &Device::Cpu).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+}
+
+/// Answers `VaeDecodeService`.
+pub(crate) struct Service {
+    host: Arc<StageHost<Model>>,
+    limits: Limits,
+}
+
+impl Service {
+    pub(crate) fn new(host: Arc<StageHost<Model>>, max_tensor_bytes: u64) -> Self {
+        Self { host, limits: Limits::new(max_tensor_bytes, 1) }
+    }
+}
+
+#[tonic::async_trait]
+impl VaeDecodeService for Service {
+    type DecodeLatentsStream = ReplyStream<DecodeLatentsResponse>;
+
+    async fn decode_latents(
+        &self,
+        request: Request<Streaming<DecodeLatentsRequest>>,
+    ) -> Result<Response<Self::DecodeLatentsStream>, Status> {
+        let mut reader = RequestReader::new(request.into_inner(), self.limits, split);
+        let header = reader.header().await?;
+        let [latents] = reader.all(["latents"]).await?;
+        if latents.dtype() != DataType::F32 || latents.shape().len() != 4 {
+            return Err(ServiceError::from(latents.mismatch("F32 (C, T, h, w)")).into());
+        }
+        let limit = (header.frame_limit > 0).then_some(header.frame_limit as usize);
+        let host = self.host.clone();
+        let messages = streamed_reply(WAITING_TILES, wrap, |outbox| {
+            let pending = self.host.submit(move |model, cancel| decode(model, &latents, limit, (&outbox, cancel)))?;
+            Ok(async move {
+                let summary = DecodeLatentsSummary { frames: pending.await?, memory: Some(host.memory()) };
+                Ok(DecodeLatentsResponse { body: Some(decode_latents_response::Body::Summary(summary)) })
+            })
+        })?;
+        Ok(Response::new(messages))
+    }
+}
+
+/// Decodes and sends; gives the number of frames.
+fn decode(
+    model: &mut Model,
+    latents: &HostTensor,
+    limit: Option<usize>,
+    (outbox, cancel): (&Outbox<DecodeLatentsResponse>, &CancelToken),
+) -> Result<u32, ServiceError> {
+    let ratio = model.0.config.spatial_compression_ratio;
+    let (height, width) = (latents.shape()[2].saturating_mul(ratio), latents.shape()[3].saturating_mul(ratio));
+    let latents = latents.to_candle(&Device::Cpu).map_err(ServiceError::internal)?;
+    let (mut frames, mut stopped) = (0u32, None);
+    let outcome = model.0.decode_frames(&latents, limit, &mut |n, rgb| {
+        let sent = HostTensor::from_u8("frames", &[n, height, width, 3], rgb)
+            .map_err(ServiceError::internal)
+            .and_then(|tensor| outbox.send(tensor, cancel));
+        sent.map_err(|error| {
+            stopped = Some(error);
+            model::Error::input("caller", "it takes no more frames")
+        })?;
+        frames = frames.saturating_add(u32::try_from(n).unwrap_or(u32::MAX));
+        Ok(())
+    });
+    match (stopped, outcome) {
+        (Some(error), _) => Err(error),
+        (None, outcome) => outcome.map(|()| frames).map_err(fault),
+    }
+}
+
+fn split(message: DecodeLatentsRequest) -> Item<DecodeLatentsHeader> {
+    match message.body {
+        Some(decode_latents_request::Body::Header(header)) => Item::Other(header),
+        Some(decode_latents_request::Body::Part(part)) => Item::Part(part),
+        None => Item::Empty,
+    }
+}
+
+fn wrap(part: TensorPart) -> DecodeLatentsResponse {
+    DecodeLatentsResponse { body: Some(decode_latents_response::Body::Part(part)) }
+}
+
+fn fault(error: model::Error) -> ServiceError {
+    match error {
+        model::Error::Tensor { .. } | model::Error::File { .. } => ServiceError::failed_precondition(error.to_string()),
+        model::Error::Input { field, reason } => ServiceError::invalid(field, reason),
+        model::Error::Compute(error) => ServiceError::internal(error),
+    }
+}

@@ -1,0 +1,68 @@
+//! Holds the product against reference cases.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Parser;
+use e2e::parity::{self, Report};
+
+/// Runs reference cases through the product's own functions and compares every output tensor.
+///
+/// Exits 0 only if every case was run and every tensor is within the case's own tolerance.
+#[derive(Parser)]
+#[command(name = "parity", version)]
+struct Arguments {
+    /// A case, or a folder of cases.
+    dir: PathBuf,
+    /// One JSON object per case instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let cases = match parity::find(&arguments.dir) {
+        Ok(cases) => cases,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    let mut held = 0;
+    for case in &cases {
+        let report = parity::run(case);
+        held += usize::from(report.holds());
+        if arguments.json {
+            println!("{}", serde_json::to_string(&report).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}")));
+        } else {
+            print_text(&report);
+        }
+    }
+    if !arguments.json {
+        println!("{held} of {} cases hold", cases.len());
+    }
+    ExitCode::from(u8::from(held != cases.len()))
+}
+
+fn print_text(report: &Report) {
+    let verdict = if report.holds() { "holds" } else { "FAILS" };
+    println!("{} ({}): {verdict}", report.case, report.kind.unwrap_or("unknown kind"));
+    if let Some(error) = &report.error {
+        println!("  error: {error}");
+    }
+    for row in &report.tensors {
+        let mark = if row.holds { "ok  " } else { "FAIL" };
+        if let Some(reason) = &row.reason {
+            println!("  {mark} {:<34} {reason}", row.tensor);
+            continue;
+        }
+        println!(
+            "  {mark} {:<34} rel {:.2e}  abs {:.2e}  at {:?}  (tolerance {:.0e})",
+            row.tensor, row.relative, row.absolute, row.at, row.tolerance
+        );
+        if !row.holds {
+            for (index, got, want) in &row.pairs {
+                println!("         {index:?}: got {got:e}, reference {want:e}");
+            }
+        }
+    }
+}

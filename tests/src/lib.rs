@@ -1,0 +1,3 @@
+//! Whole-system tests: the reference cases ([`parity`]), and a stack of real processes for the tests.
+
+pub mod parity;

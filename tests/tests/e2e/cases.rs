@@ -1,0 +1,62 @@
+//! Every reference case in `tests/goldens` holds, through the same runner that anyone can point at other cases.
+
+use std::path::Path;
+
+use e2e::parity;
+
+#[test]
+fn every_reference_case_holds() {
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens");
+    let cases = parity::find(&goldens).unwrap();
+    assert_eq!(cases.len(), 28);
+    let failures: Vec<String> = cases
+        .iter()
+        .map(|case| parity::run(case))
+        .filter(|report| !report.holds())
+        .map(|report| {
+            let rows: Vec<_> = report.tensors.iter().filter(|t| !t.holds).collect();
+            format!("{}: {:?} {rows:#?}", report.case, report.error)
+        })
+        .collect();
+    assert!(failures.is_empty(), "{} cases fail:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn a_folder_of_an_unknown_kind_counts_as_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), r#"{"case":"surprise","tolerance_max_rel":0.1}"#).unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/image_size_rule/outputs.safetensors");
+    let bytes = std::fs::read(source).unwrap();
+    // The same tensor under a name that no kind has.
+    let renamed = String::from_utf8_lossy(&bytes[8..]).contains("\"table\"");
+    assert!(renamed);
+    let patched = replace(&bytes, b"\"table\"", b"\"tablx\"");
+    std::fs::write(dir.path().join("outputs.safetensors"), patched).unwrap();
+    let report = parity::run(dir.path());
+    assert!(!report.holds());
+    assert!(report.kind.is_none());
+}
+
+#[test]
+fn a_wrong_value_is_shown_with_its_place() {
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens");
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "inputs.safetensors", "outputs.safetensors"] {
+        std::fs::copy(goldens.join("scheduler").join(file), dir.path().join(file)).unwrap();
+    }
+    let path = dir.path().join("outputs.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 0x40; // the exponent of one element
+    std::fs::write(&path, bytes).unwrap();
+    let report = parity::run(dir.path());
+    let wrong: Vec<_> = report.tensors.iter().filter(|t| !t.holds).collect();
+    assert_eq!(wrong.len(), 1, "{report:?}");
+    assert_eq!(wrong[0].pairs.len(), 1);
+    assert_eq!(wrong[0].pairs[0].0, wrong[0].at);
+}
+
+fn replace(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+    let at = bytes.windows(from.len()).position(|w| w == from).unwrap();
+    [&bytes[..at], to, &bytes[at + from.len()..]].concat()
+}

@@ -1,0 +1,204 @@
+//! Real processes of the product, on free ports, that end with the test.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::mpsc,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use tempfile::TempDir;
+
+/// How long a process may take to say that it is ready.
+const READY: Duration = Duration::from_secs(60);
+
+/// The stages, in the order of the gateway's flags.
+pub const STAGES: [&str; 5] = ["audio-encoder", "text-encoder", "image-encoder", "diffusion", "vae-decode"];
+
+/// Path of a binary of the workspace.
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(path.exists(), "{} is not built: run `cargo build --workspace --bins` first", path.display());
+    path
+}
+
+/// A tiny checkpoint, made once per build and shared by all tests.
+pub fn tiny_models() -> PathBuf {
+    let avatar = binary("avatar");
+    let built = fs::metadata(&avatar).and_then(|m| m.modified()).unwrap();
+    let stamp = built.duration_since(UNIX_EPOCH).unwrap().as_nanos();
+    let shared = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let models = shared.join(format!("tiny-{stamp}"));
+    if !models.exists() {
+        let mine = tempfile::tempdir_in(shared).unwrap();
+        let out = mine.path().join("models");
+        let made = Command::new(avatar)
+            .args(["weights", "synth", "--size", "tiny", "--seed", "1", "--out"])
+            .arg(&out)
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{}", text(&made.stderr));
+        // Another test may have been quicker; its checkpoint is the same.
+        let _ = fs::rename(&out, &models);
+    }
+    models
+}
+
+/// A copy of the tiny checkpoint that a test may spoil.
+pub fn own_models() -> TempDir {
+    let copy = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    copy_tree(&tiny_models(), copy.path());
+    copy
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_tree(&entry.path(), &target)
+        } else {
+            fs::copy(entry.path(), &target).map(drop).unwrap()
+        }
+    }
+}
+
+/// One running process; it is killed when dropped.
+pub struct Process {
+    child: Child,
+    /// The line that it printed when it was ready.
+    pub ready: String,
+}
+
+impl Process {
+    /// Starts a binary and waits for its `ready` line.
+    pub fn start(name: &str, arguments: &[&str]) -> Self {
+        let mut child = Command::new(binary(name))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        let stdout = child.stdout.take().unwrap();
+        let (send, receive) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if line.starts_with("ready ") {
+                    let _ = send.send(line);
+                }
+            }
+        });
+        match receive.recv_timeout(READY) {
+            Ok(ready) => Self { child, ready },
+            Err(error) => {
+                let _ = child.kill();
+                panic!("{name} is not ready: {error}");
+            }
+        }
+    }
+
+    /// The address after `key=` in the ready line.
+    pub fn address(&self, key: &str) -> String {
+        let found = self.ready.split_whitespace().find_map(|word| word.strip_prefix(&format!("{key}=")));
+        found.unwrap_or_else(|| panic!("no {key} in {:?}", self.ready)).to_owned()
+    }
+
+    /// Asks the process to end, and gives its exit status.
+    pub fn terminate(mut self) -> Option<i32> {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        self.child.wait().unwrap().code()
+    }
+
+    /// Kills the process at once.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Starts one stage.
+pub fn stage(name: &str, models: &Path) -> Process {
+    Process::start(name, &["--listen", "127.0.0.1:0", "--models", models.to_str().unwrap()])
+}
+
+/// A gateway and whatever it needs.
+pub struct Stack {
+    /// The gateway, or the one process that is everything.
+    pub gateway: Process,
+    /// The stages by name, where they are processes of their own.
+    pub stages: Vec<(&'static str, Process)>,
+}
+
+impl Stack {
+    /// Six processes.
+    pub fn six(models: &Path) -> Self {
+        let stages: Vec<_> = STAGES.iter().map(|name| (*name, stage(name, models))).collect();
+        let mut arguments = vec!["--grpc".to_owned(), "127.0.0.1:0".into(), "--http".into(), "127.0.0.1:0".into()];
+        for (name, process) in &stages {
+            arguments.extend([format!("--{name}"), format!("http://{}", process.address("grpc"))]);
+        }
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        Self { gateway: Process::start("gateway", &arguments), stages }
+    }
+
+    /// Everything in one process.
+    pub fn one(models: &Path) -> Self {
+        let models = models.to_str().unwrap();
+        let arguments = ["serve", "--models", models, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"];
+        Self { gateway: Process::start("avatar", &arguments), stages: Vec::new() }
+    }
+
+    /// URL of the public gRPC door.
+    pub fn grpc(&self) -> String {
+        format!("http://{}", self.gateway.address("grpc"))
+    }
+
+    /// URL of the REST door.
+    pub fn http(&self) -> String {
+        format!("http://{}", self.gateway.address("http"))
+    }
+}
+
+/// Runs `avatar` to its end.
+pub fn avatar(arguments: &[&str]) -> Output {
+    Command::new(binary("avatar")).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Bytes as text, for messages.
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The bytes of the first video stream of an MP4, and what ffprobe says of the file.
+pub fn video_stream(mp4: &Path) -> Vec<u8> {
+    let mp4 = mp4.to_str().unwrap();
+    let copied = Command::new("ffmpeg")
+        .args(["-v", "error", "-i", mp4, "-map", "0:v:0", "-c", "copy", "-f", "h264", "-"])
+        .output()
+        .unwrap();
+    assert!(copied.status.success(), "{}", text(&copied.stderr));
+    assert!(!copied.stdout.is_empty());
+    copied.stdout
+}
+
+/// What ffprobe says of a file.
+pub fn probe(mp4: &Path) -> serde_json::Value {
+    let mp4 = mp4.to_str().unwrap();
+    let shown = Command::new("ffprobe")
+        .args(["-v", "error", "-count_frames", "-show_streams", "-show_format", "-of", "json", mp4])
+        .output()
+        .unwrap();
+    assert!(shown.status.success(), "{}", text(&shown.stderr));
+    serde_json::from_slice(&shown.stdout).unwrap()
+}
