@@ -77,7 +77,6 @@ impl Gateway {
     }
 
     /// The REST interface.
-    #[must_use]
     pub fn http_router(&self) -> axum::Router {
         crate::api::rest::router(self.clone())
     }

@@ -99,18 +99,10 @@ class Canvas:
             mask = ImageChops.multiply(mask, inside)
         self.image.paste(colour, (0, 0), mask)
 
-    def stroke(self, points: list[Point], colour: tuple[int, int, int], width: float) -> None:
-        """Draws an open line that thins out to both ends."""
-        draw = ImageDraw.Draw(self.image)
-        curve = smooth(points)[: -2 * 24] if len(points) > 2 else points
-        for i, (x, y) in enumerate(curve):
-            r = width / 2 * (0.25 + 0.75 * math.sin(math.pi * i / len(curve))) * SCALE
-            draw.ellipse([x * SCALE - r, y * SCALE - r, x * SCALE + r, y * SCALE + r], fill=colour)
-
 
 def line(start: Point, middle: Point, end: Point) -> list[Point]:
-    """Three points as an open line for `Canvas.stroke`."""
-    count = 40
+    """Close points of the curve from start to end that leans towards the middle."""
+    count = 200
     curve = []
     for i in range(count + 1):
         t = i / count
@@ -230,11 +222,15 @@ def nose_and_mouth(canvas: Canvas) -> None:
         canvas.paint(ellipse(256 + side * 11, 295, 5, 2.6), (110, 58, 48), blur=1.2)
         brush(canvas, line((256 + side * 19, 280), (256 + side * 26, 290), (256 + side * 17, 297)), (170, 108, 84), 2.4)
 
-    canvas.paint(ellipse(256, 344, 26, 5), SKIN_SHADE, blur=5, strength=0.55)
-    canvas.paint(smooth(mirrored([(256, 314), (268, 311), (288, 319), (300, 324), (280, 326), (256, 327)])), (168, 74, 72))
-    canvas.paint(smooth(mirrored([(256, 326), (284, 325), (299, 324), (282, 337), (256, 341)])), LIPS)
-    canvas.paint(ellipse(252, 333, 16, 3), (238, 168, 158), blur=3, strength=0.8)
-    brush(canvas, line((213, 322), (256, 331), (299, 322)), (104, 40, 42), 3)
+    canvas.paint(ellipse(256, 344, 24, 5), SKIN_SHADE, blur=5, strength=0.5)
+    upper = [(256, 317), (267, 314), (282, 317), (296, 317), (280, 326), (256, 329)]
+    canvas.paint(smooth(mirrored(upper)), (178, 84, 80))
+    lower = [(256, 327), (280, 324), (295, 318), (280, 336), (256, 341)]
+    canvas.paint(smooth(mirrored(lower)), LIPS)
+    canvas.paint(ellipse(252, 334, 14, 2.6), (238, 168, 158), blur=3, strength=0.8)
+    brush(canvas, line((211, 315), (256, 341), (301, 315)), (112, 46, 46), 2.6)
+    for side in (-1, 1):
+        canvas.paint(ellipse(256 + side * 46, 314, 4, 5), SKIN_SHADE, blur=2.5, strength=0.5)
 
 
 def main() -> None:

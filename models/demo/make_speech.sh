@@ -4,5 +4,5 @@
 #   ./make_speech.sh [speech.wav]
 set -euo pipefail
 out="${1:-$(dirname "$0")/speech.wav}"
-espeak-ng -v en-gb -s 155 -p 52 -a 120 -w "$out" \
-  "Hello. I am a drawing, and this voice was made by a computer."
+espeak-ng -v en-gb -s 165 -p 52 -a 120 -w "$out" \
+  "Hello. I am a drawing, and a computer made this voice."

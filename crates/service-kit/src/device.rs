@@ -234,7 +234,11 @@ mod tests {
         let worker = DeviceWorker::spawn("test", 2).unwrap();
         let (release, running) = block(&worker).await;
         let (ran, witness) = mpsc::channel();
-        drop(worker.try_submit(move |_| Ok(ran.send(()).unwrap())).unwrap());
+        let task = move |_: &CancelToken| {
+            ran.send(()).unwrap();
+            Ok(())
+        };
+        drop(worker.try_submit(task).unwrap());
         drop(release);
         running.await.unwrap();
         worker.try_submit(|_| Ok(())).unwrap().await.unwrap();

@@ -171,7 +171,11 @@ impl<M: StageModel> StageService for StageServer<M> {
 
     async fn unload(&self, _: Request<UnloadRequest>) -> Result<Response<UnloadResponse>, Status> {
         let host = self.0.clone();
-        self.0.device.try_submit(move |_| Ok(host.unload()))?.await?;
+        let unload = move |_: &_| {
+            host.unload();
+            Ok(())
+        };
+        self.0.device.try_submit(unload)?.await?;
         Ok(Response::new(UnloadResponse { memory: Some(self.0.memory()) }))
     }
 

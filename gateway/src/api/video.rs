@@ -115,7 +115,7 @@ impl From<&Generation> for Video {
             error: failure.map(|failure| VideoError {
                 code: failure.code.to_lowercase(),
                 message: failure.message.clone(),
-                field: Some(failure.field.clone()).filter(|field| !field.is_empty()),
+                field: Some(rest_name(&failure.field).to_owned()).filter(|field| !field.is_empty()),
             }),
             warnings: generation.outcome.as_ref().map(|outcome| outcome.warnings.clone()).unwrap_or_default(),
             steps: spec.steps.unwrap_or_default(),
@@ -124,6 +124,11 @@ impl From<&Generation> for Video {
             fps: planner::clip::FPS,
         }
     }
+}
+
+/// The form's name of a field: the picture has the one that video clients use.
+fn rest_name(field: &str) -> &str {
+    if field == "picture" { "input_reference" } else { field }
 }
 
 /// A state in the words of the REST interface.
@@ -149,7 +154,7 @@ impl IntoResponse for Fault {
         let error = ErrorObject {
             message: self.message.clone(),
             kind,
-            param: self.field().map(Into::into),
+            param: self.field().map(|field| rest_name(field).to_owned()),
             code: code_name(self.code()).to_lowercase(),
         };
         let mut response = (status, Json(ErrorBody { error })).into_response();

@@ -132,7 +132,7 @@ impl Writer {
 
     /// Adds whole frames: `n · height · width · 3` bytes, RGB. Waits while the encoder is behind.
     pub async fn push_frames(&mut self, rgb: &[u8]) -> Result<()> {
-        if rgb.len() % self.frame_bytes != 0 {
+        if !rgb.len().is_multiple_of(self.frame_bytes) {
             return Err(Error::Frames(format!("{} bytes are no whole frames of {}", rgb.len(), self.frame_bytes)));
         }
         if let Err(fault) = self.frames_in.write_all(rgb).await {

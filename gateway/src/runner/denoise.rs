@@ -32,7 +32,7 @@ pub(crate) async fn denoise(
         flow_shift: settings.flow_shift,
         guidance_scale: settings.guidance_scale,
     };
-    let setup = Setup { plan: StepPlan::reference(schedule), clip: clip.clone(), shape, round_to_bf16: false };
+    let setup = Setup { plan: StepPlan::scaled(schedule), clip: clip.clone(), shape, round_to_bf16: false };
     let start = noise(settings.seed, shape.values(clip.latent_frames));
     let mut sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
     let began = Instant::now();

@@ -155,6 +155,7 @@ mod tests {
     #[test]
     fn the_time_grid_is_the_references() {
         let near = |a: f32, b: f32| assert!((a - b).abs() <= 2e-7 * b.abs().max(1e-3), "{a} for {b}");
+        #[allow(clippy::excessive_precision)] // As the reference prints them.
         for (steps, shift, first, last) in [
             (50, 5.0, [1.0, 0.995_934_96, 0.991_735_46, 0.987_394_87], [0.172_413_79, 0.092_592_58, 0.0]),
             (10, 5.0, [1.0, 0.978_260_87, 0.952_381_04, 0.921_052_63], [0.555_555_6, 0.357_142_87, 0.0]),

@@ -1,8 +1,11 @@
 //! The command line.
 
-use std::{path::PathBuf, str::FromStr};
+use std::{ffi::OsString, path::PathBuf, str::FromStr};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 use proto::v1::{FaceBox, GenerationSpec};
 
 /// Makes a talking video of a picture, a speech recording and a sentence.
@@ -68,7 +71,7 @@ pub struct GenerateFlags {
     #[arg(long, value_name = "FILE")]
     pub audio: PathBuf,
     /// What the person does, and where.
-    #[arg(long, value_name = "TEXT", default_value = "")]
+    #[arg(long, value_name = "TEXT", default_value = "", value_parser = OsStringValueParser::new().try_map(text))]
     pub prompt: String,
     /// Video file to write (H.264 and AAC in MP4); replaced only by a finished video.
     #[arg(long, value_name = "FILE", default_value = "avatar.mp4")]
@@ -139,6 +142,11 @@ impl FromStr for Face {
             _ => Err("not four numbers of pixels with commas between, as in 120,80,200,220".to_owned()),
         }
     }
+}
+
+/// A value that is text; clap's own refusal would not name the flag.
+fn text(value: OsString) -> Result<String, &'static str> {
+    value.into_string().map_err(|_| "it is not valid UTF-8")
 }
 
 #[cfg(test)]

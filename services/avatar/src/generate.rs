@@ -195,7 +195,7 @@ fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
 fn requests(spec: GenerationSpec, picture: Vec<u8>, audio: Vec<u8>) -> Vec<GenerateRequest> {
     use generate_request::Body;
     let mut bodies = vec![Body::Spec(spec)];
-    bodies.extend(picture.chunks(CHUNK).map(|data| Body::PictureChunk(data.to_vec().into())));
-    bodies.extend(audio.chunks(CHUNK).map(|data| Body::AudioChunk(data.to_vec().into())));
+    bodies.extend(picture.chunks(CHUNK).map(|data| Body::PictureChunk(data.to_vec())));
+    bodies.extend(audio.chunks(CHUNK).map(|data| Body::AudioChunk(data.to_vec())));
     bodies.into_iter().map(|body| GenerateRequest { body: Some(body) }).collect()
 }

@@ -132,10 +132,10 @@ async fn generate_until_denoising(
     let stream = tokio_stream::iter(requests(spec, &portrait(), &tone(2.0, 16_000)));
     let mut answers = client.generate(stream).await.unwrap().into_inner();
     while let Some(answer) = answers.message().await.unwrap() {
-        if let Some(generate_response::Body::Event(event)) = answer.body {
-            if event.progress.is_some_and(|p| p.step >= 1) {
-                return answers;
-            }
+        if let Some(generate_response::Body::Event(event)) = answer.body
+            && event.progress.is_some_and(|p| p.step >= 1)
+        {
+            return answers;
         }
     }
     panic!("the generation ended before its first step");

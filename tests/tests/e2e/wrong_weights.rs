@@ -28,8 +28,8 @@ fn failure(models: &Path) -> (Option<i32>, Value) {
 
 /// The one weight file of a stage, or of a part of it.
 fn weights(models: &Path, stage: &str) -> std::path::PathBuf {
-    let found = fs::read_dir(models.join(stage)).unwrap().map(|e| e.unwrap().path());
-    found.filter(|p| p.extension().is_some_and(|e| e == "safetensors")).next().unwrap()
+    let mut found = fs::read_dir(models.join(stage)).unwrap().map(|e| e.unwrap().path());
+    found.find(|p| p.extension().is_some_and(|e| e == "safetensors")).unwrap()
 }
 
 /// Renames a tensor in a safetensors file's header without moving a byte.

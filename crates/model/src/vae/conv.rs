@@ -4,11 +4,13 @@ use rayon::prelude::*;
 use super::with_host_f32;
 use crate::{Error, Result, weights::Weights};
 
-/// Most values of the unfolded input held at once (f32: 16 MiB; one row of positions may exceed it).
-///
-/// Small enough for the allocator to reuse instead of mapping fresh pages, and to stay in the outer caches;
-/// large enough that the matrix product runs at full speed.
-const UNFOLDED: usize = 4 << 20;
+/// Values of the unfolded input that one thread holds at once (f32: 512 KiB), so that they stay in its L2 cache: a
+/// product with few output channels does too little arithmetic to fetch them from further away.
+const UNFOLDED: usize = 128 << 10;
+
+/// Least positions of one product. With many input channels the unfolded input is larger than the cache all the
+/// same, and then more positions make better use of each weight that is fetched.
+const POSITIONS: usize = 192;
 
 /// What happens around a convolution, without a copy of the whole tensor for each.
 #[derive(Debug, Clone, Copy)]
@@ -86,8 +88,9 @@ impl CausalConv3d {
         for (b, y) in y.chunks_mut(self.out * to * ho * wo).enumerate() {
             let x = x.get(b)?;
             let residual = residual.as_ref().map(|r| r.get(b)).transpose()?;
-            with_host_f32(&x, |x| self.convolve(x, &axes, y))
-                .unwrap_or_else(|| Err(candle_core::Error::Msg("the tensor is not in host memory".to_owned())))?;
+            with_host_f32(&x, |x| with_host_f32(&self.weight, |weight| self.convolve(x, weight, &axes, y)))
+                .flatten()
+                .ok_or_else(|| candle_core::Error::Msg("the tensor is not in host memory".to_owned()))?;
             let add = |y: &mut [f32], residual: Option<&[f32]>| add_bias(y, &bias, residual, to * ho * wo);
             match &residual {
                 Some(residual) => _ = with_host_f32(residual, |r| add(y, Some(r))),
@@ -98,25 +101,52 @@ impl CausalConv3d {
     }
 
     /// Unfolds the input some rows of positions at a time and multiplies: `x` `(C, T, H, W)` to `y` `(O, T', H', W')`.
-    fn convolve(&self, x: &[f32], axes: &Axes, y: &mut [f32]) -> candle_core::Result<()> {
+    ///
+    /// Every tile is one thread's, and its arithmetic does not depend on the number of threads.
+    fn convolve(&self, x: &[f32], weight: &[f32], axes: &Axes, y: &mut [f32]) {
         let depth = self.inp * self.kernel.pow(3);
         let [to, ho, wo] = axes.out;
         let rows = to * ho;
-        let step = (UNFOLDED / (depth * wo)).clamp(1, rows);
-        for first in (0..rows).step_by(step) {
+        let volume = rows * wo;
+        assert!(y.len() == self.out * volume && weight.len() == self.out * depth, "sizes are checked by the caller");
+        let step = (UNFOLDED / depth).max(POSITIONS).div_ceil(wo).min(rows);
+        let tiles: Vec<usize> = (0..rows).step_by(step).collect();
+        let y = Shared(y.as_mut_ptr());
+        tiles.into_par_iter().for_each_init(Vec::new, |unfolded: &mut Vec<f32>, first| {
             let last = (first + step).min(rows);
             let positions = (last - first) * wo;
-            let mut unfolded = vec![0f32; depth * positions];
-            unfolded.par_chunks_mut(positions).enumerate().for_each(|(k, line)| axes.unfold(x, k, first..last, line));
-            let unfolded = Tensor::from_vec(unfolded, (depth, positions), &Device::Cpu)?;
-            let product = self.weight.matmul(&unfolded)?; // (O, positions)
-            with_host_f32(&product, |product| {
-                y.par_chunks_mut(rows * wo).zip(product.par_chunks(positions)).for_each(|(y, product)| {
-                    y[first * wo..last * wo].copy_from_slice(product);
-                });
-            });
-        }
-        Ok(())
+            unfolded.resize(depth * positions, 0.0);
+            for (k, line) in unfolded.chunks_exact_mut(positions).enumerate() {
+                axes.unfold(x, k, first..last, line);
+            }
+            let y: &Shared = &y;
+            // SAFETY: the product reads `out x depth` weights and `depth x positions` unfolded values, both exactly
+            // as long, and writes columns `first·wo ..` of the `out` lines of `y`, which lie within it; no two
+            // tiles have a column in common.
+            unsafe {
+                gemm::gemm(
+                    self.out,
+                    positions,
+                    depth,
+                    y.0.add(first * wo),
+                    1,
+                    volume as isize,
+                    false,
+                    weight.as_ptr(),
+                    1,
+                    depth as isize,
+                    unfolded.as_ptr(),
+                    1,
+                    positions as isize,
+                    0.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::None,
+                );
+            }
+        });
     }
 
     /// The same with candle's operations only, on any device and in any type: one two-dimensional convolution
@@ -151,6 +181,12 @@ impl CausalConv3d {
         })
     }
 }
+
+/// Output that several threads write, each its own part.
+struct Shared(*mut f32);
+
+// SAFETY: whoever writes through it keeps to elements that no other thread touches.
+unsafe impl Sync for Shared {}
 
 fn add_bias(y: &mut [f32], bias: &[f32], residual: Option<&[f32]>, volume: usize) {
     y.par_chunks_mut(volume).enumerate().for_each(|(o, y)| {

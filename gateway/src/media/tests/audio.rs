@@ -44,6 +44,15 @@ fn encode(samples: &[f32], rate: u32, channels: usize, name: &str, options: &[&s
     fs::read(path).unwrap()
 }
 
+/// What `ffmpeg` makes of the same file, interleaved.
+fn decoded_by_ffmpeg(name: &str, bytes: &[u8]) -> Vec<f32> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(name);
+    fs::write(&path, bytes).unwrap();
+    let raw = ffmpeg(&["-i", path.to_str().unwrap(), "-f", "f32le", "-c:a", "pcm_f32le", "pipe:1"], &[]);
+    raw.as_chunks::<4>().0.iter().map(|v| f32::from_le_bytes(*v)).collect()
+}
+
 fn correlation(a: &[f32], b: &[f32]) -> f64 {
     let (mut ab, mut aa, mut bb) = (0.0, 1e-12, 1e-12);
     for (a, b) in a.iter().zip(b) {
@@ -151,8 +160,13 @@ fn lossy_formats_keep_length_and_place() {
                 let source = speech(rate, channels, rate as usize * 7 / 10 + 13);
                 let bytes = encode(&source, rate, channels, name, options);
                 let label = format!("{name} {options:?}");
-                let audio = decode(bytes, 60.0).unwrap_or_else(|fault| panic!("{label} {rate} x{channels}: {fault}"));
-                assert_same(&label, &source, rate, channels, &audio, 0.94);
+                let audio =
+                    decode(bytes.clone(), 60.0).unwrap_or_else(|fault| panic!("{label} {rate} x{channels}: {fault}"));
+                // How much the codec itself loses is its own affair: another decoder loses the same.
+                assert_same(&label, &source, rate, channels, &audio, 0.9);
+                let other = resampled(&mono(&decoded_by_ffmpeg(name, &bytes), channels), rate);
+                let alike = correlation(&other, &audio.samples);
+                assert!(alike > 0.9995, "{label} {rate} x{channels}: correlation with ffmpeg's decoder {alike}");
             }
         }
     }
@@ -269,6 +283,7 @@ fn damage_in_the_middle_and_missing_ends_are_noticed() {
         let whole = encode(&source, 44100, 2, name, options);
         for part in [0.2, 0.5, 0.9] {
             let cut = whole[..(whole.len() as f64 * part) as usize].to_vec();
+            println!("{name} {options:?}, {part} of it");
             refused(cut, 60.0);
         }
         if *name != "a.wav" {
@@ -276,7 +291,12 @@ fn damage_in_the_middle_and_missing_ends_are_noticed() {
             for (byte, value) in damaged[whole.len() / 2..whole.len() / 2 + 3000].iter_mut().zip(noise(3)) {
                 *byte = (value * 127.0) as i8 as u8;
             }
-            refused(damaged, 60.0);
+            // FLAC and Ogg have checksums. Elsewhere damage may decode to noise; then at least nothing is missing.
+            match decode(damaged, 60.0) {
+                Err(Error::InvalidInput { field: "audio", .. }) => {}
+                Ok(audio) if !["a.flac", "a.ogg"].contains(name) && audio.seconds == 2.0 => {}
+                other => panic!("{name} {options:?}: {:?}", other.map(|audio| audio.seconds)),
+            }
         }
         // Anything may follow the end; in FLAC it hides where the last frame ends.
         let mut longer = whole;

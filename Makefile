@@ -1,0 +1,51 @@
+# `make demo` runs the main job, `make test` everything that a change must pass. `make help` lists the rest.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+VENV := target/venv/bin
+# The tools of the virtual environment (helm, buf) come first.
+export PATH := $(CURDIR)/$(VENV):$(PATH)
+
+DEMO_MODELS := target/demo-models
+PROMPT := A person speaks calmly to the camera.
+
+.PHONY: help demo test setup fmt lint proto-lint build rust python parity
+
+help: ## Shows this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: ## Builds, and makes out/demo.mp4 of the bundled portrait and recording
+	scripts/setup demo
+	cargo build --release --locked -p avatar
+	[ -d $(DEMO_MODELS) ] || target/release/avatar weights synth --size tiny --seed 1 --out $(DEMO_MODELS)
+	mkdir -p out
+	target/release/avatar generate --models $(DEMO_MODELS) --image models/demo/portrait.png \
+	  --audio models/demo/speech.wav --prompt "$(PROMPT)" --out out/demo.mp4
+
+test: setup fmt lint proto-lint rust python ## Installs what is missing, then format, lints and all tests
+	@echo "all tests passed"
+
+setup: ## Installs what the tests need
+	scripts/setup test
+
+fmt: ## Checks the format
+	cargo fmt --all --check
+
+lint: ## Compiles with warnings as errors
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+proto-lint: setup ## Checks the wire contract's style
+	buf lint proto
+
+build: ## Builds everything that the tests use
+	cargo build --workspace --all-targets --locked
+
+rust: build ## Runs the Rust tests
+	cargo nextest run --workspace --locked
+
+python: setup build ## Runs the clients and the chart's tests in Python
+	$(VENV)/python -m pytest -q tests/python
+
+parity: ## Holds the networks against the reference cases, with a row for every tensor
+	cargo run --release --locked -p e2e --bin parity -- tests/goldens
