@@ -2,9 +2,9 @@
 
 use std::{ffi::OsString, fs, os::unix::ffi::OsStringExt, process::Command};
 
-use proto::v1::GenerationSpec;
+use proto::v1::{GenerateResponse, GenerationSpec};
 use serde_json::Value;
-use tonic::Code;
+use tonic::{Code, codegen::http::uri::PathAndQuery, transport::Channel};
 use tonic_types::StatusExt;
 
 use crate::{
@@ -123,10 +123,42 @@ async fn bad_inputs_are_refused_over_grpc_with_field_violations() {
         let details = status.get_details_bad_request().unwrap_or_else(|| panic!("{what}: no violations: {status:?}"));
         assert_eq!(details.field_violations[0].field, field, "{what}: {details:?}");
     }
-    // A prompt past the message limit never reaches the spec; the door itself refuses it.
+    // Past the limit of one message; the door itself refuses it, and says what the limits are.
     let huge = GenerationSpec { prompt: "a".repeat(10 << 20), ..spec() };
     let status = refusal(&stack.grpc(), huge, &good.0, &good.1).await;
-    assert!([Code::InvalidArgument, Code::OutOfRange, Code::ResourceExhausted].contains(&status.code()), "{status:?}");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    assert!(status.message().contains("10000 bytes"), "{status:?}");
+}
+
+/// A spec as a client sends it that does not check its strings.
+#[derive(Clone, PartialEq, prost::Message)]
+struct RawSpec {
+    #[prost(bytes = "vec", tag = "1")]
+    prompt: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct RawRequest {
+    #[prost(message, optional, tag = "1")]
+    spec: Option<RawSpec>,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_that_is_no_text_is_refused_over_grpc() {
+    let stack = Stack::one(&tiny_models());
+    let channel = Channel::from_shared(stack.grpc()).unwrap().connect().await.unwrap();
+    let mut grpc = tonic::client::Grpc::new(channel);
+    grpc.ready().await.unwrap();
+    let messages = tokio_stream::iter([RawRequest { spec: Some(RawSpec { prompt: vec![b'a', 0xff, 0xfe] }) }]);
+    let path = PathAndQuery::from_static("/avatar.v1.AvatarService/Generate");
+    let codec = tonic_prost::ProstCodec::<RawRequest, GenerateResponse>::default();
+    let status = match grpc.streaming(tonic::Request::new(messages), path, codec).await {
+        Err(status) => status,
+        Ok(mut answers) => answers.get_mut().message().await.expect_err("it was accepted"),
+    };
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    let details = status.get_details_bad_request().unwrap_or_else(|| panic!("no violations: {status:?}"));
+    assert_eq!(details.field_violations[0].field, "prompt", "{details:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
