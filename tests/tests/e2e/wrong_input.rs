@@ -123,11 +123,10 @@ async fn bad_inputs_are_refused_over_grpc_with_field_violations() {
         let details = status.get_details_bad_request().unwrap_or_else(|| panic!("{what}: no violations: {status:?}"));
         assert_eq!(details.field_violations[0].field, field, "{what}: {details:?}");
     }
-    // Past the limit of one message; the door itself refuses it, and says what the limits are.
     let huge = GenerationSpec { prompt: "a".repeat(10 << 20), ..spec() };
     let status = refusal(&stack.grpc(), huge, &good.0, &good.1).await;
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
-    assert!(status.message().contains("10000 bytes"), "{status:?}");
+    assert!(status.message().contains("10485760 bytes; the limit is 10000"), "{status:?}");
 }
 
 /// A spec as a client sends it that does not check its strings.
