@@ -96,23 +96,27 @@ impl Progress {
         let stepped = step > self.shown_step;
         self.shown_step = self.shown_step.max(step);
         let pace = self.pace(step, steps);
+        let stage = stage_name(event.stage());
+        // The name stands before the message already.
+        let said = event.message.strip_prefix(stage).unwrap_or(&event.message).trim_start();
         match &mut self.form {
             Form::Json => print_line(&event_json(event)),
             Form::Lines => {
                 if stepped {
                     eprintln!("denoise: {pace}");
-                } else if !event.message.is_empty() {
-                    eprintln!("{}: {}", stage_name(event.stage()), event.message);
+                } else if !said.is_empty() {
+                    eprintln!("{stage}: {said}");
                 }
             }
             Form::Bars { all, of } => {
-                if event.stage() != Stage::Unspecified && !event.message.is_empty() {
+                if event.stage() != Stage::Unspecified && !said.is_empty() {
                     match of.get(&event.stage()) {
-                        // A stage speaks when it begins and when it has ended.
-                        Some(bar) => bar.finish_with_message(event.message.clone()),
+                        // The last thing that a stage says is how long it took.
+                        Some(bar) if said.starts_with("took ") => bar.finish_with_message(said.to_owned()),
+                        Some(bar) => bar.set_message(said.to_owned()),
                         None => {
                             let bar = all.add(stage_bar(event.stage(), steps));
-                            bar.set_message(event.message.clone());
+                            bar.set_message(said.to_owned());
                             of.insert(event.stage(), bar);
                         }
                     }
