@@ -3,10 +3,7 @@
 use std::{collections::HashMap, path::Path, sync::Arc, time::Instant};
 
 use candle_core::Device;
-use model::{
-    diffusion::{DiffusionStage, TransformerConfig},
-    weights::read_json,
-};
+use model::diffusion::{DiffusionStage, TransformerConfig};
 use proto::{
     tensor::HostTensor,
     v1::{
@@ -50,7 +47,7 @@ impl StageModel for Model {
     }
 
     fn defaults(folder: &Path) -> Option<GenerationDefaults> {
-        let config: TransformerConfig = read_json(&folder.join("config.json")).ok()?;
+        let config = TransformerConfig::open(&folder.join("config.json")).ok()?;
         let wanted = config.defaults?;
         Some(GenerationDefaults {
             size: Some(wanted.size),

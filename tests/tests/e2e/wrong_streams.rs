@@ -113,7 +113,7 @@ async fn the_decoder_refuses_latents_that_are_not_finite() {
 async fn a_client_that_disconnects_stops_the_work_within_a_step() {
     let stack = Stack::one(&tiny_models());
     let long = GenerationSpec { steps: Some(200), size: Some(64), ..spec() };
-    let first = generate_until_denoising(&mut client(&stack.grpc()).await, long).await;
+    let (first, remaining) = generate_until_denoising(&mut client(&stack.grpc()).await, long).await;
     drop(first);
     let began = Instant::now();
     let stream = tokio_stream::iter(requests(spec(), &portrait(), &tone(0.2, 16_000)));
@@ -122,20 +122,22 @@ async fn a_client_that_disconnects_stops_the_work_within_a_step() {
         while answers.message().await.unwrap().is_some() {}
     };
     tokio::time::timeout(Duration::from_secs(60), finish).await.expect("the first generation still holds the workers");
-    println!("the next generation took {:?}", began.elapsed());
+    // Had the first gone on, the second would have waited for all of its rest.
+    let taken = began.elapsed().as_secs_f64();
+    assert!(taken < remaining / 2.0, "the next generation took {taken} s, the first had {remaining} s to go");
 }
 
 async fn generate_until_denoising(
     client: &mut AvatarServiceClient<Channel>,
     spec: GenerationSpec,
-) -> tonic::Streaming<proto::v1::GenerateResponse> {
+) -> (tonic::Streaming<proto::v1::GenerateResponse>, f64) {
     let stream = tokio_stream::iter(requests(spec, &portrait(), &tone(2.0, 16_000)));
     let mut answers = client.generate(stream).await.unwrap().into_inner();
     while let Some(answer) = answers.message().await.unwrap() {
         if let Some(generate_response::Body::Event(event)) = answer.body
-            && event.progress.is_some_and(|p| p.step >= 1)
+            && let Some(progress) = event.progress.filter(|p| p.step >= 1)
         {
-            return answers;
+            return (answers, progress.remaining_seconds.expect("the pace is known after a step"));
         }
     }
     panic!("the generation ended before its first step");

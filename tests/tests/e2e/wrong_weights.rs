@@ -135,3 +135,15 @@ fn a_weight_that_is_not_a_number_is_named() {
     assert_eq!((code, &last["code"]), (Some(1), &"FAILED_PRECONDITION".into()), "{last}");
     assert!(last["message"].as_str().unwrap().contains("not finite"), "{last}");
 }
+
+#[test]
+fn a_misspelt_key_of_the_config_is_named() {
+    let models = own_models();
+    let file = models.path().join("diffusion/config.json");
+    let config = fs::read_to_string(&file).unwrap();
+    assert!(config.contains("\"rope_theta\""));
+    fs::write(&file, config.replace("\"rope_theta\"", "\"rope_tehta\"")).unwrap();
+    let (code, last) = failure(models.path());
+    assert_eq!((code, &last["code"]), (Some(1), &"FAILED_PRECONDITION".into()), "{last}");
+    assert!(last["message"].as_str().unwrap().contains("rope_tehta"), "{last}");
+}

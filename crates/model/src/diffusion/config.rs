@@ -1,8 +1,10 @@
 //! What a checkpoint's tensor shapes do not say.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{Error, Result, weights::read_json};
 
 /// `config.json` of the transformer.
 ///
@@ -46,6 +48,7 @@ pub struct TransformerConfig {
 
 /// Sampling settings that a checkpoint recommends.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Defaults {
     /// Shorter side of the picture, pixels.
     pub size: u32,
@@ -55,6 +58,34 @@ pub struct Defaults {
     pub guidance_scale: f32,
     /// Flow shift of the time grid.
     pub flow_shift: f32,
+}
+
+/// Every key of `config.json`.
+const KEYS: [&str; 11] = [
+    "rope_dim_list",
+    "rope_theta",
+    "audio_double_blocks",
+    "hidden_size",
+    "num_heads",
+    "depth_double_blocks",
+    "depth_single_blocks",
+    "in_channels",
+    "text_states_dim",
+    "text_states_dim_2",
+    "defaults",
+];
+
+impl TransformerConfig {
+    /// Reads `config.json`.
+    ///
+    /// Errors: as [`read_json`], and a key that nothing reads: a misspelt setting must not be ignored.
+    pub fn open(path: &Path) -> Result<Self> {
+        let keys: serde_json::Map<String, serde_json::Value> = read_json(path)?;
+        if let Some(key) = keys.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            return Err(Error::file(path, format!("unknown key {key:?}; the keys are {}", KEYS.join(", "))));
+        }
+        read_json(path)
+    }
 }
 
 fn default_theta() -> f64 {

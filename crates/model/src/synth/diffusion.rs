@@ -49,14 +49,10 @@ pub(super) fn transformer(values: &Values, out: &Path) -> Result<()> {
         &out.join("config.json"),
         &json!({
             "hidden_size": HIDDEN, "num_heads": HEADS, "rope_dim_list": [8, 12, 12], "rope_theta": 256.0,
-            "mlp_width_ratio": MLP, "in_channels": LATENT,
+            "in_channels": LATENT,
             "depth_double_blocks": DOUBLE, "depth_single_blocks": SINGLE,
             "text_states_dim": TEXT, "text_states_dim_2": POOLED,
             "audio_double_blocks": ADAPTED,
-            "audio": {
-                "window": AUDIO_WINDOW, "blocks": AUDIO_STATES, "channels": AUDIO,
-                "intermediate": AUDIO_MIDDLE, "adapter_dim": ADAPTER,
-            },
             "defaults": { "size": 128, "steps": 8, "guidance_scale": 2.5, "flow_shift": 5.0 },
         }),
     )
