@@ -6,7 +6,6 @@
 pub mod attention;
 pub mod audio;
 pub mod diffusion;
-pub mod fp8;
 pub mod image;
 pub mod nn;
 pub mod synth;

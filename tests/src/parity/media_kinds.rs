@@ -4,12 +4,12 @@ use anyhow::{Result, anyhow};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use model::{
-    fp8,
     image::{
         Rgb8,
         face::{self, FaceBox, Postprocess},
         llava_pixels, resize_bilinear, resize_cv2_linear, resize_lanczos,
     },
+    weights::fp8,
 };
 use planner::size::reference_size;
 

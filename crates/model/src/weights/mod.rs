@@ -3,6 +3,9 @@
 //! Files stay mapped; a tensor is copied, checked and converted when a network asks for it. Every error
 //! names the tensor, the file and what was expected.
 
+pub mod fp8;
+pub mod stored;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Display,
@@ -16,7 +19,9 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;
 
-use crate::{Error, Result, fp8};
+use crate::{Error, Result};
+
+pub use stored::{Encoding, Found};
 
 struct Entry {
     file: usize,
