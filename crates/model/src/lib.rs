@@ -8,6 +8,7 @@ pub mod audio;
 pub mod diffusion;
 pub mod image;
 pub mod nn;
+pub mod ops;
 pub mod synth;
 pub mod text;
 pub mod vae;

@@ -1,13 +1,19 @@
 //! Layers that the networks share.
 
-use candle_core::{D, DType, Tensor};
+use std::ops::Range;
 
-use crate::{Result, weights::Weights};
+use candle_core::Tensor;
+
+use crate::{
+    Result,
+    ops::{Activation, Gate, layer_norm, linear, rms_norm},
+    weights::{Matrix, Weights},
+};
 
 /// `x·Wᵀ + b` over the last dimension.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    weight: Tensor,
+    weight: Matrix,
     bias: Option<Tensor>,
 }
 
@@ -20,38 +26,58 @@ impl Linear {
 
     /// Reads `weight` `(out, in)` and `bias` `(out)`.
     pub fn load_sized(weights: &Weights, inp: usize, out: usize) -> Result<Self> {
-        Ok(Self { weight: weights.get(&[out, inp], "weight")?, bias: Some(weights.get(&[out], "bias")?) })
+        Ok(Self { weight: weights.matrix(out, inp, "weight")?, bias: Some(weights.get(&[out], "bias")?) })
     }
 
     /// Reads `weight` `(out, in)` of a layer without bias.
     pub fn load_no_bias(weights: &Weights, inp: usize, out: usize) -> Result<Self> {
-        Ok(Self { weight: weights.get(&[out, inp], "weight")?, bias: None })
+        Ok(Self { weight: weights.matrix(out, inp, "weight")?, bias: None })
     }
 
-    /// Makes a layer of tensors `(out, in)` and `(out)`.
+    /// Makes a layer of a matrix `(out, in)` and a bias `(out)`.
     #[must_use]
-    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
+    pub fn new(weight: Matrix, bias: Option<Tensor>) -> Self {
         Self { weight, bias }
     }
 
     /// Output width.
     #[must_use]
     pub fn out(&self) -> usize {
-        self.weight.dims()[0]
+        self.weight.rows()
+    }
+
+    /// The layer that gives some of this one's outputs; nothing is copied.
+    pub fn narrow(&self, outputs: Range<usize>) -> candle_core::Result<Self> {
+        let bias = self.bias.as_ref().map(|b| b.narrow(0, outputs.start, outputs.len())).transpose()?;
+        Ok(Self { weight: self.weight.narrow(outputs), bias })
     }
 
     /// - `x`: `(.., in)`
     /// - returns: `(.., out)`
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.forward_then(x, Activation::None)
+    }
+
+    /// As [`forward`](Self::forward), followed by an activation.
+    pub fn forward_then(&self, x: &Tensor, activation: Activation) -> candle_core::Result<Tensor> {
         let mut dims = x.dims().to_vec();
         let inp = dims.pop().unwrap_or(0);
-        let y = x.reshape(((), inp))?.matmul(&self.weight.t()?)?;
-        let y = match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        };
+        let y = linear(&[&x.reshape(((), inp))?], &self.weight, self.bias.as_ref(), activation, None)?;
         dims.push(self.out());
         y.reshape(dims)
+    }
+
+    /// `residual + gate·(x·Wᵀ + b)`, where `x` may be several inputs side by side.
+    ///
+    /// - `xs`: `(L, inᵢ)`; `residual`: `(L, out)`; `gate`: `(out)`, or nothing for 1
+    /// - returns: `(L, out)`
+    pub fn forward_onto(
+        &self,
+        residual: &Tensor,
+        xs: &[&Tensor],
+        gate: Option<&Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        linear(xs, &self.weight, self.bias.as_ref(), Activation::None, Some(Gate { residual, gate }))
     }
 }
 
@@ -71,16 +97,8 @@ impl LayerNorm {
 
     /// - `x`: `(.., width)`, any strides
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        candle_nn::ops::layer_norm(&x.contiguous()?, &self.weight, &self.bias, self.eps)
+        layer_norm(x, &self.weight, &self.bias, self.eps)
     }
-}
-
-/// Layer normalisation over the last dimension without weight and bias.
-pub fn layer_norm_plain(x: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
-    let wide = x.to_dtype(DType::F32)?;
-    let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
-    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-    centred.broadcast_div(&(variance + eps)?.sqrt()?)?.to_dtype(x.dtype())
 }
 
 /// Root-mean-square normalisation over the last dimension.
@@ -96,20 +114,20 @@ impl RmsNorm {
         Ok(Self { weight: weights.get(&[width], "weight")?, eps })
     }
 
+    /// The weight `(width)`.
+    #[must_use]
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// What is added to the mean square.
+    #[must_use]
+    pub fn eps(&self) -> f32 {
+        self.eps
+    }
+
     /// - `x`: `(.., width)`, any strides
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        candle_nn::ops::rms_norm(&x.contiguous()?, &self.weight, self.eps)
+        rms_norm(x, &self.weight, self.eps)
     }
-}
-
-/// `x·σ(1.702·x)`, the approximation of GELU that both CLIPs use.
-pub fn quick_gelu(x: &Tensor) -> candle_core::Result<Tensor> {
-    x * candle_nn::ops::sigmoid(&(x * 1.702)?)?
-}
-
-/// `x·(1 + scale) + shift`, with shift and scale broadcast over the tokens.
-///
-/// - `x`: `(B, L, H)`; `shift`, `scale`: `(B, H)`
-pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> candle_core::Result<Tensor> {
-    x.broadcast_mul(&(scale.unsqueeze(1)? + 1.0)?)?.broadcast_add(&shift.unsqueeze(1)?)
 }

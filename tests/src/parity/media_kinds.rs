@@ -2,14 +2,14 @@
 
 use anyhow::{Result, anyhow};
 use candle_core::{DType, Device, Tensor};
-use half::bf16;
 use model::{
     image::{
         Rgb8,
         face::{self, FaceBox, Postprocess},
         llava_pixels, resize_bilinear, resize_cv2_linear, resize_lanczos,
     },
-    weights::fp8,
+    nn::Linear,
+    weights::{Matrix, fp8},
 };
 use planner::size::reference_size;
 
@@ -111,11 +111,13 @@ pub fn picture_resize(case: &Case, outputs: &mut Outputs<'_>) -> Result<()> {
 pub fn float8(case: &Case, outputs: &mut Outputs<'_>) -> Result<()> {
     let bytes = case.input("weight_bytes")?;
     let scale = floats(case.input("scale")?)?[0];
-    let weight: Vec<bf16> = fp8::dequantise(&bytes.flatten_all()?.to_vec1::<u8>()?, scale);
+    let bytes_of = bytes.flatten_all()?.to_vec1::<u8>()?;
+    let mut weight = vec![0f32; bytes_of.len()];
+    fp8::dequantise_into(&bytes_of, scale, &mut weight);
     let weight = Tensor::from_vec(weight, bytes.dims(), &Device::Cpu)?;
     // A bf16 product is exact in f32, so the sums alone are rounded.
     let wide = |name: &str| -> Result<Tensor> { Ok(case.input(name)?.to_dtype(DType::F32)?) };
-    let layer = model::nn::Linear::new(weight.to_dtype(DType::F32)?, Some(wide("bias")?));
+    let layer = Linear::new(Matrix::new(&weight)?, Some(wide("bias")?));
     outputs.check("y", &layer.forward(&wide("x")?)?)?;
-    outputs.check("dequant", &weight)
+    outputs.check("dequant", &weight.to_dtype(DType::BF16)?)
 }

@@ -6,6 +6,7 @@ use crate::{
     Result,
     attention::{attention, join_heads, split_heads},
     nn::{LayerNorm, Linear},
+    ops::Activation,
     weights::Weights,
 };
 
@@ -149,7 +150,7 @@ impl Layer {
         let (q, k, v) = (heads(&y, &self.q)?, heads(&y, &self.k)?, heads(&y, &self.v)?); // (1, heads, L, d)
         let scale = (q.dim(3)? as f64).powf(-0.5);
         let x = (x + self.out.forward(&join_heads(&attention(&q, &k, &v, scale, None)?)?)?)?;
-        let y = self.fc1.forward(&self.mlp_norm.forward(&x)?)?.gelu_erf()?;
+        let y = self.fc1.forward_then(&self.mlp_norm.forward(&x)?, Activation::GeluErf)?;
         x + self.fc2.forward(&y)?
     }
 }

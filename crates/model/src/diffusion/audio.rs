@@ -7,6 +7,7 @@ use crate::{
     Error, Result,
     attention::attention,
     nn::{LayerNorm, Linear},
+    ops::Activation,
     weights::Weights,
 };
 
@@ -52,8 +53,8 @@ impl AudioProjection {
             return Err(Error::input("audio", reason));
         }
         let frames = audio.dim(0)?;
-        let x = self.proj1.forward(&audio.reshape((frames, self.inp))?)?.relu()?;
-        let x = self.proj3.forward(&self.proj2.forward(&x)?.relu()?)?;
+        let x = self.proj1.forward_then(&audio.reshape((frames, self.inp))?, Activation::Relu)?;
+        let x = self.proj3.forward(&self.proj2.forward_then(&x, Activation::Relu)?)?;
         Ok(self.norm.forward(&x.reshape((frames, x.dim(1)? / self.hidden, self.hidden))?)?)
     }
 }

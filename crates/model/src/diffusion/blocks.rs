@@ -10,6 +10,7 @@ use crate::{
     Error, Result,
     attention::attention,
     nn::{Linear, RmsNorm},
+    ops::{Activation, QkvHeads, heads},
     weights::Weights,
 };
 
@@ -20,24 +21,11 @@ fn modulation(linear: &Linear, vec: &Tensor, count: usize) -> candle_core::Resul
     (0..count).map(|i| all.get(i)).collect()
 }
 
-/// `x + gate·y`, with the gate `(H)` broadcast over the tokens.
-fn gated(x: &Tensor, y: &Tensor, gate: &Tensor) -> candle_core::Result<Tensor> {
-    x + y.broadcast_mul(gate)?
-}
-
-/// Queries, keys and values of one stream: each `(heads, L, d)`.
-struct Heads {
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-}
-
 /// Norms of queries and keys; their width says how many heads there are.
 #[derive(Debug, Clone)]
 struct QkNorm {
     q: RmsNorm,
     k: RmsNorm,
-    width: usize,
 }
 
 impl QkNorm {
@@ -49,17 +37,12 @@ impl QkNorm {
             return Err(Error::input("num_heads", reason));
         }
         let norm = |part: &str| qk_norm(&weights.pp(name(part)), width);
-        Ok(Self { q: norm("q")?, k: norm("k")?, width })
+        Ok(Self { q: norm("q")?, k: norm("k")? })
     }
 
-    /// - `qkv`: `(L, 3H)`, any strides
-    fn heads(&self, qkv: &Tensor) -> candle_core::Result<Heads> {
-        let (length, width) = qkv.dims2()?;
-        let parts = qkv
-            .reshape((length, 3, width / 3 / self.width, self.width))? // (L, 3, heads, d)
-            .permute((1, 2, 0, 3))?
-            .contiguous()?; // (3, heads, L, d)
-        Ok(Heads { q: self.q.forward(&parts.get(0)?)?, k: self.k.forward(&parts.get(1)?)?, v: parts.get(2)? })
+    /// - `qkv`: `(L, 3H)`; `rope`: of its L tokens, or nothing where they do not turn
+    fn heads(&self, qkv: &Tensor, rope: Option<&Rope>) -> candle_core::Result<QkvHeads> {
+        heads(qkv, [self.q.weight(), self.k.weight()], self.q.eps(), rope.map(Rope::halves))
     }
 }
 
@@ -87,9 +70,13 @@ impl Mlp {
         Ok(Self { fc2: Linear::load_sized(&weights.pp("fc2"), fc1.out(), hidden)?, fc1 })
     }
 
+    fn inner(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.fc1.forward_then(x, Activation::GeluTanh)
+    }
+
     /// - `x`: `(L, H)`
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        self.fc2.forward(&self.fc1.forward(x)?.gelu()?)
+        self.fc2.forward(&self.inner(x)?)
     }
 }
 
@@ -115,13 +102,14 @@ impl Stream {
         })
     }
 
-    fn before(&self, x: &Tensor, m: &[Tensor]) -> candle_core::Result<Heads> {
-        self.norm.heads(&self.qkv.forward(&modulated_norm(x, &m[0], &m[1])?)?)
+    fn before(&self, x: &Tensor, m: &[Tensor], rope: Option<&Rope>) -> candle_core::Result<QkvHeads> {
+        self.norm.heads(&self.qkv.forward(&modulated_norm(x, &m[0], &m[1])?)?, rope)
     }
 
     fn after(&self, x: &Tensor, seen: &Tensor, m: &[Tensor]) -> candle_core::Result<Tensor> {
-        let x = gated(x, &self.proj.forward(seen)?, &m[2])?;
-        gated(&x, &self.mlp.forward(&modulated_norm(&x, &m[3], &m[4])?)?, &m[5])
+        let x = self.proj.forward_onto(x, &[seen], Some(&m[2]))?;
+        let inner = self.mlp.inner(&modulated_norm(&x, &m[3], &m[4])?)?;
+        self.mlp.fc2.forward_onto(&x, &[&inner], Some(&m[5]))
     }
 }
 
@@ -143,9 +131,9 @@ impl DoubleBlock {
     pub fn forward(&self, image: &Tensor, text: &Tensor, vec: &Tensor, rope: &Rope) -> Result<(Tensor, Tensor)> {
         let of_image = modulation(&self.image.modulation, vec, 6)?;
         let of_text = modulation(&self.text.modulation, vec, 6)?;
-        let (i, t) = (self.image.before(image, &of_image)?, self.text.before(text, &of_text)?);
-        let q = Tensor::cat(&[&rope.rotate(&i.q)?, &t.q], 1)?; // (heads, I + L, d)
-        let k = Tensor::cat(&[&rope.rotate(&i.k)?, &t.k], 1)?;
+        let (i, t) = (self.image.before(image, &of_image, Some(rope))?, self.text.before(text, &of_text, None)?);
+        let q = Tensor::cat(&[&i.q, &t.q], 1)?; // (heads, I + L, d)
+        let k = Tensor::cat(&[&i.k, &t.k], 1)?;
         let v = Tensor::cat(&[&i.v, &t.v], 1)?;
         let seen = attend(&q, &k, &v)?; // (I + L, H)
         let (images, texts) = (image.dim(0)?, text.dim(0)?);
@@ -160,10 +148,12 @@ impl DoubleBlock {
 #[derive(Debug, Clone)]
 pub struct SingleBlock {
     modulation: Linear,
-    linear1: Linear,
+    /// The first outputs of `linear1`.
+    qkv: Linear,
+    /// The rest of them.
+    mlp: Linear,
     linear2: Linear,
     norm: QkNorm,
-    hidden: usize,
 }
 
 impl SingleBlock {
@@ -177,9 +167,9 @@ impl SingleBlock {
         Ok(Self {
             modulation: Linear::load_sized(&weights.pp("modulation.linear"), hidden, 3 * hidden)?,
             linear2: Linear::load_sized(&weights.pp("linear2"), hidden + mlp, hidden)?,
-            linear1,
+            qkv: linear1.narrow(0..3 * hidden)?,
+            mlp: linear1.narrow(3 * hidden..linear1.out())?,
             norm: QkNorm::load(weights, "", hidden)?,
-            hidden,
         })
     }
 
@@ -187,13 +177,13 @@ impl SingleBlock {
     /// - returns: `(L, H)`
     pub fn forward(&self, x: &Tensor, vec: &Tensor, rope: &Rope) -> Result<Tensor> {
         let m = modulation(&self.modulation, vec, 3)?;
-        let both = self.linear1.forward(&modulated_norm(x, &m[0], &m[1])?)?; // (L, 3H + mlp)
-        let qkv = both.narrow(1, 0, 3 * self.hidden)?;
-        let mlp = both.narrow(1, 3 * self.hidden, both.dim(1)? - 3 * self.hidden)?.contiguous()?.gelu()?;
-        let heads = self.norm.heads(&qkv)?;
-        drop(both);
-        let seen = attend(&rope.rotate(&heads.q)?, &rope.rotate(&heads.k)?, &heads.v)?; // (L, H)
-        Ok(gated(x, &self.linear2.forward(&Tensor::cat(&[&seen, &mlp], 1)?)?, &m[2])?)
+        let x_in = modulated_norm(x, &m[0], &m[1])?;
+        let heads = self.norm.heads(&self.qkv.forward(&x_in)?, Some(rope))?;
+        let mlp = self.mlp.forward_then(&x_in, Activation::GeluTanh)?; // (L, mlp)
+        drop(x_in);
+        let seen = attend(&heads.q, &heads.k, &heads.v)?; // (L, H)
+        drop(heads);
+        Ok(self.linear2.forward_onto(x, &[&seen, &mlp], Some(&m[2]))?)
     }
 }
 

@@ -3,7 +3,12 @@
 use candle_core::{Device, Tensor};
 
 use super::rope::Grid;
-use crate::{Error, Result, nn::Linear, weights::Weights};
+use crate::{
+    Error, Result,
+    nn::Linear,
+    ops::Activation,
+    weights::{Matrix, Weights},
+};
 
 /// `[cos(t·f), sin(t·f)]` with `f_k = 10000^(-k/half)`.
 ///
@@ -63,7 +68,7 @@ impl Embedder {
     /// - `x`: `(.., in)`
     /// - returns: `(.., out)`
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        self.second.forward(&self.first.forward(x)?.silu()?)
+        self.second.forward(&self.first.forward_then(x, Activation::Silu)?)
     }
 }
 
@@ -107,7 +112,7 @@ impl PatchEmbed {
         let weights = weights.pp("proj");
         let [hidden, channels, ..] = weights.dims::<5>("weight")?;
         let weight = weights.get(&[hidden, channels, 1, 2, 2], "weight")?.reshape((hidden, channels * 4))?;
-        Ok(Self { proj: Linear::new(weight, Some(weights.get(&[hidden], "bias")?)), channels })
+        Ok(Self { proj: Linear::new(Matrix::new(&weight)?, Some(weights.get(&[hidden], "bias")?)), channels })
     }
 
     /// Channels of the latents.

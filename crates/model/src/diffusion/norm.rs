@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use crate::{
     Result,
     nn::{LayerNorm, RmsNorm},
+    ops::layer_norm,
     weights::Weights,
 };
 
@@ -16,7 +17,7 @@ const AUDIO_EPS: f32 = 1e-5;
 /// - `x`: `(L, H)`; `shift`, `scale`: `(H)`
 pub fn modulated_norm(x: &Tensor, shift: &Tensor, scale: &Tensor) -> candle_core::Result<Tensor> {
     // Modulation has the form of an affine layer norm, which is one pass over the tokens.
-    candle_nn::ops::layer_norm(&x.contiguous()?, &(scale + 1.0)?, &shift.contiguous()?, BLOCK_EPS)
+    layer_norm(x, &(scale + 1.0)?, shift, BLOCK_EPS)
 }
 
 /// The same norm without modulation.

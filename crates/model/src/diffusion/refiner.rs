@@ -10,6 +10,7 @@ use crate::{
     Error, Result,
     attention::{attention, join_heads, split_heads},
     nn::{LayerNorm, Linear},
+    ops::Activation,
     weights::Weights,
 };
 
@@ -129,8 +130,8 @@ impl Block {
         let part = |i: usize| split_heads(&qkv.narrow(2, i * hidden, hidden)?, self.heads);
         let scale = ((hidden / self.heads) as f64).powf(-0.5);
         let seen = join_heads(&attention(&part(0)?, &part(1)?, &part(2)?, scale, mask)?)?.squeeze(0)?; // (L, H)
-        let x = (x + self.proj.forward(&seen)?.broadcast_mul(&gates.get(0)?)?)?;
-        let y = self.fc2.forward(&self.fc1.forward(&self.norm2.forward(&x)?)?.silu()?)?;
-        Ok((x + y.broadcast_mul(&gates.get(1)?)?)?)
+        let x = self.proj.forward_onto(x, &[&seen], Some(&gates.get(0)?))?;
+        let y = self.fc1.forward_then(&self.norm2.forward(&x)?, Activation::Silu)?;
+        Ok(self.fc2.forward_onto(&x, &[&y], Some(&gates.get(1)?))?)
     }
 }

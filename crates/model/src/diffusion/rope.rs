@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, Result, ops::turn};
 
 /// Tokens of one pass: latent frames of `rows` x `columns` tokens each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,13 +89,18 @@ impl Rope {
         Ok(Self { cos: self.cos.narrow(0, 0, tokens)?, sin: self.sin.narrow(0, 0, tokens)? })
     }
 
+    /// Cosines and sines, each `(tokens, head width / 2)`.
+    #[must_use]
+    pub fn halves(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// Turns adjacent channels `(2k, 2k + 1)`.
     ///
     /// - `x`: `(heads, tokens, head width)`
     /// - returns: the same shape
     pub fn rotate(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let (cos, sin) = (self.cos.to_dtype(x.dtype())?, self.sin.to_dtype(x.dtype())?);
-        candle_nn::rotary_emb::rope_i(&x.unsqueeze(0)?.contiguous()?, &cos, &sin)?.squeeze(0)
+        turn(x, &self.cos, &self.sin)
     }
 
     /// Cosines and sines as the reference lays them out, each standing twice: `(tokens, head width)`.

@@ -5,7 +5,8 @@ use candle_core::Tensor;
 use crate::{
     Result,
     attention::{attention, join_heads, split_heads},
-    nn::{LayerNorm, Linear, quick_gelu},
+    nn::{LayerNorm, Linear},
+    ops::Activation,
     weights::Weights,
 };
 
@@ -54,7 +55,7 @@ impl ClipBlock {
         let (q, k, v) = (heads(&y, &self.q)?, heads(&y, &self.k)?, heads(&y, &self.v)?); // (B, heads, L, d)
         let scale = (q.dim(3)? as f64).powf(-0.5);
         let x = (x + self.out.forward(&join_heads(&attention(&q, &k, &v, scale, mask)?)?)?)?;
-        let y = quick_gelu(&self.fc1.forward(&self.norm2.forward(&x)?)?)?;
+        let y = self.fc1.forward_then(&self.norm2.forward(&x)?, Activation::QuickGelu)?;
         x + self.fc2.forward(&y)?
     }
 }

@@ -7,6 +7,7 @@ use crate::{
     Error, Result,
     attention::{attention, join_heads, split_heads},
     nn::{Linear, RmsNorm},
+    ops::Activation,
     weights::Weights,
 };
 
@@ -190,7 +191,7 @@ impl Layer {
         let mixed = join_heads(&attention(&q, &k, &v, scale, Some(mask))?)?;
         let x = (x + self.o.forward(&mixed)?)?;
         let y = self.norm2.forward(&x)?;
-        let y = (self.gate.forward(&y)?.silu()? * self.up.forward(&y)?)?;
+        let y = (self.gate.forward_then(&y, Activation::Silu)? * self.up.forward(&y)?)?;
         (x + self.down.forward(&y)?).map_err(Error::from)
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::{clip::rows_of, config::LlavaConfig, llama::Llama, vision::VisionTower};
-use crate::{Error, Result, attention::causal_mask, nn::Linear, weights::Weights};
+use crate::{Error, Result, attention::causal_mask, nn::Linear, ops::Activation, weights::Weights};
 
 const VISION: &str = "vision_tower.vision_model";
 const PROJECTOR: &str = "multi_modal_projector";
@@ -98,7 +98,7 @@ impl Llava {
     /// - returns: `(patches, width)`
     pub fn project(&self, hidden: &Tensor) -> Result<Tensor> {
         let patches = hidden.narrow(0, 1, hidden.dim(0)? - 1)?;
-        Ok(self.linear2.forward(&self.linear1.forward(&patches)?.gelu_erf()?)?)
+        Ok(self.linear2.forward(&self.linear1.forward_then(&patches, Activation::GeluErf)?)?)
     }
 
     /// Encodes one text with a picture.

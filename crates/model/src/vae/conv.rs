@@ -1,8 +1,7 @@
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::with_host_f32;
-use crate::{Error, Result, weights::Weights};
+use crate::{Error, Result, ops::host, weights::Weights};
 
 /// Values of the unfolded input that one thread holds at once (f32: 512 KiB), so that they stay in its L2 cache: a
 /// product with few output channels does too little arithmetic to fetch them from further away.
@@ -78,26 +77,22 @@ impl CausalConv3d {
             let reason = format!("{:?}, expected {:?}", residual.dims(), [batch, self.out, to, ho, wo]);
             return Err(Error::input("vae residual", reason));
         }
-        if !matches!(x.device(), Device::Cpu) || x.dtype() != DType::F32 || self.weight.dtype() != DType::F32 {
+        if !host::here(x) {
             return self.forward_portable(x, step);
         }
-        let x = x.contiguous()?;
-        let residual = step.residual.map(Tensor::contiguous).transpose()?;
         let mut y = vec![0f32; batch * self.out * to * ho * wo];
-        let bias = self.bias.to_vec1::<f32>()?;
+        let bias = host::with_values(&self.bias, <[f32]>::to_vec)?;
+        let add = |y: &mut [f32], residual: Option<&[f32]>| add_bias(y, &bias, residual, to * ho * wo);
         for (b, y) in y.chunks_mut(self.out * to * ho * wo).enumerate() {
-            let x = x.get(b)?;
-            let residual = residual.as_ref().map(|r| r.get(b)).transpose()?;
-            with_host_f32(&x, |x| with_host_f32(&self.weight, |weight| self.convolve(x, weight, &axes, y)))
-                .flatten()
-                .ok_or_else(|| candle_core::Error::Msg("the tensor is not in host memory".to_owned()))?;
-            let add = |y: &mut [f32], residual: Option<&[f32]>| add_bias(y, &bias, residual, to * ho * wo);
-            match &residual {
-                Some(residual) => _ = with_host_f32(residual, |r| add(y, Some(r))),
+            host::with_values(&x.get(b)?, |x| {
+                host::with_values(&self.weight, |weight| self.convolve(x, weight, &axes, y))
+            })??;
+            match step.residual {
+                Some(residual) => host::with_values(&residual.get(b)?, |r| add(y, Some(r)))?,
                 None => add(y, None),
             }
         }
-        Ok(Tensor::from_vec(y, (batch, self.out, to, ho, wo), &Device::Cpu)?)
+        Ok(host::tensor(y, &[batch, self.out, to, ho, wo], x.dtype())?)
     }
 
     /// Unfolds the input some rows of positions at a time and multiplies: `x` `(C, T, H, W)` to `y` `(O, T', H', W')`.
@@ -292,6 +287,7 @@ impl Axes {
 mod tests {
     use std::collections::HashMap;
 
+    use candle_core::{DType, Device};
     use proptest::prelude::*;
 
     use super::*;

@@ -24,19 +24,9 @@ pub use encoder::{Moments, VaeEncoder};
 pub use norm::{EPS, GroupNorm};
 pub use stage::VaeStage;
 
-use candle_core::{CpuStorage, Storage, Tensor};
+use candle_core::Tensor;
 
 /// Sees intermediate tensors by name while a network runs.
 ///
 /// The names are those of the layers: `conv_in`, `down_blocks.0`, `mid_attn_tokens`, `mid_block`, `up_blocks.0`.
 pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
-
-/// Runs `f` on the values of a contiguous f32 tensor in host memory; `None` where it is none.
-fn with_host_f32<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Option<R> {
-    let (storage, layout) = x.storage_and_layout();
-    let (start, end) = layout.contiguous_offsets()?;
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(values)) => values.get(start..end).map(f),
-        _ => None,
-    }
-}

@@ -22,13 +22,11 @@ pub fn finite(bytes: &[u8]) -> bool {
     bytes.iter().all(|b| b & 0x7f != 0x7f)
 }
 
-/// The layer's weights: `bf16(w8)·bf16(scale)` in bf16.
-#[must_use]
-pub fn dequantise(bytes: &[u8], scale: f32) -> Vec<bf16> {
+/// The layer's weights: `bf16(w8)·bf16(scale)`, rounded to bf16, as f32.
+pub fn dequantise_into(bytes: &[u8], scale: f32, out: &mut [f32]) {
     let scale = bf16::from_f32(scale).to_f32();
-    // A byte has 256 values, so the products are a table.
-    let table: Vec<bf16> = (0..=255u8).map(|b| bf16::from_f32(e4m3_to_f32(b) * scale)).collect();
-    bytes.iter().map(|&b| table[usize::from(b)]).collect()
+    let table: [f32; 256] = std::array::from_fn(|b| bf16::from_f32(e4m3_to_f32(b as u8) * scale).to_f32());
+    out.iter_mut().zip(bytes).for_each(|(out, byte)| *out = table[usize::from(*byte)]);
 }
 
 #[cfg(test)]

@@ -1,37 +1,37 @@
 //! A checkpoint's tensors, by name.
 //!
-//! Files stay mapped; a tensor is copied, checked and converted when a network asks for it. Every error
-//! names the tensor, the file and what was expected.
+//! Files stay mapped: vectors and small tables are copied when a network asks for them, matrices stay where they
+//! are ([`Matrix`]). Every error names the tensor, the file and what was expected.
 
+mod files;
 pub mod fp8;
+pub mod ggml;
+pub mod gguf;
+pub mod int8;
+mod matrix;
+pub mod pickle;
 pub mod stored;
+mod values;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Display,
-    fs::File,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use candle_core::{DType, Device, Tensor};
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;
 
+use self::files::Entry;
+pub use self::{
+    matrix::Matrix,
+    stored::{Encoding, Found},
+};
 use crate::{Error, Result};
 
-pub use stored::{Encoding, Found};
-
-struct Entry {
-    file: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: std::ops::Range<usize>,
-}
-
 enum Store {
-    Mapped { folder: PathBuf, files: Vec<(PathBuf, Mmap)>, entries: BTreeMap<String, Entry> },
+    Files { place: PathBuf, entries: BTreeMap<String, Entry> },
     Memory(HashMap<String, Tensor>),
 }
 
@@ -49,45 +49,49 @@ pub struct Weights {
     prefix: String,
 }
 
+/// What one tensor of a checkpoint is, as its file's header says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// The network's name for it.
+    pub name: String,
+    /// How its values are stored.
+    pub encoding: Encoding,
+    /// Row-major.
+    pub shape: Vec<usize>,
+    /// Bytes in the file, without scales.
+    pub bytes: usize,
+    /// The file.
+    pub file: PathBuf,
+}
+
 impl Weights {
-    /// Opens every `*.safetensors` file of a folder (not of its subfolders).
+    /// Opens the files of tensors of a folder (not of its subfolders), in any accepted form: safetensors, also in
+    /// shards with an index, PyTorch's zip archives, GGUF; weights in f32, f16, bf16, fp8, int8 or GGUF's blocks.
     ///
-    /// Tensors are given in `dtype` on `device`, whatever the file holds (f32, f16, bf16).
+    /// Tensors are given in `dtype` on `device`, whatever the file holds.
     /// Errors: no file, an unreadable or malformed one, or a name that two files hold.
     pub fn open(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
-        let listing = std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))?;
-        let mut paths: Vec<PathBuf> = listing
-            .filter_map(|entry| entry.ok().map(|e| e.path()))
-            .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
-            .collect();
-        paths.sort();
-        if paths.is_empty() {
-            return Err(Error::file(folder, "no *.safetensors file"));
-        }
-        let (mut files, mut entries) = (Vec::new(), BTreeMap::new());
-        for path in paths {
-            let file = File::open(&path).map_err(|e| Error::file(&path, e))?;
-            // SAFETY: the mapping is read-only; a file that another process truncates while it is mapped
-            // is outside what this process can defend against.
-            let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::file(&path, e))?;
-            let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| Error::file(&path, e))?;
-            for (name, info) in metadata.tensors() {
-                let bytes = header + 8 + info.data_offsets.0..header + 8 + info.data_offsets.1;
-                if bytes.end > map.len() {
-                    return Err(Error::Tensor {
-                        tensor: name,
-                        file: path.display().to_string(),
-                        reason: format!("the file is truncated: {} of {} bytes are there", map.len(), bytes.end),
-                    });
-                }
-                let entry = Entry { file: files.len(), dtype: info.dtype, shape: info.shape.clone(), bytes };
-                if entries.insert(name.clone(), entry).is_some() {
-                    return Err(Error::file(&path, format!("tensor {name:?} is in another file too")));
-                }
-            }
-            files.push((path, map));
-        }
-        Ok(Self::new(Store::Mapped { folder: folder.to_owned(), files, entries }, dtype, device))
+        Self::open_files(folder, &files::of_folder(folder)?, &|name| Some(name.to_owned()), dtype, device)
+    }
+
+    /// As [`open`](Self::open), of the files that are given.
+    ///
+    /// - `place`: what error texts call the checkpoint as a whole
+    /// - `rename`: a tensor's name in the network, by its name in the file; nothing for one that is not read
+    pub fn open_files(
+        place: &Path,
+        files: &[PathBuf],
+        rename: &dyn Fn(&str) -> Option<String>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let entries = files::open(files, rename)?;
+        Ok(Self::new(Store::Files { place: place.to_owned(), entries }, dtype, device))
+    }
+
+    /// The files of tensors of a folder, as [`open`](Self::open) takes them.
+    pub fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
+        files::of_folder(folder)
     }
 
     /// Wraps tensors that are in memory already.
@@ -123,6 +127,24 @@ impl Weights {
         self.shared.dtype
     }
 
+    /// Everything that the checkpoint's files hold, by name, as their headers say; nothing of tensors in memory.
+    #[must_use]
+    pub fn list(&self) -> Vec<Listed> {
+        match &self.shared.store {
+            Store::Memory(_) => Vec::new(),
+            Store::Files { entries, .. } => entries
+                .iter()
+                .map(|(name, entry)| Listed {
+                    name: name.clone(),
+                    encoding: entry.encoding,
+                    shape: entry.shape.clone(),
+                    bytes: entry.bytes.len(),
+                    file: entry.file.path.clone(),
+                })
+                .collect(),
+        }
+    }
+
     /// Whether the checkpoint holds the tensor.
     #[must_use]
     pub fn contains(&self, name: impl Display) -> bool {
@@ -131,23 +153,22 @@ impl Weights {
 
     fn lookup_shape(&self, full: &str) -> Option<Vec<usize>> {
         match &self.shared.store {
-            Store::Mapped { entries, .. } => entries.get(full).map(|e| e.shape.clone()),
+            Store::Files { entries, .. } => entries.get(full).map(|e| e.shape.clone()),
             Store::Memory(tensors) => tensors.get(full).map(|t| t.dims().to_vec()),
         }
     }
 
-    fn place(&self, full: &str) -> String {
+    fn location(&self, full: &str) -> String {
         match &self.shared.store {
-            Store::Mapped { folder, files, entries } => match entries.get(full) {
-                Some(entry) => files[entry.file].0.display().to_string(),
-                None => folder.display().to_string(),
-            },
+            Store::Files { place, entries } => {
+                entries.get(full).map_or(place, |entry| &entry.file.path).display().to_string()
+            }
             Store::Memory(_) => "memory".to_owned(),
         }
     }
 
     fn error(&self, full: &str, reason: impl Into<String>) -> Error {
-        Error::Tensor { tensor: full.to_owned(), file: self.place(full), reason: reason.into() }
+        Error::Tensor { tensor: full.to_owned(), file: self.location(full), reason: reason.into() }
     }
 
     /// The tensor's shape, to read widths from.
@@ -182,52 +203,75 @@ impl Weights {
     /// As [`get`](Self::get), in another type.
     pub fn get_as(&self, shape: &[usize], name: impl Display, dtype: DType) -> Result<Tensor> {
         let full = self.full(name);
-        let found = self
-            .lookup_shape(&full)
-            .ok_or_else(|| self.error(&full, format!("it is missing, expected shape {shape:?}")))?;
-        if found != shape {
-            return Err(self.error(&full, format!("shape {found:?}, expected {shape:?}")));
-        }
+        self.check_shape(&full, shape)?;
         let tensor = match &self.shared.store {
             Store::Memory(tensors) => tensors[&full].clone(),
-            Store::Mapped { files, entries, .. } => {
+            Store::Files { entries, .. } => {
                 let entry = &entries[&full];
-                let bytes = &files[entry.file].1[entry.bytes.clone()];
-                let stored = self.stored_type(&full, entry)?;
-                if !finite(bytes, stored) {
-                    return Err(self.error(&full, "it holds a value that is not finite"));
-                }
-                if entry.dtype == Dtype::F8_E4M3 {
-                    let weights = fp8::dequantise(bytes, self.fp8_scale(&full)?);
-                    Tensor::from_vec(weights, shape, &self.shared.device)?
-                } else {
-                    Tensor::from_raw_buffer(bytes, stored, shape, &self.shared.device)?
-                }
+                let bytes = self.checked(&full, entry)?;
+                let mut values = vec![0f32; shape.iter().product()];
+                let columns = values.len().checked_div(shape.first().copied().unwrap_or(1)).unwrap_or(1);
+                values::decode(entry.encoding, &entry.scale, bytes, 0, columns.max(1), &mut values);
+                Tensor::from_vec(values, shape, &self.shared.device)?
             }
         };
-        self.shared.used.lock().unwrap_or_else(PoisonError::into_inner).insert(full);
+        self.use_up(full);
         Ok(tensor.to_dtype(dtype)?)
     }
 
-    fn stored_type(&self, full: &str, entry: &Entry) -> Result<DType> {
-        match entry.dtype {
-            Dtype::F32 => Ok(DType::F32),
-            Dtype::F16 => Ok(DType::F16),
-            Dtype::BF16 => Ok(DType::BF16),
-            Dtype::F8_E4M3 => Ok(DType::F8E4M3),
-            other => Err(self.error(full, format!("type {other:?}, expected F32, F16, BF16 or F8_E4M3"))),
+    /// The weight `(rows, columns)`; on a CPU it stays in its file. Its values are those of the compute type.
+    ///
+    /// Errors: as [`get`](Self::get).
+    pub fn matrix(&self, rows: usize, columns: usize, name: impl Display) -> Result<Matrix> {
+        let full = self.full(&name);
+        let device = matches!(self.shared.device, Device::Cpu);
+        match &self.shared.store {
+            Store::Files { entries, .. } if device && entries.contains_key(&full) => {
+                self.check_shape(&full, &[rows, columns])?;
+                let entry = &entries[&full];
+                self.checked(&full, entry)?;
+                let (each, _) = entry.encoding.block();
+                if !columns.is_multiple_of(each) {
+                    let reason = format!("rows of {columns} values are no whole blocks of {each}");
+                    return Err(self.error(&full, reason));
+                }
+                let stored = matrix::Stored {
+                    file: entry.file.clone(),
+                    bytes: entry.bytes.clone(),
+                    encoding: entry.encoding,
+                    scale: entry.scale.clone(),
+                };
+                self.use_up(full);
+                Ok(Matrix::stored(stored, rows, columns, self.shared.dtype))
+            }
+            _ => Ok(Matrix::new(&self.get(&[rows, columns], name)?)?),
         }
     }
 
-    /// The scale that goes with a float8 weight `X.weight`: the one element of `X.weight_scale`.
-    fn fp8_scale(&self, full: &str) -> Result<f32> {
-        let name = format!("{full}_scale");
-        let root = Self { shared: self.shared.clone(), prefix: String::new() };
-        let shape = root.shape(&name)?;
-        if shape.iter().product::<usize>() != 1 {
-            return Err(self.error(&name, format!("shape {shape:?}, expected one element")));
+    fn check_shape(&self, full: &str, shape: &[usize]) -> Result<()> {
+        let found = self
+            .lookup_shape(full)
+            .ok_or_else(|| self.error(full, format!("it is missing, expected shape {shape:?}")))?;
+        match found == shape {
+            true => Ok(()),
+            false => Err(self.error(full, format!("shape {found:?}, expected {shape:?}"))),
         }
-        Ok(root.get_as(&shape, &name, DType::F32)?.flatten_all()?.to_vec1::<f32>()?[0])
+    }
+
+    /// The tensor's bytes, once its type and values are known to be good.
+    fn checked<'a>(&self, full: &str, entry: &'a Entry) -> Result<&'a [u8]> {
+        if let Encoding::Other(name) = entry.encoding {
+            return Err(self.error(full, format!("type {name}, expected F32, F16, BF16, F8_E4M3, I8 or GGUF's blocks")));
+        }
+        let bytes = &entry.file.bytes()[entry.bytes.clone()];
+        match values::finite(entry.encoding, &entry.scale, bytes) {
+            true => Ok(bytes),
+            false => Err(self.error(full, "it holds a value that is not finite")),
+        }
+    }
+
+    fn use_up(&self, full: String) {
+        self.shared.used.lock().unwrap_or_else(PoisonError::into_inner).insert(full);
     }
 
     /// Rows of a table `(rows, width)`, in the checkpoint's compute type; the rest of it stays in its file.
@@ -246,23 +290,26 @@ impl Weights {
                 let index: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
                 tensors[&full].index_select(&Tensor::new(index, tensors[&full].device())?, 0)?
             }
-            Store::Mapped { files, entries, .. } => {
+            Store::Files { entries, .. } => {
                 let entry = &entries[&full];
-                let stored = self.stored_type(&full, entry)?;
-                if stored == DType::F8E4M3 {
-                    return Err(self.error(&full, "type F8_E4M3, a table is F32, F16 or BF16"));
+                let stride = entry.encoding.bytes(width).filter(|_| !matches!(entry.encoding, Encoding::Other(_)));
+                let Some(stride) = stride else {
+                    let reason = format!("type {}, which has no rows of {width} values", entry.encoding.name());
+                    return Err(self.error(&full, reason));
+                };
+                let table = &entry.file.bytes()[entry.bytes.clone()];
+                let mut values = vec![0f32; rows.len() * width];
+                for (&row, values) in rows.iter().zip(values.chunks_mut(width.max(1))) {
+                    let bytes = &table[row * stride..(row + 1) * stride];
+                    if !values::finite(entry.encoding, &entry.scale, bytes) {
+                        return Err(self.error(&full, "it holds a value that is not finite"));
+                    }
+                    values::decode(entry.encoding, &entry.scale, bytes, row, width, values);
                 }
-                let table = &files[entry.file].1[entry.bytes.clone()];
-                let stride = width * stored.size_in_bytes();
-                let bytes: Vec<u8> =
-                    rows.iter().flat_map(|row| &table[row * stride..(row + 1) * stride]).copied().collect();
-                if !finite(&bytes, stored) {
-                    return Err(self.error(&full, "it holds a value that is not finite"));
-                }
-                Tensor::from_raw_buffer(&bytes, stored, &[rows.len(), width], &self.shared.device)?
+                Tensor::from_vec(values, (rows.len(), width), &self.shared.device)?
             }
         };
-        self.shared.used.lock().unwrap_or_else(PoisonError::into_inner).insert(full);
+        self.use_up(full);
         Ok(tensor.to_dtype(self.shared.dtype)?)
     }
 
@@ -277,7 +324,7 @@ impl Weights {
     pub fn unused(&self) -> Vec<String> {
         let used = self.shared.used.lock().unwrap_or_else(PoisonError::into_inner);
         let names: Vec<&String> = match &self.shared.store {
-            Store::Mapped { entries, .. } => entries.keys().collect(),
+            Store::Files { entries, .. } => entries.keys().collect(),
             Store::Memory(tensors) => tensors.keys().collect(),
         };
         let mut unused: Vec<String> = names.into_iter().filter(|n| !used.contains(*n)).cloned().collect();
@@ -291,16 +338,6 @@ impl Weights {
             None => Ok(()),
             Some(name) => Err(self.error(&name, "the network has no such tensor")),
         }
-    }
-}
-
-fn finite(bytes: &[u8], dtype: DType) -> bool {
-    // All exponent bits set means infinite or NaN.
-    match dtype {
-        DType::F32 => bytes.as_chunks::<4>().0.iter().all(|b| u32::from_le_bytes(*b) & 0x7f80_0000 != 0x7f80_0000),
-        DType::F16 => bytes.as_chunks::<2>().0.iter().all(|b| u16::from_le_bytes(*b) & 0x7c00 != 0x7c00),
-        DType::F8E4M3 => fp8::finite(bytes),
-        _ => bytes.as_chunks::<2>().0.iter().all(|b| u16::from_le_bytes(*b) & 0x7f80 != 0x7f80),
     }
 }
 

@@ -1,0 +1,168 @@
+//! Matrix products with weights as they are stored.
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::{
+    Activation,
+    host::{self, Shared},
+    simd::vectorised,
+};
+use crate::weights::Matrix;
+
+/// Weights that one thread decodes at once (f32: 1 MiB), so that they stay in its cache while they are used.
+const PANEL: usize = 256 << 10;
+
+/// Rows of the input that one thread takes at once: enough that decoding the weights is little beside the product.
+const ROWS: usize = 1024;
+
+/// The residual connection around a layer: `residual + gate·y`.
+#[derive(Debug, Clone, Copy)]
+pub struct Gate<'a> {
+    /// `(.., out)`, as many rows as the input.
+    pub residual: &'a Tensor,
+    /// `(out)` for all rows; nothing is 1.
+    pub gate: Option<&'a Tensor>,
+}
+
+/// `f(x·Wᵀ + b)`, then the residual connection where there is one.
+///
+/// Several inputs stand side by side: `[x₀ ⊕ x₁]·Wᵀ` without the concatenation being made.
+///
+/// - `xs`: `(L, inᵢ)`, of one type; their widths add up to the weight's
+/// - `bias`: `(out)`
+/// - returns: `(L, out)`, type of the inputs
+pub fn linear(
+    xs: &[&Tensor],
+    weight: &Matrix,
+    bias: Option<&Tensor>,
+    activation: Activation,
+    gate: Option<Gate<'_>>,
+) -> Result<Tensor> {
+    let [first, ..] = xs else { candle_core::bail!("a layer without an input") };
+    if !host::here(first) || weight.on_device().is_some() {
+        return linear_clear(xs, weight, bias, activation, gate);
+    }
+    let rows = first.dim(0)?;
+    let (out, dtype) = (weight.rows(), first.dtype());
+    let widths: Vec<usize> = xs.iter().map(|x| x.dim(1)).collect::<Result<_>>()?;
+    if widths.iter().sum::<usize>() != weight.columns() || xs.iter().any(|x| x.dims() != [rows, x.dims()[1]]) {
+        candle_core::bail!("inputs of width {widths:?} for a weight of {} x {}", out, weight.columns());
+    }
+    let bias = bias.map(|b| host::with_values(b, <[f32]>::to_vec)).transpose()?;
+    let scale = gate.and_then(|g| g.gate).map(|g| host::with_values(g, <[f32]>::to_vec)).transpose()?;
+    if [&bias, &scale].into_iter().flatten().any(|v| v.len() != out)
+        || gate.is_some_and(|g| g.residual.dims() != [rows, out])
+    {
+        candle_core::bail!("a bias, gate or residual that does not fit {rows} x {out}");
+    }
+    let mut y = vec![0f32; rows * out];
+    let product = Product { weight, rows, activation, bias, scale };
+    for (i, x) in xs.iter().enumerate() {
+        let column = widths[..i].iter().sum();
+        let last = i + 1 == xs.len();
+        host::with_values(x, |x| match gate.filter(|_| last) {
+            Some(gate) => host::with_values(gate.residual, |r| product.run(x, column, last, Some(r), &mut y)),
+            None => {
+                product.run(x, column, last, None, &mut y);
+                Ok(())
+            }
+        })??;
+    }
+    host::tensor(y, &[rows, out], dtype)
+}
+
+/// The same with candle's operations, on any device and in any type.
+pub fn linear_clear(
+    xs: &[&Tensor],
+    weight: &Matrix,
+    bias: Option<&Tensor>,
+    activation: Activation,
+    gate: Option<Gate<'_>>,
+) -> Result<Tensor> {
+    let x = if let [x] = xs { (*x).clone() } else { Tensor::cat(xs, 1)? };
+    let mut y = x.contiguous()?.matmul(&weight.to_tensor()?.to_dtype(x.dtype())?.t()?)?;
+    if let Some(bias) = bias {
+        y = y.broadcast_add(&bias.to_dtype(y.dtype())?)?;
+    }
+    let y = activation.clear(&y)?;
+    match gate {
+        None => Ok(y),
+        Some(Gate { residual, gate: None }) => residual + y,
+        Some(Gate { residual, gate: Some(gate) }) => residual + y.broadcast_mul(&gate.to_dtype(y.dtype())?)?,
+    }
+}
+
+struct Product<'a> {
+    weight: &'a Matrix,
+    rows: usize,
+    activation: Activation,
+    bias: Option<Vec<f32>>,
+    scale: Option<Vec<f32>>,
+}
+
+impl Product<'_> {
+    /// Adds the product of one input `(rows, width)`, which meets the weight's columns from `column` on.
+    fn run(&self, x: &[f32], column: usize, last: bool, residual: Option<&[f32]>, y: &mut [f32]) {
+        let (out, columns) = (self.weight.rows(), self.weight.columns());
+        let width = x.len().checked_div(self.rows).unwrap_or(0);
+        let panel = (PANEL / columns.max(1)).next_multiple_of(16).clamp(16, 512);
+        let tasks: Vec<(usize, usize)> =
+            (0..out).step_by(panel).flat_map(|at| (0..self.rows).step_by(ROWS).map(move |row| (at, row))).collect();
+        let y = Shared::new(y);
+        tasks.into_par_iter().for_each_init(Vec::new, |room, (at, row)| {
+            let (outs, rows) = (panel.min(out - at), ROWS.min(self.rows - row));
+            let weight = self.weight.panel(at..at + outs, room);
+            assert!(weight.len() == outs * columns && column + width <= columns && x.len() >= (row + rows) * width);
+            // SAFETY: the product reads `rows` lines of `x` and `outs` lines of the weight, both within their slices,
+            // and writes `outs` columns of `rows` lines of `y`, which no other task has.
+            unsafe {
+                gemm::gemm(
+                    rows,
+                    outs,
+                    width,
+                    y.pointer(row * out + at),
+                    1,
+                    out as isize,
+                    column > 0,
+                    x.as_ptr().add(row * width),
+                    1,
+                    width as isize,
+                    weight.as_ptr().add(column),
+                    columns as isize,
+                    1,
+                    1.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::None,
+                );
+            }
+            if !last {
+                return;
+            }
+            for r in row..row + rows {
+                // SAFETY: these columns of this line are this task's alone.
+                let line = unsafe { y.slice(r * out + at, outs) };
+                if let Some(bias) = &self.bias {
+                    line.iter_mut().zip(&bias[at..]).for_each(|(y, b)| *y += b);
+                }
+                self.activation.apply(line);
+                match (residual, &self.scale) {
+                    (Some(residual), Some(scale)) => gated(line, &residual[r * out + at..], &scale[at..]),
+                    (Some(residual), None) => line.iter_mut().zip(&residual[r * out + at..]).for_each(|(y, r)| *y += r),
+                    (None, _) => {}
+                }
+            }
+        });
+    }
+}
+
+vectorised! {
+    fn gated(line: &mut [f32], residual: &[f32], gate: &[f32]) {
+        for ((y, r), g) in line.iter_mut().zip(residual).zip(gate) {
+            *y = super::simd::fma::<FMA>(*y, *g, *r);
+        }
+    }
+}
