@@ -1,3 +1,4 @@
 //! Whole-system tests: the reference cases ([`parity`]), and a stack of real processes for the tests.
 
+pub mod bench;
 pub mod parity;

@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
+use candle_core::DType;
 use clap::Parser;
 use e2e::parity::{self, Report};
 
@@ -16,6 +17,16 @@ struct Arguments {
     /// One JSON object per case instead of text.
     #[arg(long)]
     json: bool,
+    /// Type that the networks compute in. The cases' tolerances are for f32; other types show their drift.
+    #[arg(long, value_enum, default_value = "f32")]
+    compute: Compute,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Compute {
+    F32,
+    Bf16,
+    F16,
 }
 
 fn main() -> ExitCode {
@@ -27,9 +38,14 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let compute = match arguments.compute {
+        Compute::F32 => DType::F32,
+        Compute::Bf16 => DType::BF16,
+        Compute::F16 => DType::F16,
+    };
     let mut held = 0;
     for case in &cases {
-        let report = parity::run(case);
+        let report = parity::run_in(case, compute);
         held += usize::from(report.holds());
         if arguments.json {
             println!("{}", serde_json::to_string(&report).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}")));

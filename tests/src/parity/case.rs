@@ -15,6 +15,7 @@ use serde_json::Value;
 /// One reference case, read into memory.
 pub struct Case {
     dir: PathBuf,
+    compute: DType,
     /// `config.json`.
     pub config: Value,
     /// Inputs by name: f32, i64 or u8.
@@ -24,14 +25,15 @@ pub struct Case {
 }
 
 impl Case {
-    /// Reads a case's folder.
-    pub fn open(dir: &Path) -> Result<Self> {
+    /// Reads a case's folder; its networks are to compute in `compute`.
+    pub fn open(dir: &Path, compute: DType) -> Result<Self> {
         let path = dir.join("config.json");
         let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
         let config = serde_json::from_slice(&text).with_context(|| format!("reading {}", path.display()))?;
         let inputs = dir.join("inputs.safetensors");
         Ok(Self {
             dir: dir.to_owned(),
+            compute,
             config,
             inputs: if inputs.exists() { read(&inputs)? } else { BTreeMap::new() },
             outputs: read(&dir.join("outputs.safetensors"))?,
@@ -54,14 +56,15 @@ impl Case {
         self.config.get(key).map(|_| self.get(key)).transpose()
     }
 
-    /// The case's weights, its own or those of the sibling that it names, as f32.
+    /// The case's weights, its own or those of the sibling that it names, in the type that the networks
+    /// compute in.
     pub fn weights(&self) -> Result<Weights> {
         let dir = match self.find::<String>("weights_from")? {
             Some(sibling) => self.dir.parent().unwrap_or(Path::new(".")).join(sibling),
             None => self.dir.clone(),
         };
         let tensors = read(&dir.join("weights.safetensors"))?;
-        Ok(Weights::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu))
+        Ok(Weights::from_tensors(tensors.into_iter().collect(), self.compute, &Device::Cpu))
     }
 }
 

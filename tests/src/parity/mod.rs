@@ -14,6 +14,7 @@ mod network_kinds;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use candle_core::DType;
 use serde::Serialize;
 
 pub use case::Case;
@@ -57,12 +58,18 @@ pub fn find(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(cases)
 }
 
-/// Runs one case.
+/// Runs one case; its networks compute in f32, as the case's tolerance asks.
 #[must_use]
 pub fn run(dir: &Path) -> Report {
+    run_in(dir, DType::F32)
+}
+
+/// Runs one case with networks that compute in another type, to see how far they drift.
+#[must_use]
+pub fn run_in(dir: &Path, compute: DType) -> Report {
     let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let mut report = Report { case: name, kind: None, tensors: Vec::new(), error: None };
-    let outcome = Case::open(dir).and_then(|case| {
+    let outcome = Case::open(dir, compute).and_then(|case| {
         let kind = kinds::of(&case)?;
         report.kind = Some(kind.name);
         let mut outputs = Outputs::new(&case);
