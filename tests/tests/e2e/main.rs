@@ -5,6 +5,7 @@ mod cases;
 mod generate;
 mod inputs;
 mod processes;
+mod resizing;
 mod stack;
 mod wrong_input;
 mod wrong_streams;
