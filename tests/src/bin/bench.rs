@@ -1,27 +1,33 @@
-//! Times networks at their published widths, with random weights.
+//! Times networks at their published widths, with random weights, and lends parts to scripts that measure them.
 
-use std::{collections::HashMap, time::Instant};
+use std::{
+    collections::HashMap,
+    io::{Read, Write, stdin, stdout},
+    num::NonZeroU32,
+    time::Instant,
+};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use clap::{Parser, Subcommand};
+use gateway::media::{audio::MODEL_RATE, resample::Resampler};
 use model::{
     vae::{VaeConfig, VaeDecoder},
     weights::Weights,
 };
 
-/// Times networks at their published widths, with random weights.
+/// Times networks at their published widths, with random weights, and lends parts to scripts that measure them.
 ///
 /// The number of threads is that of `RAYON_NUM_THREADS`, else all.
 #[derive(Parser)]
 #[command(name = "bench", version)]
 struct Arguments {
     #[command(subcommand)]
-    network: Network,
+    task: Task,
 }
 
 #[derive(Subcommand)]
-enum Network {
+enum Task {
     /// The VAE's decoder, widths 128, 256, 512, 512, untiled, f32.
     VaeDecode {
         /// Latent frames.
@@ -31,12 +37,37 @@ enum Network {
         #[arg(long, default_value_t = 16)]
         side: usize,
     },
+    /// Resamples one channel from standard input to standard output, both little-endian f32 without a header.
+    Resample {
+        /// Rate of the input, Hz.
+        #[arg(long)]
+        from: NonZeroU32,
+        /// Rate of the output, Hz; without it, the model's.
+        #[arg(long)]
+        to: Option<NonZeroU32>,
+    },
 }
 
 fn main() -> Result<()> {
-    match Arguments::parse().network {
-        Network::VaeDecode { frames, side } => vae_decode(frames, side),
+    match Arguments::parse().task {
+        Task::VaeDecode { frames, side } => vae_decode(frames, side),
+        Task::Resample { from, to } => resample(from, to),
     }
+}
+
+fn resample(from: NonZeroU32, to: Option<NonZeroU32>) -> Result<()> {
+    let mut bytes = Vec::new();
+    stdin().lock().read_to_end(&mut bytes)?;
+    let (values, rest) = bytes.as_chunks::<4>();
+    ensure!(rest.is_empty(), "the input has {} bytes, which is no whole number of f32", bytes.len());
+    let input: Vec<f32> = values.iter().map(|value| f32::from_le_bytes(*value)).collect();
+    let to = match to {
+        Some(to) => to,
+        None => NonZeroU32::try_from(MODEL_RATE)?,
+    };
+    let output: Vec<u8> = Resampler::new(from, to).process(&input).into_iter().flat_map(f32::to_le_bytes).collect();
+    stdout().lock().write_all(&output)?;
+    Ok(())
 }
 
 fn vae_decode(frames: usize, side: usize) -> Result<()> {
