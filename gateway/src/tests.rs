@@ -48,7 +48,7 @@ async fn ended(record: &Record) -> proto::v1::Generation {
 }
 
 #[tokio::test]
-async fn makes_a_video_with_a_warning_about_the_missing_face() {
+async fn quirk_fixed_k_makes_a_video_with_a_warning_about_the_missing_face() {
     let script = Arc::new(Script::default());
     let (gateway, record) = start(&script, 3).await;
     let generation = ended(&record).await;

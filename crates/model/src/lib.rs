@@ -15,5 +15,7 @@ pub mod vae;
 pub mod weights;
 
 mod error;
+#[cfg(test)]
+mod golden;
 
 pub use error::{Error, Result};

@@ -222,6 +222,20 @@ mod tests {
     }
 
     #[test]
+    fn time_runs_from_1_to_0_without_turning_back() {
+        for steps in 1..=200 {
+            for shift in [0.1, 1.0, 5.0, 7.0, 20.0] {
+                let plan = StepPlan::scaled(of(steps, shift));
+                assert_eq!((plan.sigmas()[0], plan.sigmas()[steps]), (1.0, 0.0), "{steps} steps, shift {shift}");
+                assert!(plan.steps().iter().all(|s| s.sigma_change < 0.0), "{steps} steps, shift {shift}");
+                let whole: f64 = plan.steps().iter().map(|s| f64::from(s.sigma_change)).sum();
+                assert!((whole + 1.0).abs() < 1e-6, "{steps} steps, shift {shift}: {whole}");
+                assert!(plan.steps().windows(2).all(|s| s[0].timestep > s[1].timestep));
+            }
+        }
+    }
+
+    #[test]
     fn no_steps_is_no_work() {
         let plan = StepPlan::scaled(of(0, 5.0));
         assert!(plan.steps().is_empty() && plan.resumable(0));

@@ -53,6 +53,50 @@ fn the_order_of_arrival_does_not_change_a_bit() {
     assert_eq!(results[0], results[2]);
 }
 
+/// Each worker answers in its own order and at its own speed; the mix is another in every step.
+#[test]
+fn however_many_workers_answer_the_bits_are_the_same() {
+    let clip = long_clip();
+    let start = noise(6, SHAPE.values(clip.latent_frames));
+    let run_with = |workers: usize| -> Vec<u32> {
+        let mut sampler = Sampler::new(setup(&clip, 12), start.clone()).unwrap();
+        let mut state = workers as u64;
+        while sampler.current().is_some() {
+            let mut queues: Vec<Vec<Request>> = vec![Vec::new(); workers];
+            for request in sampler.requests() {
+                let worker = request.index % workers;
+                queues[worker].push(request);
+            }
+            while sampler.missing() > 0 {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let queue = &mut queues[(state >> 33) as usize % workers];
+                if let Some(request) = queue.pop() {
+                    sampler.accept(request.index, velocity(&request)).unwrap();
+                }
+            }
+            sampler.advance().unwrap();
+        }
+        sampler.latents().iter().map(|v| v.to_bits()).collect()
+    };
+    let alone = run_with(1);
+    for workers in [2, 3, 5, 16] {
+        assert_eq!(run_with(workers), alone, "{workers} workers");
+    }
+}
+
+/// Our plan of a clip that fits one window, and the reference's special case for it.
+#[test]
+fn one_window_runs_as_the_references_short_case() {
+    let start = noise(7, SHAPE.values(33));
+    let results = [ClipPlan::new(129, 1, 33), reference_clip(129, 65)].map(|clip| {
+        assert_eq!((clip.latent_frames, clip.kept_latent_frames, clip.frames), (33, 33, 129));
+        let mut sampler = Sampler::new(setup(&clip, 50), start.clone()).unwrap();
+        run(&mut sampler, |_| {});
+        sampler.kept_latents()
+    });
+    assert_eq!(results[0], results[1]);
+}
+
 #[test]
 fn a_resumed_run_ends_with_the_same_bits() {
     let clip = long_clip();

@@ -1,17 +1,24 @@
-//! Times networks at their published widths, with random weights.
+//! Times networks at their published widths, with random weights, and lends parts to scripts that measure them.
 
-use anyhow::Result;
+use std::{
+    io::{Read, Write, stdin, stdout},
+    num::NonZeroU32,
+};
+
+use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use e2e::bench::{self, Block};
+use gateway::media::{audio::MODEL_RATE, resample::Resampler};
 
-/// Times networks at their published widths, with random weights in f32, and prints one JSON object.
+/// Times networks at their published widths, with random weights in f32, and prints one JSON object; or lends a part
+/// to a script that measures it.
 ///
 /// The number of threads is that of `RAYON_NUM_THREADS`, else all. `tests/bench/pytorch.py` compares with PyTorch.
 #[derive(Parser)]
 #[command(name = "bench", version)]
 struct Arguments {
     #[command(subcommand)]
-    network: Network,
+    task: Task,
 }
 
 #[derive(Args)]
@@ -22,7 +29,7 @@ struct Runs {
 }
 
 #[derive(Subcommand)]
-enum Network {
+enum Task {
     /// One block of the transformer, width 3072, 24 heads.
     Block {
         /// Which block.
@@ -50,14 +57,39 @@ enum Network {
         #[command(flatten)]
         runs: Runs,
     },
+    /// Resamples one channel from standard input to standard output, both little-endian f32 without a header.
+    Resample {
+        /// Rate of the input, Hz.
+        #[arg(long)]
+        from: NonZeroU32,
+        /// Rate of the output, Hz; without it, the model's.
+        #[arg(long)]
+        to: Option<NonZeroU32>,
+    },
 }
 
 fn main() -> Result<()> {
-    let row = match Arguments::parse().network {
-        Network::Block { kind, tokens, runs } => bench::block(kind, tokens, runs.runs)?,
-        Network::VaeDecode { frames, side, runs } => bench::vae_decode(frames, side, runs.runs)?,
-        Network::Whisper { runs } => bench::whisper(runs.runs)?,
+    let row = match Arguments::parse().task {
+        Task::Resample { from, to } => return resample(from, to),
+        Task::Block { kind, tokens, runs } => bench::block(kind, tokens, runs.runs)?,
+        Task::VaeDecode { frames, side, runs } => bench::vae_decode(frames, side, runs.runs)?,
+        Task::Whisper { runs } => bench::whisper(runs.runs)?,
     };
     println!("{}", serde_json::to_string(&row)?);
+    Ok(())
+}
+
+fn resample(from: NonZeroU32, to: Option<NonZeroU32>) -> Result<()> {
+    let mut bytes = Vec::new();
+    stdin().lock().read_to_end(&mut bytes)?;
+    let (values, rest) = bytes.as_chunks::<4>();
+    ensure!(rest.is_empty(), "the input has {} bytes, which is no whole number of f32", bytes.len());
+    let input: Vec<f32> = values.iter().map(|value| f32::from_le_bytes(*value)).collect();
+    let to = match to {
+        Some(to) => to,
+        None => NonZeroU32::try_from(MODEL_RATE)?,
+    };
+    let output: Vec<u8> = Resampler::new(from, to).process(&input).into_iter().flat_map(f32::to_le_bytes).collect();
+    stdout().lock().write_all(&output)?;
     Ok(())
 }

@@ -5,6 +5,8 @@ mod cases;
 mod generate;
 mod inputs;
 mod processes;
+mod quirks;
+mod resizing;
 mod stack;
 mod wrong_input;
 mod wrong_streams;

@@ -1,8 +1,6 @@
 //! Speech to features: log-mel spectrum, Whisper's encoder, one window of features per frame.
 
 mod encoder;
-#[cfg(test)]
-pub(crate) mod golden;
 mod mel;
 
 use std::path::Path;

@@ -15,7 +15,7 @@ mod rope;
 mod stage;
 
 #[cfg(test)]
-mod goldens;
+mod tests;
 
 use candle_core::{DType, Device, Tensor};
 

@@ -1,127 +1,11 @@
-//! The reference cases, and what holds beyond them.
+//! What holds beyond the reference cases and the vectors of Pillow.
 
-use std::{collections::HashMap, path::PathBuf};
+use candle_core::Device;
 
-use candle_core::{Device, Tensor};
-use serde_json::Value;
-
-use super::{
-    face::{FaceBox, Postprocess},
-    *,
-};
-
-struct Case {
-    json: Value,
-    inputs: HashMap<String, Tensor>,
-    outputs: HashMap<String, Tensor>,
-}
-
-impl Case {
-    fn open(name: &str) -> Self {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens").join(name);
-        let load = |file: &str| candle_core::safetensors::load(folder.join(file), &Device::Cpu).unwrap();
-        let json = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
-        Self { json, inputs: load("inputs.safetensors"), outputs: load("outputs.safetensors") }
-    }
-
-    fn size(&self, key: &str) -> usize {
-        self.json[key].as_u64().unwrap() as usize
-    }
-
-    fn values(&self, name: &str) -> Vec<f64> {
-        let tensor = &self.outputs[name];
-        tensor.to_dtype(candle_core::DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-    }
-
-    fn holds(&self, name: &str, got: &[f64]) {
-        let wanted = self.values(name);
-        assert_eq!(got.len(), wanted.len(), "{name}");
-        let tolerance = self.json["tolerance_max_rel"].as_f64().unwrap();
-        let limit = tolerance * wanted.iter().fold(0f64, |max, v| max.max(v.abs()));
-        for (i, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
-            assert!((got - wanted).abs() <= limit, "{name}[{i}]: {got}, not {wanted}");
-        }
-    }
-
-    /// Pixels, and the largest difference in levels.
-    fn levels(&self, name: &str, got: &Rgb8) -> f64 {
-        assert_eq!(self.outputs[name].dims(), [got.height, got.width, 3], "{name}");
-        let wanted = self.values(name);
-        got.data.iter().zip(&wanted).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max)
-    }
-}
-
-fn wide(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|v| f64::from(*v)).collect()
-}
-
-fn pair(value: &Value) -> (usize, usize) {
-    (value[0].as_u64().unwrap() as usize, value[1].as_u64().unwrap() as usize)
-}
+use super::{face::FaceBox, *};
 
 fn face_of(values: &[f64]) -> FaceBox {
     FaceBox { x: values[0], y: values[1], width: values[2], height: values[3], score: None }
-}
-
-#[test]
-fn the_case_of_picture_operations_holds_to_the_bit() {
-    let case = Case::open("image_ops");
-    let pixels = case.inputs["image"].flatten_all().unwrap().to_vec1::<u8>().unwrap();
-    let picture = Rgb8::new(case.size("w"), case.size("h"), pixels).unwrap();
-    for (i, size) in case.json["lanczos_wh"].as_array().unwrap().iter().enumerate() {
-        let (w, h) = pair(size);
-        assert_eq!(case.levels(&format!("lanczos{i}"), &resize_lanczos(&picture, w, h)), 0.0);
-    }
-    let (w, h) = pair(&case.json["bilinear_wh"]);
-    assert_eq!(case.levels("bilinear", &resize_bilinear(&picture, w, h)), 0.0);
-    let llava = llava_pixels(&picture, w).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    case.holds("llava_pixels", &wide(&llava));
-    let (w, h) = pair(&case.json["cv2_wh"]);
-    let levels = case.levels("cv2_linear", &resize_cv2_linear(&picture, w, h));
-    assert!(levels <= case.json["max_abs_levels"].as_f64().unwrap(), "{levels} levels");
-}
-
-#[test]
-fn the_case_of_face_boxes_holds() {
-    let case = Case::open("face_mask_box");
-    for (name, tensor) in &case.inputs {
-        let values = tensor.to_vec1::<f64>().unwrap();
-        let face = values.iter().any(|v| *v != -1.0).then(|| face_of(&values));
-        let mask = face::mask(face.as_ref(), case.size("W"), case.size("H"));
-        case.holds(&name.replace("box", "mask"), &wide(&mask));
-    }
-}
-
-#[test]
-fn the_case_of_face_tokens_holds() {
-    let case = Case::open("face_mask_tokens");
-    let (width, height) = (case.size("W"), case.size("H"));
-    let mask = case.inputs["mask"].flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let latent = face::latent_mask(&mask, width, height);
-    case.holds("latent", &wide(&latent));
-    case.holds("tokens", &wide(&face::token_gate(&latent, width / 8, height / 8, case.size("ot"))));
-}
-
-#[test]
-fn the_case_of_face_detection_holds() {
-    let case = Case::open("face_detect_post");
-    let candidates = case.inputs["pred"].flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let network = &case.json["net_input_shape"];
-    let rule = Postprocess {
-        confidence: case.json["conf"].as_f64().unwrap() as f32,
-        overlap: case.json["iou"].as_f64().unwrap() as f32,
-        network: pair(&serde_json::json!([network[3], network[2]])),
-        picture: (case.size("W"), case.size("H")),
-    };
-    assert_eq!(face::network_size(case.size("W"), case.size("H")), rule.network);
-    let found = face::postprocess(&candidates, &rule);
-    let corners = |face: &FaceBox| [face.x, face.y, face.width, face.height];
-    let faces: Vec<FaceBox> = found.iter().map(|d| d.face).collect();
-    case.holds("boxes_xywh", &faces.iter().flat_map(corners).collect::<Vec<_>>());
-    case.holds("scores", &faces.iter().filter_map(|f| f.score).collect::<Vec<_>>());
-    let points: Vec<f64> = found.iter().flat_map(|d| d.landmarks.as_flattened().to_vec()).collect();
-    case.holds("landmarks", &points);
-    case.holds("largest", &corners(face::largest_of_reference(&faces).unwrap()));
 }
 
 /// The reference compares with the first face only and so can miss the largest of three; the product does not.
@@ -140,6 +24,19 @@ fn a_resize_to_the_same_size_changes_nothing() {
     assert_eq!(resize_lanczos(&picture, 37, 23), picture);
     assert_eq!(resize_bilinear(&picture, 37, 23), picture);
     assert_eq!(resize_cv2_linear(&picture, 37, 23), picture);
+}
+
+/// Channels are alike, so changing their order before or after is the same.
+#[test]
+fn no_channel_reads_another() {
+    let swapped = |picture: Rgb8| {
+        let data = picture.data.as_chunks::<3>().0.iter().flat_map(|[r, g, b]| [*b, *r, *g]).collect();
+        Rgb8 { data, ..picture }
+    };
+    let picture = gradient(37, 23);
+    for resize in [resize_lanczos, resize_bilinear, resize_cv2_linear] {
+        assert_eq!(resize(&swapped(picture.clone()), 17, 41), swapped(resize(&picture, 17, 41)));
+    }
 }
 
 #[test]
@@ -175,12 +72,12 @@ fn pictures_without_a_face_have_none() {
 
 mod stage {
     use super::*;
-    use crate::vae::VaeConfig;
+    use crate::{golden::Golden, vae::VaeConfig};
 
     fn open(folder: &std::path::Path) -> ImageEncoder {
-        let case = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/vae_causal_attn");
-        std::fs::copy(case.join("weights.safetensors"), folder.join("model.safetensors")).unwrap();
-        let config: VaeConfig = serde_json::from_slice(&std::fs::read(case.join("config.json")).unwrap()).unwrap();
+        let case = Golden::open("vae_causal_attn");
+        std::fs::copy(case.weights_file(), folder.join("model.safetensors")).unwrap();
+        let config: VaeConfig = serde_json::from_value(case.config).unwrap();
         std::fs::write(folder.join("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
         ImageEncoder::open(folder, &Device::Cpu).unwrap()
     }

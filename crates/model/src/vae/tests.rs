@@ -1,12 +1,10 @@
-//! The reference cases, and what holds beyond them.
-
-use std::{collections::HashMap, path::PathBuf};
+//! What holds beyond the reference cases.
 
 use candle_core::{DType, Device, Tensor};
-use serde_json::Value;
 
 use super::*;
-use crate::{Error, weights::Weights};
+pub(super) use crate::golden::worst;
+use crate::{Error, golden::Golden};
 
 /// Deterministic values in -1..1.
 pub(super) fn noise(shape: &[usize], seed: u64) -> Tensor {
@@ -22,126 +20,19 @@ pub(super) fn noise(shape: &[usize], seed: u64) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-/// Largest absolute difference over the largest absolute value.
-pub(super) fn worst(got: &Tensor, wanted: &Tensor) -> f32 {
-    assert_eq!(got.dims(), wanted.dims());
-    let max = |t: Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-    max((got - wanted).unwrap()) / max(wanted.clone()).max(1e-30)
+fn config(case: &Golden) -> VaeConfig {
+    serde_json::from_value(case.config.clone()).unwrap()
 }
 
-struct Case {
-    folder: PathBuf,
-    json: Value,
-    inputs: HashMap<String, Tensor>,
-    outputs: HashMap<String, Tensor>,
-}
-
-impl Case {
-    fn open(name: &str) -> Self {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens").join(name);
-        let load = |file: &str| candle_core::safetensors::load(folder.join(file), &Device::Cpu).unwrap();
-        let json = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
-        let (inputs, outputs) = (load("inputs.safetensors"), load("outputs.safetensors"));
-        Self { folder, json, inputs, outputs }
-    }
-
-    fn config(&self) -> VaeConfig {
-        serde_json::from_value(self.json.clone()).unwrap()
-    }
-
-    fn weights(&self) -> Weights {
-        let from = self.json["weights_from"].as_str().map(|name| self.folder.join("..").join(name));
-        let file = from.as_ref().unwrap_or(&self.folder).join("weights.safetensors");
-        let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
-        Weights::from_tensors(tensors, DType::F32, &Device::Cpu)
-    }
-
-    fn networks(&self) -> (VaeEncoder, VaeDecoder) {
-        let (weights, config) = (self.weights(), self.config());
-        let networks = (VaeEncoder::load(&weights, &config).unwrap(), VaeDecoder::load(&weights, &config).unwrap());
-        weights.refuse_unused(|_| false).unwrap();
-        networks
-    }
-
-    fn holds(&self, name: &str, got: &Tensor) {
-        let tolerance = self.json["tolerance_max_rel"].as_f64().unwrap() as f32;
-        let difference = worst(got, &self.outputs[name]);
-        assert!(difference <= tolerance, "{name} differs by {difference}, the tolerance is {tolerance}");
-    }
-
-    fn holds_moments(&self, moments: &Moments) {
-        self.holds("mean", &moments.mean);
-        self.holds("logvar", &moments.logvar);
-        self.holds("std", &moments.std().unwrap());
-    }
-}
-
-fn untiled_case(name: &str) {
-    let case = Case::open(name);
-    let (encoder, decoder) = case.networks();
-    let (x, z) = (&case.inputs["x"], &case.inputs["z"]);
-    let mut taps = HashMap::new();
-    let moments = encoder
-        .encode_tapped(x, &mut |name, tensor| _ = taps.insert(format!("tap.enc.{name}"), tensor.copy().unwrap()))
-        .unwrap();
-    case.holds_moments(&moments);
-    let decoded = decoder
-        .decode_tapped(z, &mut |name, tensor| _ = taps.insert(format!("tap.dec.{name}"), tensor.copy().unwrap()))
-        .unwrap();
-    case.holds("decoded", &decoded);
-    let names: Vec<&String> = case.outputs.keys().filter(|name| name.starts_with("tap.")).collect();
-    assert!(!names.is_empty());
-    for name in names {
-        case.holds(name, &taps[name]);
-    }
-    let first = x.narrow(2, 0, 1).unwrap();
-    case.holds("image_mean", &encoder.encode(&first).unwrap().mean);
-    case.holds("image_decoded", &decoder.decode(&z.narrow(2, 0, 1).unwrap()).unwrap());
-    let still = first.repeat((1, 1, x.dim(2).unwrap(), 1, 1)).unwrap();
-    case.holds("static_mean", &encoder.encode(&still).unwrap().mean);
-}
-
-#[test]
-fn the_case_with_causal_middle_attention_holds() {
-    untiled_case("vae_causal_attn");
-}
-
-#[test]
-fn the_case_with_plain_middle_attention_holds() {
-    untiled_case("vae_plain_attn");
-}
-
-#[test]
-fn the_case_tiled_in_time_and_space_holds() {
-    let case = Case::open("vae_tiled");
-    let (encoder, decoder) = case.networks();
-    case.holds_moments(&encoder.encode_tiled(&case.inputs["x"]).unwrap());
-    case.holds("decoded", &decoder.decode_tiled(&case.inputs["z"]).unwrap());
-}
-
-#[test]
-fn the_case_tiled_in_time_only_holds() {
-    let case = Case::open("vae_temporal_only_tiling");
-    let (encoder, decoder) = case.networks();
-    case.holds("mean", &encoder.encode_tiled(&case.inputs["x"]).unwrap().mean);
-    case.holds("decoded", &decoder.decode_tiled(&case.inputs["z"]).unwrap());
-}
-
-#[test]
-fn the_case_of_the_norms_epsilon_holds() {
-    let case = Case::open("norm_eps");
-    let groups = case.json["vae_groups"].as_u64().unwrap() as usize;
-    let weights = case.weights().pp("vae_mid");
-    let v = &case.inputs["v"];
-    let norm = GroupNorm::load(&weights.pp("resnets.0.norm1"), groups).unwrap();
-    case.holds("vae_resnet_norm1", &norm.forward(v).unwrap());
-    let norm = GroupNorm::load(&weights.pp("attentions.0.group_norm"), groups).unwrap();
-    case.holds("vae_attn_group_norm", &norm.forward(&v.flatten_from(2).unwrap()).unwrap());
+fn networks(name: &str) -> (VaeEncoder, VaeDecoder) {
+    let case = Golden::open(name);
+    let (weights, config) = (case.weights(), config(&case));
+    (VaeEncoder::load(&weights, &config).unwrap(), VaeDecoder::load(&weights, &config).unwrap())
 }
 
 #[test]
 fn tiled_equals_untiled_where_one_tile_covers_the_input() {
-    let (encoder, decoder) = Case::open("vae_tiled").networks();
+    let (encoder, decoder) = networks("vae_tiled");
     let (x, z) = (noise(&[1, 3, 13, 32, 24], 1), noise(&[1, 4, 4, 4, 3], 2));
     assert_eq!(worst(&encoder.encode_tiled(&x).unwrap().mean, &encoder.encode(&x).unwrap().mean), 0.0);
     assert_eq!(worst(&decoder.decode_tiled(&z).unwrap(), &decoder.decode(&z).unwrap()), 0.0);
@@ -151,7 +42,7 @@ fn tiled_equals_untiled_where_one_tile_covers_the_input() {
 #[test]
 fn one_frame_encodes_as_every_frame_of_the_still_clip() {
     for name in ["vae_causal_attn", "vae_plain_attn"] {
-        let (encoder, _) = Case::open(name).networks();
+        let (encoder, _) = networks(name);
         let picture = noise(&[1, 3, 1, 40, 56], 3);
         let one = encoder.encode_tiled(&picture).unwrap();
         let clip = encoder.encode_tiled(&picture.repeat((1, 1, 33, 1, 1)).unwrap()).unwrap();
@@ -164,7 +55,7 @@ fn one_frame_encodes_as_every_frame_of_the_still_clip() {
 
 #[test]
 fn every_length_decodes_to_its_number_of_frames() {
-    let (_, decoder) = Case::open("vae_tiled").networks();
+    let (_, decoder) = networks("vae_tiled");
     for t in 1..=11 {
         let (mut frames, mut runs) = (0, Vec::new());
         let z = noise(&[1, 4, t, 2, 5], 4);
@@ -182,7 +73,7 @@ fn every_length_decodes_to_its_number_of_frames() {
 
 #[test]
 fn a_batch_is_decoded_item_by_item() {
-    let (_, decoder) = Case::open("vae_causal_attn").networks();
+    let (_, decoder) = networks("vae_causal_attn");
     let z = noise(&[2, 4, 2, 3, 2], 5);
     let both = decoder.decode(&z).unwrap();
     for b in 0..2 {
@@ -193,10 +84,9 @@ fn a_batch_is_decoded_item_by_item() {
 }
 
 fn stage(folder: &std::path::Path) -> VaeStage {
-    let case = Case::open("vae_causal_attn");
-    let file = case.folder.join("weights.safetensors");
-    std::fs::copy(file, folder.join("model.safetensors")).unwrap();
-    std::fs::write(folder.join("config.json"), serde_json::to_vec(&case.config()).unwrap()).unwrap();
+    let case = Golden::open("vae_causal_attn");
+    std::fs::copy(case.weights_file(), folder.join("model.safetensors")).unwrap();
+    std::fs::write(folder.join("config.json"), serde_json::to_vec(&config(&case)).unwrap()).unwrap();
     VaeStage::open(folder, &Device::Cpu).unwrap()
 }
 
@@ -246,7 +136,7 @@ fn the_stage_refuses_latents_of_another_shape_or_not_finite() {
 
 #[test]
 fn a_config_that_no_network_can_have_is_refused() {
-    let good = Case::open("vae_causal_attn").config();
+    let good = config(&Golden::open("vae_causal_attn"));
     good.validate().unwrap();
     for bad in [
         VaeConfig { block_out_channels: vec![], ..good.clone() },
