@@ -4,6 +4,9 @@
 //! names the tensor, the file and what was expected.
 
 pub mod fp8;
+pub mod ggml;
+pub mod gguf;
+pub mod int8;
 pub mod stored;
 
 use std::{
