@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use e2e::parity::Case;
 use gateway::sampler::{Prompt, Sampler, StepPlan, reference_clip};
 use model::{
@@ -15,7 +15,7 @@ use planner::clip::{ClipPlan, REFERENCE_WINDOW};
 use super::{SHAPE, halves, schedule, smallest, stage_folder, text_encoder, values};
 
 fn golden(name: &str) -> Case {
-    Case::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(name)).unwrap()
+    Case::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(name), DType::F32).unwrap()
 }
 
 /// The picture's ones are put behind the filling's zeros, though its rows come before the filling's.
