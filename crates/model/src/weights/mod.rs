@@ -4,6 +4,7 @@
 //! names the tensor, the file and what was expected.
 
 pub mod fp8;
+pub mod pickle;
 pub mod stored;
 
 use std::{
