@@ -27,8 +27,12 @@ def put(name, kind, data):
     writer.add_tensor(f"{name}.values", dequantize(data, kind).astype(np.float32))
 
 
-def halves(count, scale):
-    return (rng.standard_normal((count, 1)) * scale).astype("<f2").view(np.uint8)
+def halves(count):
+    return (rng.standard_normal((count, 1)) * 1e-4).astype("<f2").view(np.uint8)
+
+
+def noise(count, size):
+    return rng.integers(0, 256, (count, size), dtype=np.uint8)
 
 
 # Quantised by the package: one row of usual weights, one whose scales are subnormal halves.
@@ -37,11 +41,10 @@ put("q8_0", Type.Q8_0, quantize(weights, Type.Q8_0))
 put("q4_0", Type.Q4_0, quantize(weights, Type.Q4_0))
 
 # The package only reads the others, so their blocks are random: bytes for scales and levels, halves of either sign.
-random = lambda count, size: rng.integers(0, 256, (count, size), dtype=np.uint8)
 blocks = 2 * ROWS
-put("q4_k", Type.Q4_K, np.concatenate([halves(blocks, 1e-4), halves(blocks, 1e-4), random(blocks, 140)], 1).reshape(ROWS, -1))
-put("q5_k", Type.Q5_K, np.concatenate([halves(blocks, 1e-4), halves(blocks, 1e-4), random(blocks, 172)], 1).reshape(ROWS, -1))
-put("q6_k", Type.Q6_K, np.concatenate([random(blocks, 208), halves(blocks, 1e-4)], 1).reshape(ROWS, -1))
+for name, kind, rest in [("q4_k", Type.Q4_K, 140), ("q5_k", Type.Q5_K, 172)]:
+    put(name, kind, np.concatenate([halves(blocks), halves(blocks), noise(blocks, rest)], 1).reshape(ROWS, -1))
+put("q6_k", Type.Q6_K, np.concatenate([noise(blocks, 208), halves(blocks)], 1).reshape(ROWS, -1))
 
 # Five sides, and the plain types.
 cube = rng.standard_normal((3, 2, 1, 2, 2)).astype(np.float32)

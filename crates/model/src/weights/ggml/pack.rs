@@ -58,86 +58,104 @@ fn farthest(values: &[f32]) -> f32 {
     if values.contains(&far) { far } else { -far }
 }
 
-/// Σab, in eight parts as vectors add.
+/// The parts of a block side by side: element `[i][k]` is value `i` of part `k`.
+///
+/// What is done to one part is done to all, each in its lane of a vector.
 #[inline(always)]
-fn dot<const N: usize>(a: &[f32; N], b: &[f32; N]) -> f32 {
-    let mut lanes = [0.0; 8];
-    for (a, b) in a.as_chunks::<8>().0.iter().zip(b.as_chunks::<8>().0) {
-        for i in 0..8 {
-            lanes[i] += a[i] * b[i];
+fn side_by_side<const N: usize, const P: usize, const K: usize>(values: &[f32; N]) -> [[f32; K]; P] {
+    let mut lanes = [[0.0; K]; P];
+    for k in 0..K {
+        for i in 0..P {
+            lanes[i][k] = values[P * k + i];
         }
     }
-    let [a, b, c, d, e, f, g, h] = lanes;
-    ((a + e) + (b + f)) + ((c + g) + (d + h))
+    lanes
 }
 
-/// The smallest or the largest value.
-#[inline(always)]
-fn extreme(values: &[f32; 32], choose: fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = [values[0]; 8];
-    for chunk in values.as_chunks::<8>().0 {
-        for i in 0..8 {
-            lanes[i] = choose(lanes[i], chunk[i]);
-        }
-    }
-    lanes.into_iter().fold(values[0], choose)
-}
-
-/// The scale for levels in `-reach..reach`.
+/// The scale of each part for levels in `-reach..reach`.
 ///
 /// Levels are tried that put the farthest value a little above or below `-reach`; for each, the scale that leaves the
 /// smallest squared error is `Σvq / Σq²`, and takes `(Σvq)² / Σq²` off it.
 #[inline(always)]
-fn scale_about_zero<const N: usize>(values: &[f32; N], reach: f32) -> f32 {
-    let far = farthest(values);
-    if far == 0.0 {
-        return 0.0;
+fn scales_about_zero<const P: usize, const K: usize>(parts: &[[f32; K]; P], reach: f32) -> [f32; K] {
+    let mut far = [0f32; K];
+    for part in parts {
+        for k in 0..K {
+            far[k] = if part[k].abs() > far[k].abs() { part[k] } else { far[k] };
+        }
     }
-    let (mut best, mut scale) = (0.0, 0.0);
+    let (mut best, mut scales) = ([0.0; K], [0.0; K]);
     for step in -5..=5 {
-        let inverse = -(reach + 0.15 * step as f32) / far;
-        let mut levels = [0.0; N];
-        for i in 0..N {
-            levels[i] = level(values[i] * inverse, -reach, reach - 1.0);
+        let mut inverses = [0.0; K];
+        for k in 0..K {
+            inverses[k] = -(reach + 0.15 * step as f32) * inverse(far[k]);
         }
-        let (vq, qq) = (dot(values, &levels), dot(&levels, &levels));
-        let gain = vq * vq / qq.max(1.0);
-        if gain > best {
-            (best, scale) = (gain, vq / qq);
+        let (mut vq, mut qq) = ([0.0; K], [0.0; K]);
+        for part in parts {
+            for k in 0..K {
+                let q = level(part[k] * inverses[k], -reach, reach - 1.0);
+                vq[k] += part[k] * q;
+                qq[k] += q * q;
+            }
+        }
+        for k in 0..K {
+            let gain = vq[k] * vq[k] / qq[k].max(1.0);
+            let better = gain > best[k];
+            best[k] = if better { gain } else { best[k] };
+            scales[k] = if better { vq[k] / qq[k] } else { scales[k] };
         }
     }
-    scale
+    scales
 }
 
-/// Scale and offset below zero (its sign dropped) for levels in `0..=top`.
+/// Scale and offset below zero (its sign dropped) of each part for levels in `0..=top`.
 ///
-/// As [`scale_about_zero`], with a line instead of a scale: `v ≈ scale·q - low` and `low ≥ 0`.
+/// As [`scales_about_zero`], with a line instead of a scale: `v ≈ scale·q - low` and `low ≥ 0`.
 #[inline(always)]
-fn scale_and_low(values: &[f32; 32], top: f32) -> (f32, f32) {
-    let (low, high) = (extreme(values, f32::min).min(0.0), extreme(values, f32::max));
-    if high <= low {
-        return (0.0, -low);
+fn scales_and_lows<const P: usize, const K: usize>(parts: &[[f32; K]; P], top: f32) -> ([f32; K], [f32; K]) {
+    let (mut low, mut high, mut total) = ([0f32; K], parts[0], [0.0; K]);
+    for part in parts {
+        for k in 0..K {
+            low[k] = low[k].min(part[k]);
+            high[k] = high[k].max(part[k]);
+            total[k] += part[k];
+        }
     }
-    let total = dot(values, &[1.0; 32]);
-    let (mut best, mut line) = (0.0, (0.0, 0.0));
+    let count = P as f32;
+    // Equal values below zero have no line but their own level.
+    let (mut best, mut scales, mut lows) = ([0.0; K], [0.0; K], [0.0; K]);
+    for k in 0..K {
+        lows[k] = if high[k] <= low[k] { -low[k] } else { 0.0 };
+    }
     for step in 0..=20 {
-        let inverse = (top - 1.0 + 0.1 * step as f32) / (high - low);
-        let mut levels = [0.0; 32];
-        for i in 0..32 {
-            levels[i] = level((values[i] - low) * inverse, 0.0, top);
+        let mut inverses = [0.0; K];
+        for k in 0..K {
+            inverses[k] = (top - 1.0 + 0.1 * step as f32) * inverse(high[k] - low[k]);
         }
-        let (q, qq, vq) = (dot(&levels, &[1.0; 32]), dot(&levels, &levels), dot(values, &levels));
-        let spread = 32.0 * qq - q * q;
-        let offset = if spread > 0.0 { (qq * total - q * vq) / spread } else { 0.0 };
-        // An offset above zero cannot be stored, and zero is the best of the others then.
-        let (scale, offset) =
-            if offset < 0.0 { ((32.0 * vq - total * q) / spread, offset) } else { (vq / qq.max(1.0), 0.0) };
-        let gain = scale * vq + offset * total;
-        if gain > best && scale > 0.0 {
-            (best, line) = (gain, (scale, -offset));
+        let (mut sum, mut qq, mut vq) = ([0.0; K], [0.0; K], [0.0; K]);
+        for part in parts {
+            for k in 0..K {
+                let q = level((part[k] - low[k]) * inverses[k], 0.0, top);
+                sum[k] += q;
+                qq[k] += q * q;
+                vq[k] += part[k] * q;
+            }
+        }
+        for k in 0..K {
+            let spread = count * qq[k] - sum[k] * sum[k];
+            let offset = (qq[k] * total[k] - sum[k] * vq[k]) / spread.max(1.0);
+            // An offset above zero cannot be stored, and zero is the best of the others then.
+            let below = offset < 0.0 && spread > 0.0;
+            let scale = if below { (count * vq[k] - total[k] * sum[k]) / spread } else { vq[k] / qq[k].max(1.0) };
+            let offset = if below { offset } else { 0.0 };
+            let gain = scale * vq[k] + offset * total[k];
+            let better = gain > best[k] && scale > 0.0;
+            best[k] = if better { gain } else { best[k] };
+            scales[k] = if better { scale } else { scales[k] };
+            lows[k] = if better { -offset } else { lows[k] };
         }
     }
-    line
+    (scales, lows)
 }
 
 impl Convert<f32, u8, 32, 34> for Q8_0 {
@@ -155,7 +173,7 @@ impl Convert<f32, u8, 32, 18> for Q4_0 {
     #[inline(always)]
     fn block(&self, values: &[f32; 32], block: &mut [u8; 18]) {
         let values = bounded(values);
-        let inverse = inverse(put_half(block, 0, scale_about_zero(&values, 8.0)));
+        let inverse = inverse(put_half(block, 0, scales_about_zero::<32, 1>(&side_by_side(&values), 8.0)[0]));
         let mut levels = [0; 32];
         for i in 0..32 {
             levels[i] = (level(values[i] * inverse, -8.0, 7.0) + 8.0) as u8;
@@ -170,10 +188,7 @@ impl Convert<f32, u8, 256, 210> for Q6K {
     #[inline(always)]
     fn block(&self, values: &[f32; 256], block: &mut [u8; 210]) {
         let values = bounded(values);
-        let mut scales = [0.0; 16];
-        for (scale, part) in scales.iter_mut().zip(values.as_chunks::<16>().0) {
-            *scale = scale_about_zero(part, 32.0);
-        }
+        let scales = scales_about_zero::<16, 16>(&side_by_side(&values), 32.0);
         let d = put_half(block, 208, farthest(&scales) / -128.0);
         let mut levels = [0; 256];
         for part in 0..16 {
@@ -224,10 +239,7 @@ impl Convert<f32, u8, 256, 144> for Q4K {
 #[inline(always)]
 fn lines<const N: usize>(values: &[f32; 256], block: &mut [u8; N], top: f32) -> [u8; 256] {
     let values = bounded(values);
-    let (mut scales, mut lows) = ([0.0; 8], [0.0; 8]);
-    for (k, part) in values.as_chunks().0.iter().enumerate() {
-        (scales[k], lows[k]) = scale_and_low(part, top);
-    }
+    let (scales, lows) = scales_and_lows::<32, 8>(&side_by_side(&values), top);
     let d = put_half(block, 0, farthest(&scales) / 63.0);
     let e = put_half(block, 2, farthest(&lows) / 63.0);
     let (mut s, mut m) = ([0; 8], [0; 8]);
