@@ -21,13 +21,13 @@ fn every_reference_case_holds() {
     assert!(failures.is_empty(), "{} cases fail:\n{}", failures.len(), failures.join("\n"));
 }
 
-/// The case itself allows 2e-4, twenty times as much.
+/// The case itself allows 2e-4; with a transform in f64 it would be 7e-6.
 #[test]
-fn the_mel_spectrum_is_within_1e_5_of_the_reference() {
+fn the_mel_spectrum_is_within_1e_6_of_the_reference() {
     let report = parity::run(&Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/whisper_logmel"));
     assert!(report.holds(), "{report:?}");
     let mel = report.tensors.iter().find(|t| t.tensor == "mel").unwrap();
-    assert!(mel.relative <= 1e-5, "{mel:?}");
+    assert!(mel.relative <= 1e-6, "{mel:?}");
 }
 
 #[test]

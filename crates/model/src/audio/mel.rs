@@ -1,10 +1,10 @@
 //! Log-mel spectrum of speech, as Whisper takes it.
 
-use std::f64::consts::TAU;
+use std::{array, f64::consts::TAU};
 
 use candle_core::{Device, Tensor};
-use realfft::RealFftPlanner;
 
+use super::transform::{BINS, FRAME, Transform};
 use crate::{Error, Result};
 
 /// Samples a second of every speech input.
@@ -16,35 +16,29 @@ pub const MELS: usize = 80;
 /// Columns of one chunk's spectrum: one per 10 ms.
 pub const COLUMNS: usize = CHUNK_SAMPLES / HOP;
 
-const FFT: usize = 400;
 const HOP: usize = 160;
-const BINS: usize = FFT / 2 + 1;
 
 /// The log-mel spectrum of one chunk of speech.
 ///
 /// - `samples`: mono, 16 kHz; cut or padded with zeros to 30 s
 /// - returns: `(80, 3000)`, f32 on the CPU, one column per 10 ms
 ///
-/// Errors: no samples, or one that is not finite.
+/// Errors: no samples, or one that is not finite or past 65536.
 pub fn log_mel(samples: &[f32]) -> Result<Tensor> {
     check_samples(samples)?;
     let padded = padded(samples);
     let window = window();
     let bands = bands();
-    let fft = RealFftPlanner::<f64>::new().plan_fft_forward(FFT);
-    let (mut frame, mut spectrum) = (fft.make_input_vec(), fft.make_output_vec());
+    let transform = Transform::new();
     let mut mel = vec![0f64; MELS * COLUMNS];
     // The transform has one column more than Whisper takes; it is not computed.
     for column in 0..COLUMNS {
         let start = column * HOP;
-        for (value, (sample, weight)) in frame.iter_mut().zip(padded[start..start + FFT].iter().zip(&window)) {
-            *value = f64::from(sample * weight);
-        }
-        fft.process(&mut frame, &mut spectrum).map_err(candle_core::Error::wrap)?;
+        let spectrum = transform.spectrum(&array::from_fn(|i| padded[start + i] * window[i]));
+        let power = spectrum.map(|bin| f64::from(bin.re).powi(2) + f64::from(bin.im).powi(2));
         for (m, band) in bands.iter().enumerate() {
-            let bins = &spectrum[band.first..band.first + band.weights.len()];
-            let power: f64 = bins.iter().zip(&band.weights).map(|(bin, weight)| bin.norm_sqr() * weight).sum();
-            mel[m * COLUMNS + column] = power.max(1e-10).log10();
+            let heard: f64 = power[band.first..].iter().zip(&band.weights).map(|(power, weight)| power * weight).sum();
+            mel[m * COLUMNS + column] = heard.max(1e-10).log10();
         }
     }
     // Nothing is more than 80 dB below the chunk's loudest point.
@@ -66,30 +60,49 @@ pub fn mel_filters() -> Result<Tensor> {
     Ok(Tensor::from_vec(filters, (BINS, MELS), &Device::Cpu)?)
 }
 
-/// Refuses speech without samples, or with one that is not finite.
+/// Most that a sample may be, far past full scale (1, or 32768 where somebody forgot to divide). The transform in f32
+/// would overflow at 1e36.
+const LOUDEST: f32 = 65_536.0;
+
+/// Refuses speech without samples, or with one that is not finite or past [`LOUDEST`].
 pub(super) fn check_samples(samples: &[f32]) -> Result<()> {
     if samples.is_empty() {
         return Err(Error::input("audio", "0 samples, at least 1 is needed"));
     }
-    match samples.iter().position(|sample| !sample.is_finite()) {
+    let wrong = samples.iter().enumerate().find(|(_, sample)| !(sample.abs() <= LOUDEST));
+    match wrong {
         None => Ok(()),
-        Some(at) => Err(Error::input("audio", format!("sample {at} is {}, expected a finite value", samples[at]))),
+        Some((at, value)) if value.is_finite() => {
+            Err(Error::input("audio", format!("sample {at} is {value}, the limit is {LOUDEST}")))
+        }
+        Some((at, value)) => Err(Error::input("audio", format!("sample {at} is {value}, expected a finite value"))),
     }
 }
 
-/// The periodic Hann window, rounded where the reference rounds it.
+/// Where the reference's cosine is the second nearest f32 to the exact one, not the nearest, and the window shows it.
+const SECOND_NEAREST: [usize; 12] = [18, 26, 36, 55, 88, 160, 195, 239, 341, 381, 385, 398];
+
+/// The periodic Hann window, rounded as the reference rounds it.
 ///
-/// Its f32 argument puts it up to 2.5e-7 off the exact one, which leaks more of a loud tone into bands 80 dB below it
-/// than anything else here that f32 rounds. The reference's transform is in f32 too, but its rounding depends on the
-/// instruction set that it runs on, so here it is in f64.
-fn window() -> Vec<f32> {
-    let turn = (TAU / FFT as f64) as f32;
-    (0..FFT).map(|i| 0.5 - 0.5 * f64::from(i as f32 * turn).cos() as f32).collect()
+/// Its argument in f32 puts it up to 2.5e-7 off the exact one. That leaks more of a loud tone into bands 80 dB below
+/// it than a transform in f32 does.
+fn window() -> [f32; FRAME] {
+    let turn = (TAU / FRAME as f64) as f32;
+    array::from_fn(|i| {
+        let exact = f64::from(i as f32 * turn).cos();
+        let nearest = exact as f32;
+        let cosine = match SECOND_NEAREST.contains(&i) {
+            false => nearest,
+            true if f64::from(nearest) < exact => nearest.next_up(),
+            true => nearest.next_down(),
+        };
+        0.5 - 0.5 * cosine
+    })
 }
 
 /// The chunk with half a transform before and behind it, each a mirror image of what it adjoins.
 fn padded(samples: &[f32]) -> Vec<f32> {
-    const SIDE: usize = FFT / 2;
+    const SIDE: usize = FRAME / 2;
     let mut padded = vec![0f32; SIDE + CHUNK_SAMPLES + SIDE];
     for (to, from) in padded[SIDE..SIDE + CHUNK_SAMPLES].iter_mut().zip(samples) {
         *to = *from;
@@ -154,13 +167,16 @@ fn mel_to_hz(mel: f64) -> f64 {
 mod tests {
     use super::*;
 
-    /// Values of `torch.hann_window(400)`. The exact ones at 1 and 293 are 6.168376e-5 and 0.554867156.
+    /// Values of `torch.hann_window(400)`, and the sum (FNV-1a) of all. Exact ones at 1 and 293: 6.168376e-5, 0.554867156.
     #[test]
-    fn the_window_is_rounded_as_the_references() {
+    fn the_window_is_the_references_to_the_bit() {
         let window = window();
         for (i, bits) in [(0, 0), (1, 948_002_816), (3, 974_225_920), (100, 0x3f00_0000), (293, 1_057_885_122)] {
             assert_eq!(window[i].to_bits(), bits, "{i}: {}", window[i]);
         }
+        let bytes = window.iter().flat_map(|v| v.to_le_bytes());
+        let sum = bytes.fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        assert_eq!(sum, 0x2445_28f7_03bf_0605);
     }
 
     /// Each chunk stands alone: 80 dB below its own loudest point, in a scale of a quarter a decade.
@@ -176,10 +192,11 @@ mod tests {
     }
 
     #[test]
-    fn refuses_nothing_and_values_that_are_not_finite() {
+    fn refuses_nothing_and_values_that_are_not_finite_or_far_too_large() {
         let reason = |samples: &[f32]| log_mel(samples).unwrap_err().to_string();
         assert_eq!(reason(&[]), "audio: 0 samples, at least 1 is needed");
         assert_eq!(reason(&[0.0, f32::NAN]), "audio: sample 1 is NaN, expected a finite value");
         assert_eq!(reason(&[f32::INFINITY]), "audio: sample 0 is inf, expected a finite value");
+        assert_eq!(reason(&[0.0, -70_000.0]), "audio: sample 1 is -70000, the limit is 65536");
     }
 }

@@ -2,6 +2,7 @@
 
 mod encoder;
 mod mel;
+mod transform;
 
 use std::path::Path;
 
@@ -91,7 +92,7 @@ impl AudioEncoder {
     /// - `samples`: mono, 16 kHz
     /// - returns: `(S, states, C)`, f32, `S = ceil(samples / 320)`: one row per 20 ms
     ///
-    /// Errors: no samples, or one that is not finite.
+    /// Errors: no samples, or one that is not finite or past 65536.
     pub fn encode(&self, samples: &[f32]) -> Result<Tensor> {
         mel::check_samples(samples)?;
         let chunks = samples
