@@ -28,7 +28,7 @@ pub enum Command {
     ///
     /// Prints `ready grpc=ADDR http=ADDR` once it answers. SIGTERM ends it gracefully. Exit code 64: wrong settings.
     Serve(crate::serve::ServeFlags),
-    /// Make checkpoints.
+    /// Get and make checkpoints.
     #[command(subcommand)]
     Weights(WeightsCommand),
 }
@@ -36,6 +36,14 @@ pub enum Command {
 /// What to do with checkpoints.
 #[derive(Debug, Subcommand)]
 pub enum WeightsCommand {
+    /// Download the official checkpoint, or the parts of it that some stages need.
+    ///
+    /// Downloads go on where they stopped, and every file's hash is checked. The weights come under the Tencent
+    /// Hunyuan Community License, which grants nothing in the European Union, the United Kingdom and South Korea;
+    /// without --accept-licence the files are only listed. The face detector's file is never needed.
+    ///
+    /// Exit codes: 0 done, 1 failed, 2 wrong usage or licence not accepted, 130 interrupted.
+    Fetch(crate::weights::fetch::FetchFlags),
     /// Write a complete checkpoint of random weights: it shows that the system works, not faces.
     Synth(SynthFlags),
 }

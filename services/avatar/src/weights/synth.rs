@@ -1,4 +1,4 @@
-//! `avatar weights`: makes checkpoints.
+//! `avatar weights synth`: a random checkpoint.
 
 use std::path::{Path, PathBuf};
 

@@ -1,0 +1,4 @@
+//! `avatar weights`: gets and makes checkpoints.
+
+pub mod fetch;
+pub mod synth;
