@@ -2,6 +2,7 @@
 //!
 //! `tests/bench/pytorch.py` times the same networks in PyTorch and puts both side by side.
 
+pub mod full;
 mod made;
 
 use std::time::Instant;

@@ -3,6 +3,7 @@
 use std::{
     io::{Read, Write, stdin, stdout},
     num::NonZeroU32,
+    path::PathBuf,
 };
 
 use anyhow::{Result, ensure};
@@ -57,6 +58,22 @@ enum Task {
         #[command(flatten)]
         runs: Runs,
     },
+    /// One pass of a whole transformer from its files, which stay where they are, and some of its blocks against
+    /// another checkpoint's.
+    FullPass {
+        /// Folder of the transformer, in any accepted form.
+        #[arg(long, value_name = "DIR")]
+        folder: PathBuf,
+        /// Folder of the same transformer in an exacter form.
+        #[arg(long, value_name = "DIR")]
+        against: Option<PathBuf>,
+        /// Latent frames.
+        #[arg(long, default_value_t = 2)]
+        frames: usize,
+        /// Rows and columns of the latents; the picture has eight times as many.
+        #[arg(long, default_value_t = 12)]
+        side: usize,
+    },
     /// Resamples one channel from standard input to standard output, both little-endian f32 without a header.
     Resample {
         /// Rate of the input, Hz.
@@ -71,6 +88,11 @@ enum Task {
 fn main() -> Result<()> {
     let row = match Arguments::parse().task {
         Task::Resample { from, to } => return resample(from, to),
+        Task::FullPass { folder, against, frames, side } => {
+            let pass = bench::full::pass(&folder, against.as_deref(), frames, side)?;
+            println!("{}", serde_json::to_string(&pass)?);
+            return Ok(());
+        }
         Task::Block { kind, tokens, runs } => bench::block(kind, tokens, runs.runs)?,
         Task::VaeDecode { frames, side, runs } => bench::vae_decode(frames, side, runs.runs)?,
         Task::Whisper { runs } => bench::whisper(runs.runs)?,
