@@ -36,6 +36,10 @@ pub(crate) struct CreateVideo {
     min_frames: Option<u32>,
     /// The face to animate, `x,y,width,height` in pixels of the upright picture. Default: found.
     face: Option<String>,
+    /// `reference` follows the reference implementation's rules for lengths, steps and rounding; without it ours hold.
+    /// Refused together with `min_frames`.
+    #[schema(pattern = "^reference$")]
+    parity: Option<String>,
     /// `hunyuan-video-avatar`, if given.
     model: Option<String>,
 }

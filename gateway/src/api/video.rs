@@ -5,7 +5,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::header::RETRY_AFTER;
-use proto::v1::{Generation, GenerationState};
+use proto::v1::{Generation, GenerationState, Parity};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -13,6 +13,9 @@ use crate::fault::{Fault, Kind, code_name};
 
 /// The one model, by the name that requests may carry.
 pub const MODEL: &str = "hunyuan-video-avatar";
+
+/// The name of the reference's rules.
+pub const REFERENCE: &str = "reference";
 
 /// One generation.
 #[derive(Debug, Serialize, ToSchema)]
@@ -49,6 +52,12 @@ pub struct Video {
     pub frames: u32,
     /// Pictures a second.
     pub fps: u32,
+    /// Pictures' worth of the speech that the model hears.
+    pub heard_frames: u32,
+    /// Pictures that the model denoises, of which those of the video are kept.
+    pub denoised_frames: u32,
+    /// `reference` where the reference's rules were asked for.
+    pub parity: Option<&'static str>,
 }
 
 /// Why a generation failed.
@@ -101,6 +110,7 @@ impl From<&Generation> for Video {
         let state = generation.state();
         let failure = generation.failure.as_ref();
         let percent = generation.progress.map_or(0.0, |progress| progress.percent);
+        let parity = parity_name(spec.parity());
         Self {
             id: generation.generation_id.clone(),
             object: "video",
@@ -122,6 +132,9 @@ impl From<&Generation> for Video {
             seed: spec.seed.unwrap_or_default(),
             frames: generation.frames,
             fps: planner::clip::FPS,
+            heard_frames: generation.heard_frames,
+            denoised_frames: generation.denoised_frames,
+            parity,
         }
     }
 }
@@ -129,6 +142,15 @@ impl From<&Generation> for Video {
 /// The form's name of a field: the picture has the one that video clients use.
 fn rest_name(field: &str) -> &str {
     if field == "picture" { "input_reference" } else { field }
+}
+
+/// Whose rules hold, where they are not ours.
+#[must_use]
+pub fn parity_name(parity: Parity) -> Option<&'static str> {
+    match parity {
+        Parity::Unspecified => None,
+        Parity::Reference => Some(REFERENCE),
+    }
 }
 
 /// A state in the words of the REST interface.

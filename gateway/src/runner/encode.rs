@@ -23,8 +23,6 @@ pub(crate) struct Conditions {
     pub(crate) channels: usize,
     /// The face that is animated.
     pub(crate) face: Option<FaceBox>,
-    /// What the caller should know.
-    pub(crate) warnings: Vec<String>,
 }
 
 /// Runs the three encoders at once. When one fails, the calls to the others are dropped, which cancels them.
@@ -67,10 +65,12 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         [channels, 1, h, w] if h == height && w == width => channels,
         _ => return Err(malformed(latents.mismatch(format!("F32 [C, 1, {height}, {width}]"))).at(Stage::ImageEncoder)),
     };
-    let warnings = face_warnings(summary.faces.len(), prepared.settings.face.is_some());
+    for warning in face_warnings(summary.faces.len(), prepared.settings.face.is_some()) {
+        run.warn(Stage::ImageEncoder, warning);
+    }
     let mut tensors = vec![features, latents, mask];
     tensors.extend(states);
-    Ok(Conditions { tensors, channels, face: summary.face, warnings })
+    Ok(Conditions { tensors, channels, face: summary.face })
 }
 
 /// What to say about the faces that were found.

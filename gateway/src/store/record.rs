@@ -27,6 +27,8 @@ pub struct Change {
     pub stage: Stage,
     /// A sentence for people.
     pub message: String,
+    /// The sentence is a warning.
+    pub warning: bool,
     /// Why it failed.
     pub fault: Option<Fault>,
     /// What came out.
@@ -161,6 +163,7 @@ impl Record {
                 message: change.message,
                 failure,
                 outcome: change.outcome,
+                warning: change.warning,
             };
             inside.events.push(event);
             inside.fault = change.fault;

@@ -21,6 +21,8 @@ pub struct Progress {
     /// Time at step 0, to tell the pace of the steps alone.
     denoising_since: Option<Instant>,
     shown_step: u32,
+    /// Warnings that were shown when they came.
+    warned: Vec<String>,
 }
 
 enum Form {
@@ -46,6 +48,12 @@ pub struct Completed {
     pub steps: u32,
     /// The noise's seed.
     pub seed: u64,
+    /// Frames of the speech that the model heard.
+    pub heard_frames: u32,
+    /// Frames that the model denoised, of which those of the video were kept.
+    pub denoised_frames: u32,
+    /// `reference` where the reference's rules were asked for.
+    pub parity: Option<&'static str>,
     /// Seconds by stage.
     pub seconds: Map<String, Value>,
     /// Most bytes held at once, by stage; the gateway holds no weights and is not listed.
@@ -81,7 +89,7 @@ impl Progress {
         } else {
             Form::Lines
         };
-        Self { form, quiet, denoising_since: None, shown_step: 0 }
+        Self { form, quiet, denoising_since: None, shown_step: 0, warned: Vec::new() }
     }
 
     /// Shows one event of a generation that goes on.
@@ -101,6 +109,14 @@ impl Progress {
         let said = event.message.strip_prefix(stage).unwrap_or(&event.message).trim_start();
         match &mut self.form {
             Form::Json => print_line(&event_json(event)),
+            Form::Lines if event.warning => {
+                eprintln!("warning: {}", event.message);
+                self.warned.push(event.message.clone());
+            }
+            Form::Bars { all, .. } if event.warning => {
+                all.suspend(|| eprintln!("warning: {}", event.message));
+                self.warned.push(event.message.clone());
+            }
             Form::Lines => {
                 if stepped {
                     eprintln!("denoise: {pace}");
@@ -150,7 +166,7 @@ impl Progress {
             }
             Form::Bars { .. } | Form::Lines if self.quiet => {}
             Form::Bars { .. } | Form::Lines => {
-                for warning in &result.warnings {
+                for warning in result.warnings.iter().filter(|warning| !self.warned.contains(warning)) {
                     eprintln!("warning: {warning}");
                 }
                 let Completed { frames, fps, width, height, .. } = result;
@@ -210,6 +226,9 @@ fn event_json(event: &GenerationEvent) -> Value {
     }
     if !event.message.is_empty() {
         line.insert("message".to_owned(), json!(event.message));
+    }
+    if event.warning {
+        line.insert("warning".to_owned(), json!(true));
     }
     Value::Object(line)
 }
@@ -283,6 +302,9 @@ mod tests {
             height: 128,
             steps: 8,
             seed: 1,
+            heard_frames: 25,
+            denoised_frames: 25,
+            parity: None,
             seconds: Map::new(),
             peak_bytes: Map::new(),
             warnings: Vec::new(),

@@ -93,6 +93,20 @@ fn min_frames_denoises_more_and_keeps_what_the_speech_needs() {
 }
 
 #[test]
+fn by_the_references_rules_129_frames_are_denoised_and_those_of_the_speech_kept() {
+    let desk = Desk::new(0.2);
+    let out = desk.path("parity.mp4");
+    let done =
+        desk.generate(&["--steps", "1", "--guidance-scale", "1", "--parity", "reference", "--out", &out, "--json"]);
+    let stdout = text(&done.stdout);
+    assert!(done.status.success(), "{stdout}{}", text(&done.stderr));
+    let last: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    assert_eq!((&last["frames"], &last["denoised_frames"], &last["heard_frames"]), (&5.into(), &129.into(), &5.into()));
+    assert_eq!(last["parity"], "reference");
+    assert_eq!(probe(&desk.folder.path().join("parity.mp4"))["streams"][0]["nb_read_frames"], "5");
+}
+
+#[test]
 fn json_events_tell_every_step_and_end_with_the_outcome() {
     let desk = Desk::new(0.2);
     let out = desk.path("a.mp4");
