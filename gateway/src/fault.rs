@@ -8,7 +8,7 @@ use service_kit::{FieldViolation, ServiceError};
 use tonic::{Code, Status};
 
 /// The fields that a violation can name: those of the public contract.
-pub const FIELDS: [&str; 11] = [
+pub const FIELDS: [&str; 12] = [
     "picture",
     "audio",
     "prompt",
@@ -20,6 +20,7 @@ pub const FIELDS: [&str; 11] = [
     "face",
     "seed",
     "parity",
+    "truncate_prompt",
 ];
 
 /// What sort of fault it is; decides both codes and whether a retry can help.

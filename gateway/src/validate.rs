@@ -40,6 +40,8 @@ pub struct Settings {
     pub face: Option<FaceBox>,
     /// Whose rules hold.
     pub parity: Parity,
+    /// Cut a prompt of too many tokens.
+    pub truncate_prompt: bool,
 }
 
 impl Settings {
@@ -57,6 +59,7 @@ impl Settings {
             min_frames: (self.parity != Parity::Reference).then_some(self.min_frames),
             face: self.face,
             parity: self.parity.into(),
+            truncate_prompt: self.truncate_prompt,
         }
     }
 }
@@ -115,6 +118,7 @@ pub fn resolve(spec: GenerationSpec, defaults: &GenerationDefaults) -> Result<Se
         flow_shift: spec.flow_shift.or(defaults.flow_shift).unwrap_or(5.0),
         min_frames: spec.min_frames.unwrap_or(1),
         parity: spec.parity(),
+        truncate_prompt: spec.truncate_prompt,
         face: spec.face.map(|face| FaceBox { score: None, ..face }),
         prompt: spec.prompt,
     })

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The fields of the form.
-const FIELDS: [&str; 13] = [
+const FIELDS: [&str; 14] = [
     "prompt",
     "input_reference",
     "audio",
@@ -25,6 +25,7 @@ const FIELDS: [&str; 13] = [
     "min_frames",
     "face",
     "parity",
+    "truncate_prompt",
     "model",
     "seconds",
 ];
@@ -113,6 +114,7 @@ impl Form {
                 Ok(())
             }
             "parity" => Err(format!("{text:?} is no rule; accepted is {REFERENCE}")),
+            "truncate_prompt" => truth(text).map(|value| self.spec.truncate_prompt = value),
             "model" if text == MODEL => Ok(()),
             "model" => Err(format!("{text:?}; accepted is {MODEL}")),
             _ => Err("is not taken: the length follows the speech".into()),
@@ -184,6 +186,10 @@ fn whole<T: std::str::FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| format!("{text:?} is not a whole number within the limits"))
 }
 
+fn truth(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| format!("{text:?} is neither true nor false"))
+}
+
 fn number(text: &str) -> Result<f32, String> {
     text.parse().map_err(|_| format!("{text:?} is not a number"))
 }
@@ -244,11 +250,14 @@ mod tests {
         }
         form.set("parity", "ours");
         form.set("parity", "reference");
+        form.set("truncate_prompt", "yes");
+        form.set("truncate_prompt", "true");
         assert_eq!(
             form.wrong.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(),
-            ["steps", "seed", "model", "seconds", "parity"]
+            ["steps", "seed", "model", "seconds", "parity", "truncate_prompt"]
         );
         assert!(form.wrong[2].message.contains(MODEL));
         assert_eq!((form.spec.size, form.spec.parity()), (Some(64), Parity::Reference));
+        assert!(form.spec.truncate_prompt);
     }
 }

@@ -12,7 +12,7 @@ use super::{
 #[derive(Debug, ToSchema)]
 #[allow(dead_code)] // Only its description is used; the form is read part by part.
 pub(crate) struct CreateVideo {
-    /// What the person does, and where; at most 10000 bytes.
+    /// What the person does, and where; at most 10000 bytes, and as many tokens as the model takes.
     prompt: Option<String>,
     /// The picture's file: PNG, JPEG or WebP, at most 32 MiB and 50 megapixels, sides from 64 to 12000.
     #[schema(format = Binary, value_type = String)]
@@ -40,6 +40,8 @@ pub(crate) struct CreateVideo {
     /// Refused together with `min_frames`.
     #[schema(pattern = "^reference$")]
     parity: Option<String>,
+    /// Cut a prompt of too many tokens instead of refusing it; a warning says how many were kept. Default false.
+    truncate_prompt: Option<bool>,
     /// `hunyuan-video-avatar`, if given.
     model: Option<String>,
 }

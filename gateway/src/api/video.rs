@@ -58,6 +58,14 @@ pub struct Video {
     pub denoised_frames: u32,
     /// `reference` where the reference's rules were asked for.
     pub parity: Option<&'static str>,
+    /// Tokens of the prompt with the quality words put before it, once completed.
+    pub prompt_tokens: Option<u32>,
+    /// Of these, those that LLaVA read; fewer only where `truncate_prompt` cut the prompt.
+    pub prompt_tokens_kept: Option<u32>,
+    /// CLIP's tokens of what was kept, once completed.
+    pub clip_tokens: Option<u32>,
+    /// Of these, those that CLIP read: it takes 75 at most.
+    pub clip_tokens_kept: Option<u32>,
 }
 
 /// Why a generation failed.
@@ -111,6 +119,7 @@ impl From<&Generation> for Video {
         let failure = generation.failure.as_ref();
         let percent = generation.progress.map_or(0.0, |progress| progress.percent);
         let parity = parity_name(spec.parity());
+        let outcome = generation.outcome.as_ref();
         Self {
             id: generation.generation_id.clone(),
             object: "video",
@@ -127,7 +136,7 @@ impl From<&Generation> for Video {
                 message: failure.message.clone(),
                 field: Some(rest_name(&failure.field).to_owned()).filter(|field| !field.is_empty()),
             }),
-            warnings: generation.outcome.as_ref().map(|outcome| outcome.warnings.clone()).unwrap_or_default(),
+            warnings: outcome.map(|outcome| outcome.warnings.clone()).unwrap_or_default(),
             steps: spec.steps.unwrap_or_default(),
             seed: spec.seed.unwrap_or_default(),
             frames: generation.frames,
@@ -135,6 +144,10 @@ impl From<&Generation> for Video {
             heard_frames: generation.heard_frames,
             denoised_frames: generation.denoised_frames,
             parity,
+            prompt_tokens: outcome.map(|outcome| outcome.prompt_tokens),
+            prompt_tokens_kept: outcome.map(|outcome| outcome.prompt_tokens_kept),
+            clip_tokens: outcome.map(|outcome| outcome.clip_tokens),
+            clip_tokens_kept: outcome.map(|outcome| outcome.clip_tokens_kept),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use proto::{
     tensor::HostTensor,
-    v1::{EncodeAudioHeader, EncodePromptHeader, EncodeReferenceHeader, FaceBox, Stage},
+    v1::{EncodeAudioHeader, EncodePromptHeader, EncodePromptSummary, EncodeReferenceHeader, FaceBox, Stage},
 };
 
 use super::{prepare::Prepared, run::Run};
@@ -21,6 +21,8 @@ pub(crate) struct Conditions {
     pub(crate) tensors: Vec<HostTensor>,
     /// Channels of the latents.
     pub(crate) channels: usize,
+    /// How much of the prompt was read.
+    pub(crate) prompt: EncodePromptSummary,
     /// The face that is animated.
     pub(crate) face: Option<FaceBox>,
 }
@@ -43,10 +45,13 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
     let text = async {
         let began = run.stage_began(Stage::TextEncoder);
         let prompt = prepared.settings.prompt.clone();
-        let header = EncodePromptHeader { generation_id: run.id(), prompt, width: size.width, height: size.height };
-        let mut encoded = with_retries(|| run.stages.encode_prompt(header.clone(), pixels.clone())).await?;
+        let truncate_prompt = prepared.settings.truncate_prompt;
+        let (width, height) = (size.width, size.height);
+        let header = EncodePromptHeader { generation_id: run.id(), prompt, width, height, truncate_prompt };
+        let (mut encoded, summary) = with_retries(|| run.stages.encode_prompt(header.clone(), pixels.clone())).await?;
         run.stage_ended(Stage::TextEncoder, began, encoded.memory);
-        TEXT_STATES.iter().map(|name| encoded.take(name, Stage::TextEncoder)).collect::<Result<Vec<_>, _>>()
+        let states = TEXT_STATES.iter().map(|name| encoded.take(name, Stage::TextEncoder));
+        Ok((states.collect::<Result<Vec<_>, _>>()?, summary))
     };
     let reference = async {
         let began = run.stage_began(Stage::ImageEncoder);
@@ -58,19 +63,40 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         let latents = encoded.take("reference_latents", Stage::ImageEncoder)?;
         Ok((latents, encoded.take("face_mask", Stage::ImageEncoder)?, summary))
     };
-    let (features, states, (latents, mask, summary)) = tokio::try_join!(audio, text, reference)?;
+    let (features, (states, prompt), (latents, mask, summary)) = tokio::try_join!(audio, text, reference)?;
 
     let (height, width) = size.latent();
     let channels = match *latents.shape() {
         [channels, 1, h, w] if h == height && w == width => channels,
         _ => return Err(malformed(latents.mismatch(format!("F32 [C, 1, {height}, {width}]"))).at(Stage::ImageEncoder)),
     };
+    for warning in prompt_warnings(&prompt) {
+        run.warn(Stage::TextEncoder, warning);
+    }
     for warning in face_warnings(summary.faces.len(), prepared.settings.face.is_some()) {
         run.warn(Stage::ImageEncoder, warning);
     }
     let mut tensors = vec![features, latents, mask];
     tensors.extend(states);
-    Ok(Conditions { tensors, channels, face: summary.face })
+    Ok(Conditions { tensors, channels, prompt, face: summary.face })
+}
+
+/// What to say about a prompt that was not read to its end.
+fn prompt_warnings(prompt: &EncodePromptSummary) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if prompt.prompt_tokens_kept < prompt.prompt_tokens {
+        warnings.push(format!(
+            "The prompt was cut: the first {} of its {} tokens were kept, with the words put before it; the model takes {}.",
+            prompt.prompt_tokens_kept, prompt.prompt_tokens, prompt.prompt_token_limit,
+        ));
+    }
+    if prompt.clip_tokens_kept < prompt.clip_tokens {
+        warnings.push(format!(
+            "CLIP, which gives the prompt's gist, read the first {} of {} tokens; LLaVA read what was kept of the prompt.",
+            prompt.clip_tokens_kept, prompt.clip_tokens,
+        ));
+    }
+    warnings
 }
 
 /// What to say about the faces that were found.
@@ -90,6 +116,22 @@ fn malformed(error: proto::tensor::TensorError) -> Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_prompt_that_was_not_read_to_its_end_is_worth_a_word() {
+        let whole = EncodePromptSummary {
+            prompt_tokens: 249,
+            prompt_tokens_kept: 249,
+            clip_tokens: 75,
+            clip_tokens_kept: 75,
+            ..Default::default()
+        };
+        assert!(prompt_warnings(&whole).is_empty());
+        let cut = EncodePromptSummary { prompt_tokens: 300, clip_tokens: 90, ..whole };
+        let said = prompt_warnings(&cut);
+        assert!(said[0].contains("first 249 of its 300 tokens"), "{said:?}");
+        assert!(said[1].contains("first 75 of 90 tokens"), "{said:?}");
+    }
 
     #[test]
     fn only_a_face_that_was_looked_for_and_is_not_clear_is_worth_a_word() {

@@ -117,5 +117,9 @@ async fn drive(run: &Run, prepared: Prepared, workshop: &Workshop) -> Result<Out
         warnings: run.warnings(),
         stages: run.reports(),
         face: conditions.face,
+        prompt_tokens: conditions.prompt.prompt_tokens,
+        prompt_tokens_kept: conditions.prompt.prompt_tokens_kept,
+        clip_tokens: conditions.prompt.clip_tokens,
+        clip_tokens_kept: conditions.prompt.clip_tokens_kept,
     })
 }

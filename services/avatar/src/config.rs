@@ -73,6 +73,9 @@ pub struct GenerateFlags {
     /// What the person does, and where.
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = OsStringValueParser::new().try_map(text))]
     pub prompt: String,
+    /// Cut a prompt of too many tokens at the model's limit, and say how many were kept, instead of refusing it.
+    #[arg(long)]
+    pub truncate_prompt: bool,
     /// Video file to write (H.264 and AAC in MP4); replaced only by a finished video.
     #[arg(long, value_name = "FILE", default_value = "avatar.mp4")]
     pub out: PathBuf,
@@ -129,6 +132,7 @@ impl GenerateFlags {
             min_frames: self.min_frames,
             face: self.face.map(|face| face.0),
             parity: self.parity.map_or(v1::Parity::Unspecified, |Parity::Reference| v1::Parity::Reference).into(),
+            truncate_prompt: self.truncate_prompt,
         }
     }
 }

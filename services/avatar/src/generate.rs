@@ -10,7 +10,6 @@ use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
     avatar_service_client::AvatarServiceClient, generate_request, generate_response,
 };
-use serde_json::Map;
 use tonic::transport::Channel;
 
 use crate::{
@@ -194,9 +193,7 @@ fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
         heard_frames,
         denoised_frames,
         parity,
-        seconds: Map::new(),
-        peak_bytes: Map::new(),
-        warnings: Vec::new(),
+        ..Completed::default()
     }
     .with_outcome(outcome)
 }

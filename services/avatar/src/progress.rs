@@ -32,7 +32,7 @@ enum Form {
 }
 
 /// What a finished generation made.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Completed {
     /// The video file.
     pub path: PathBuf,
@@ -54,6 +54,14 @@ pub struct Completed {
     pub denoised_frames: u32,
     /// `reference` where the reference's rules were asked for.
     pub parity: Option<&'static str>,
+    /// Tokens of the prompt, with the words that are put before it.
+    pub prompt_tokens: u32,
+    /// Of these, those that LLaVA read; fewer only where --truncate-prompt cut the prompt.
+    pub prompt_tokens_kept: u32,
+    /// CLIP's tokens of what was kept.
+    pub clip_tokens: u32,
+    /// Of these, those that CLIP read.
+    pub clip_tokens_kept: u32,
     /// Seconds by stage.
     pub seconds: Map<String, Value>,
     /// Most bytes held at once, by stage; the gateway holds no weights and is not listed.
@@ -63,7 +71,7 @@ pub struct Completed {
 }
 
 impl Completed {
-    /// Takes times, memory and warnings from the gateway's own account.
+    /// Takes times, memory, counts and warnings from the gateway's own account.
     #[must_use]
     pub fn with_outcome(mut self, outcome: &Outcome) -> Self {
         for report in &outcome.stages {
@@ -74,6 +82,10 @@ impl Completed {
             }
         }
         self.warnings.clone_from(&outcome.warnings);
+        self.prompt_tokens = outcome.prompt_tokens;
+        self.prompt_tokens_kept = outcome.prompt_tokens_kept;
+        self.clip_tokens = outcome.clip_tokens;
+        self.clip_tokens_kept = outcome.clip_tokens_kept;
         self
     }
 }
@@ -304,10 +316,7 @@ mod tests {
             seed: 1,
             heard_frames: 25,
             denoised_frames: 25,
-            parity: None,
-            seconds: Map::new(),
-            peak_bytes: Map::new(),
-            warnings: Vec::new(),
+            ..Completed::default()
         }
         .with_outcome(&outcome);
         assert_eq!(json!(result.seconds), json!({ "diffusion": 1.235, "gateway": 0.5 }));

@@ -87,20 +87,9 @@ impl PromptTokenizer {
     /// Errors: a prompt that is too long (with its number of tokens), or that spells the picture's or the padding's
     /// token.
     pub fn encode(&self, prompt: &str) -> Result<Tokens> {
-        let bytes = self.limit * TOKEN_BYTES;
-        if prompt.len() > bytes {
-            let reason = format!("{} bytes, the limit is {bytes} ({} tokens)", prompt.len(), self.limit);
-            return Err(Error::input("prompt", reason));
-        }
-        let words = ids(&self.tokenizer, prompt)?;
-        if words.contains(&self.image) || words.contains(&self.pad) {
-            return Err(Error::input("prompt", "it spells a token that stands for the picture or for padding"));
-        }
-        // The whole text in one go, as the reference does it: where a prompt begins with white space, its first
-        // token merges with the template's last.
-        let text = ids(&self.tokenizer, &format!("{}{prompt}{}", self.before, self.after))?;
-        let around = self.crop - 1 + (self.length - self.crop - self.limit);
-        let count = text.len().saturating_sub(around);
+        self.check(prompt)?;
+        let text = ids(&self.tokenizer, &self.text(prompt))?;
+        let count = self.count(text.len());
         if count > self.limit {
             return Err(Error::input("prompt", format!("{count} tokens, the limit is {}", self.limit)));
         }
@@ -111,6 +100,64 @@ impl PromptTokenizer {
         ids.resize(self.length, i64::from(self.pad));
         mask.resize(self.length, 0);
         Ok(Tokens { ids, mask, prompt: count })
+    }
+
+    /// The longest beginning of a prompt that [`encode`](Self::encode) takes, and the tokens of the whole prompt.
+    ///
+    /// The cut lies between two tokens and between two characters: of a character that takes several tokens all are
+    /// kept or none.
+    ///
+    /// Errors: as [`encode`](Self::encode), but for the number of tokens.
+    pub fn cut<'a>(&self, prompt: &'a str) -> Result<(&'a str, usize)> {
+        self.check(prompt)?;
+        let text = self.text(prompt);
+        let encoded = self.tokenizer.encode(text, false).map_err(|e| Error::input("prompt", e.to_string()))?;
+        let total = self.count(encoded.len());
+        if total <= self.limit {
+            return Ok((prompt, total));
+        }
+        // Offsets are bytes of the text; a token inside a character has that of the character.
+        let starts = encoded.get_offsets().iter().map(|(start, _)| start.saturating_sub(self.before.len()));
+        let starts: Vec<usize> = starts.skip(self.crop - 1).take(self.limit + 1).collect();
+        let mut end = prompt.len();
+        for start in starts.into_iter().rev().filter(|start| prompt.is_char_boundary(*start)) {
+            if start >= end {
+                continue;
+            }
+            end = start;
+            // What is left can have more tokens than it had: white space at its end is now split otherwise.
+            let kept = &prompt[..end];
+            if self.count(ids(&self.tokenizer, &self.text(kept))?.len()) <= self.limit {
+                return Ok((kept, total));
+            }
+        }
+        Ok(("", total))
+    }
+
+    /// Errors: a prompt that is far too long to be turned into tokens, or that spells a token of ours.
+    fn check(&self, prompt: &str) -> Result<()> {
+        let bytes = self.limit * TOKEN_BYTES;
+        if prompt.len() > bytes {
+            let reason = format!("{} bytes, the limit is {bytes} ({} tokens)", prompt.len(), self.limit);
+            return Err(Error::input("prompt", reason));
+        }
+        let words = ids(&self.tokenizer, prompt)?;
+        if words.contains(&self.image) || words.contains(&self.pad) {
+            return Err(Error::input("prompt", "it spells a token that stands for the picture or for padding"));
+        }
+        Ok(())
+    }
+
+    /// The prompt in the template. It becomes tokens in one go, as the reference does it: where a prompt begins with
+    /// white space, its first token merges with the template's last.
+    fn text(&self, prompt: &str) -> String {
+        format!("{}{prompt}{}", self.before, self.after)
+    }
+
+    /// Tokens of the prompt in a text of `tokens` tokens without the first.
+    fn count(&self, tokens: usize) -> usize {
+        let around = self.crop - 1 + (self.length - self.crop - self.limit);
+        tokens.saturating_sub(around)
     }
 }
 
@@ -132,6 +179,12 @@ impl ClipTokenizer {
             return Err(Error::file(&file, format!("a text ends in {:?}, expected token {eot}", empty.get_ids())));
         }
         Ok(Self { tokenizer, eot, length })
+    }
+
+    /// Tokens of the longest prompt that is read to its end: 75 in the published model.
+    #[must_use]
+    pub fn limit(&self) -> usize {
+        self.length.saturating_sub(2)
     }
 
     /// Turns a prompt into tokens.
