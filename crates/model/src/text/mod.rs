@@ -2,6 +2,7 @@
 
 mod block;
 pub mod clip;
+mod clip_bpe;
 pub mod config;
 mod llama;
 pub mod llava;

@@ -1,10 +1,13 @@
-//! Words to tokens, by the checkpoint's own `tokenizer.json`.
+//! Words to tokens, by the checkpoint's own `tokenizer.json`, or CLIP's older files.
 
-use std::path::{Path, PathBuf};
+use std::{
+    panic::catch_unwind,
+    path::{Path, PathBuf},
+};
 
 use tokenizers::Tokenizer;
 
-use super::config::LlavaConfig;
+use super::{clip_bpe, config::LlavaConfig};
 use crate::{Error, Result};
 
 /// Bytes of the longest token of a vocabulary: runs of spaces are the longest.
@@ -40,7 +43,8 @@ impl PromptTokenizer {
     /// Errors: a template without exactly one `{}` or one image token behind it, or as long as the text may be; a
     /// token past the `vocabulary` that has embeddings.
     pub fn open(folder: &Path, config: &LlavaConfig, vocabulary: usize) -> Result<Self> {
-        let (tokenizer, file) = open(folder, vocabulary)?;
+        let file = folder.join(TOKENIZER);
+        let tokenizer = plain(read(&file)?, &file, vocabulary)?;
         let fault = |reason: String| Error::file(&file, reason);
         let halves = config.template.split_once("{}").filter(|(_, after)| !after.contains("{}"));
         let Some((before, after)) = halves else {
@@ -169,11 +173,21 @@ pub struct ClipTokenizer {
 }
 
 impl ClipTokenizer {
-    /// Opens `tokenizer.json` of a folder, for texts of `length` tokens that end with `eot`.
+    /// Opens `tokenizer.json` of a folder, or `vocab.json` and `merges.txt` where there is none, for texts of `length`
+    /// tokens that end with `eot`.
     ///
-    /// Errors: a tokenizer that does not end its texts so; a token past the `vocabulary` that has embeddings.
+    /// Errors: no such files; a tokenizer that does not end its texts so; a token past the `vocabulary` that has embeddings.
     pub fn open(folder: &Path, eot: u32, (length, vocabulary): (usize, usize)) -> Result<Self> {
-        let (tokenizer, file) = open(folder, vocabulary)?;
+        let (whole, vocab, merges) = (folder.join(TOKENIZER), folder.join("vocab.json"), folder.join("merges.txt"));
+        let (tokenizer, file) = match (whole.exists(), vocab.exists() || merges.exists()) {
+            (true, _) => (read(&whole)?, whole),
+            (false, true) => (clip_bpe::open(&vocab, &merges)?, vocab),
+            (false, false) => {
+                let reason = "there is no tokenizer.json, and no vocab.json with merges.txt in its place";
+                return Err(Error::file(folder, reason));
+            }
+        };
+        let tokenizer = plain(tokenizer, &file, vocabulary)?;
         let empty = tokenizer.encode_fast("", true).map_err(|e| Error::file(&file, e))?;
         if empty.get_ids().last() != Some(&eot) {
             return Err(Error::file(&file, format!("a text ends in {:?}, expected token {eot}", empty.get_ids())));
@@ -207,15 +221,25 @@ impl ClipTokenizer {
     }
 }
 
-fn open(folder: &Path, vocabulary: usize) -> Result<(Tokenizer, PathBuf)> {
-    let file = folder.join("tokenizer.json");
-    let mut tokenizer = Tokenizer::from_file(&file).map_err(|e| Error::file(&file, e))?;
+const TOKENIZER: &str = "tokenizer.json";
+
+/// Errors: the file is missing or malformed.
+fn read(file: &PathBuf) -> Result<Tokenizer> {
+    // The library panics over a merge that is longer than every token.
+    let opened = catch_unwind(|| Tokenizer::from_file(file));
+    opened.map_err(|_| Error::file(file, "its merges do not fit its tokens"))?.map_err(|e| Error::file(file, e))
+}
+
+/// A tokenizer that neither fills nor cuts.
+///
+/// Errors: a token past the `vocabulary` that has embeddings.
+fn plain(mut tokenizer: Tokenizer, file: &Path, vocabulary: usize) -> Result<Tokenizer> {
     tokenizer.with_padding(None);
-    tokenizer.with_truncation(None).map_err(|e| Error::file(&file, e))?;
+    tokenizer.with_truncation(None).map_err(|e| Error::file(file, e))?;
     match tokenizer.get_vocab(true).into_iter().find(|(_, id)| *id as usize >= vocabulary) {
-        None => Ok((tokenizer, file)),
+        None => Ok(tokenizer),
         Some((token, id)) => {
-            Err(Error::file(&file, format!("token {token:?} is {id}, there are {vocabulary} embeddings")))
+            Err(Error::file(file, format!("token {token:?} is {id}, there are {vocabulary} embeddings")))
         }
     }
 }
