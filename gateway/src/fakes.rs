@@ -43,6 +43,8 @@ pub(crate) struct Script {
     pub(crate) opened: AtomicUsize,
     /// The text encoder refuses the prompt.
     pub(crate) refuse_prompt: bool,
+    /// Faces that the image encoder finds, the largest first.
+    pub(crate) faces: Vec<v1::FaceBox>,
     /// Samples that the audio encoder was sent.
     pub(crate) samples: AtomicUsize,
     /// Frames of speech of the last session.
@@ -165,7 +167,8 @@ impl v1::image_encoder_service_server::ImageEncoderService for Fake {
         let (h, w) = (header.height as usize / 8, header.width as usize / 8);
         let tensors = vec![constant("reference_latents", &[2, 1, h, w]), constant("face_mask", &[1, 1, h, w])];
         let message = |body| v1::EncodeReferenceResponse { body: Some(body) };
-        let summary = message(Out::Summary(v1::EncodeReferenceSummary::default()));
+        let (faces, face) = (self.0.faces.clone(), self.0.faces.first().copied());
+        let summary = message(Out::Summary(v1::EncodeReferenceSummary { faces, face, memory: None }));
         Ok(answer(tensors, move |part| message(Out::Part(part)), summary))
     }
 }

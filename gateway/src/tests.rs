@@ -6,7 +6,7 @@ use std::{
 };
 
 use futures::StreamExt as _;
-use proto::v1::{GenerationSpec, GenerationState, Parity, PassMode, Stage};
+use proto::v1::{FaceBox, GenerationSpec, GenerationState, Parity, PassMode, Stage};
 
 use crate::{
     Gateway, Options,
@@ -129,6 +129,20 @@ async fn without_parity_long_speech_is_heard_to_its_end() {
     let generation = ended(&record).await;
     assert_eq!((generation.frames, generation.heard_frames), (450, 450), "{generation:?}");
     assert_eq!(script.samples.load(Ordering::SeqCst), 450 * 640);
+}
+
+#[tokio::test]
+async fn several_faces_reach_the_caller_with_the_one_chosen_and_how_to_choose_another() {
+    let face = |x: f64, side: f64| FaceBox { x, y: 4.0, width: side, height: side, score: Some(0.9) };
+    let faces = vec![face(2.0, 30.0), face(40.0, 12.0)];
+    let script = Arc::new(Script { faces: faces.clone(), ..Script::default() });
+    let (_gateway, record) = start(&script, 1).await;
+    let outcome = ended(&record).await.outcome.unwrap();
+    assert_eq!((&outcome.faces, outcome.face), (&faces, Some(faces[0])));
+    assert!(outcome.warnings[0].contains("--face X,Y,W,H"), "{:?}", outcome.warnings);
+    let events: Vec<_> = Arc::clone(&record).events(1).collect().await;
+    let told = events.iter().find(|event| !event.faces.is_empty()).unwrap();
+    assert!(told.warning && told.face == Some(faces[0]) && told.stage() == Stage::ImageEncoder);
 }
 
 #[tokio::test]

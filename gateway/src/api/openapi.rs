@@ -5,7 +5,7 @@ use utoipa::{OpenApi, ToSchema};
 
 use super::{
     rest,
-    video::{Deleted, ErrorBody, ErrorObject, Video, VideoError},
+    video::{Deleted, ErrorBody, ErrorObject, Face, Video, VideoError},
 };
 
 /// The form of a new generation. Unknown fields are refused.
@@ -53,7 +53,7 @@ pub(crate) struct CreateVideo {
         description = "A picture, a recording and a sentence become a talking video."
     ),
     paths(rest::create, rest::show, rest::content, rest::remove, rest::cancel, rest::healthz),
-    components(schemas(CreateVideo, Video, VideoError, Deleted, ErrorBody, ErrorObject))
+    components(schemas(CreateVideo, Video, VideoError, Face, Deleted, ErrorBody, ErrorObject))
 )]
 struct Api;
 

@@ -5,7 +5,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::header::RETRY_AFTER;
-use proto::v1::{Generation, GenerationState, Parity};
+use proto::v1::{FaceBox, Generation, GenerationState, Parity};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -66,6 +66,31 @@ pub struct Video {
     pub clip_tokens: Option<u32>,
     /// Of these, those that CLIP read: it takes 75 at most.
     pub clip_tokens_kept: Option<u32>,
+    /// Faces that were found, the largest first, or the one that was given; empty until completed.
+    pub faces: Vec<Face>,
+    /// The face that was animated: of those found the largest. `face` in a request names another.
+    pub face: Option<Face>,
+}
+
+/// A face's box in pixels of the upright picture, from its top left corner.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub struct Face {
+    /// Left edge.
+    pub x: f64,
+    /// Upper edge.
+    pub y: f64,
+    /// Columns.
+    pub width: f64,
+    /// Rows.
+    pub height: f64,
+    /// How sure the detector is, on its own scale; null for a box that was given.
+    pub score: Option<f64>,
+}
+
+impl From<&FaceBox> for Face {
+    fn from(face: &FaceBox) -> Self {
+        Self { x: face.x, y: face.y, width: face.width, height: face.height, score: face.score }
+    }
 }
 
 /// Why a generation failed.
@@ -148,6 +173,8 @@ impl From<&Generation> for Video {
             prompt_tokens_kept: outcome.map(|outcome| outcome.prompt_tokens_kept),
             clip_tokens: outcome.map(|outcome| outcome.clip_tokens),
             clip_tokens_kept: outcome.map(|outcome| outcome.clip_tokens_kept),
+            faces: outcome.map(|outcome| outcome.faces.iter().map(Face::from).collect()).unwrap_or_default(),
+            face: outcome.and_then(|outcome| outcome.face.as_ref()).map(Face::from),
         }
     }
 }

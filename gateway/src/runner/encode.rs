@@ -2,7 +2,7 @@
 
 use proto::{
     tensor::HostTensor,
-    v1::{EncodeAudioHeader, EncodePromptHeader, EncodePromptSummary, EncodeReferenceHeader, FaceBox, Stage},
+    v1::{EncodeAudioHeader, EncodePromptHeader, EncodePromptSummary, EncodeReferenceHeader, EncodeReferenceSummary, FaceBox, Stage},
 };
 
 use super::{prepare::Prepared, run::Run};
@@ -11,6 +11,8 @@ use crate::{
     stages::with_retries,
 };
 
+/// Faces besides the largest whose boxes a sentence names.
+const SHOWN_FACES: usize = 8;
 const TEXT_STATES: [&str; 6] =
     ["positive.states", "positive.mask", "positive.pooled", "negative.states", "negative.mask", "negative.pooled"];
 
@@ -23,6 +25,8 @@ pub(crate) struct Conditions {
     pub(crate) channels: usize,
     /// How much of the prompt was read.
     pub(crate) prompt: EncodePromptSummary,
+    /// Faces that were found, the largest first, or the one that was given.
+    pub(crate) faces: Vec<FaceBox>,
     /// The face that is animated.
     pub(crate) face: Option<FaceBox>,
 }
@@ -73,12 +77,13 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
     for warning in prompt_warnings(&prompt) {
         run.warn(Stage::TextEncoder, warning);
     }
-    for warning in face_warnings(summary.faces.len(), prepared.settings.face.is_some()) {
-        run.warn(Stage::ImageEncoder, warning);
+    let EncodeReferenceSummary { faces, face, .. } = summary;
+    if let Some(said) = said_of_faces(&faces, prepared.settings.face.is_some()) {
+        run.faces_found(&faces, face, said);
     }
     let mut tensors = vec![features, latents, mask];
     tensors.extend(states);
-    Ok(Conditions { tensors, channels, prompt, face: summary.face })
+    Ok(Conditions { tensors, channels, prompt, faces, face })
 }
 
 /// What to say about a prompt that was not read to its end.
@@ -99,13 +104,31 @@ fn prompt_warnings(prompt: &EncodePromptSummary) -> Vec<String> {
     warnings
 }
 
-/// What to say about the faces that were found.
-fn face_warnings(faces: usize, given: bool) -> Vec<String> {
+/// What to say about the faces that were found, the largest first, and whether it is a warning; nothing about a given
+/// one.
+fn said_of_faces(faces: &[FaceBox], given: bool) -> Option<(String, bool)> {
+    let boxed = |face: &FaceBox| format!("{:.0},{:.0},{:.0},{:.0}", face.x, face.y, face.width, face.height);
     match faces {
-        _ if given => Vec::new(),
-        0 => vec!["No face was found; the whole picture is animated. Give --face x,y,w,h to name one.".into()],
-        1 => Vec::new(),
-        n => vec![format!("{n} faces were found; one of them is animated. Give --face x,y,w,h to name another.")],
+        _ if given => None,
+        [] => {
+            let said = "No face was found; the whole picture is animated. Give --face X,Y,W,H (`face` in a request) to \
+                name one.";
+            Some((said.into(), true))
+        }
+        [face] => Some((format!("image-encoder found one face, at {}", boxed(face)), false)),
+        [largest, others @ ..] => {
+            let shown: Vec<String> = others.iter().take(SHOWN_FACES).map(boxed).collect();
+            let more = others.len().saturating_sub(SHOWN_FACES);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let said = format!(
+                "{} faces were found. The largest, at {}, is animated; the others are at {}{more}. Give --face X,Y,W,H \
+                (`face` in a request) to animate another.",
+                faces.len(),
+                boxed(largest),
+                shown.join("; "),
+            );
+            Some((said, true))
+        }
     }
 }
 
@@ -134,10 +157,15 @@ mod tests {
     }
 
     #[test]
-    fn only_a_face_that_was_looked_for_and_is_not_clear_is_worth_a_word() {
-        assert!(face_warnings(0, false)[0].contains("No face was found"));
-        assert!(face_warnings(1, false).is_empty());
-        assert!(face_warnings(3, false)[0].starts_with("3 faces"));
-        assert!(face_warnings(0, true).is_empty());
+    fn faces_are_told_with_their_boxes_and_how_to_choose_another() {
+        let face = |side: f64| FaceBox { x: 10.4, y: 20.0, width: side, height: side, score: Some(0.9) };
+        let said = |faces: &[FaceBox]| said_of_faces(faces, false).unwrap();
+        assert!(said(&[]).0.contains("No face was found") && said(&[]).1);
+        assert_eq!(said(&[face(30.0)]), ("image-encoder found one face, at 10,20,30,30".into(), false));
+        let (several, warning) = said(&[face(30.0), face(20.0), face(5.0)]);
+        assert!(warning && several.starts_with("3 faces were found. The largest, at 10,20,30,30, is"), "{several}");
+        assert!(several.contains("at 10,20,20,20; 10,20,5,5. Give --face X,Y,W,H"), "{several}");
+        assert!(said(&[face(9.0); 20]).0.contains(" and 11 more."));
+        assert_eq!(said_of_faces(&[face(1.0)], true), None);
     }
 }

@@ -116,6 +116,7 @@ async fn drive(run: &Run, prepared: Prepared, workshop: &Workshop) -> Result<Out
         video_crc32c: video.crc32c,
         warnings: run.warnings(),
         stages: run.reports(),
+        faces: conditions.faces,
         face: conditions.face,
         prompt_tokens: conditions.prompt.prompt_tokens,
         prompt_tokens_kept: conditions.prompt.prompt_tokens_kept,

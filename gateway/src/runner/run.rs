@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use proto::v1::{GenerationState, MemoryReport, Progress, Stage, StageReport};
+use proto::v1::{FaceBox, GenerationState, MemoryReport, Progress, Stage, StageReport};
 
 use crate::{
     fault::stage_name,
@@ -81,6 +81,16 @@ impl Run {
         self.lock().warnings.push(sentence.clone());
         let change = Change { progress: Some(progress), stage, message: sentence, ..Change::default() };
         self.record.publish(Change { warning: true, ..change });
+    }
+
+    /// Says which faces were found, and which is animated; `warning` where the caller should choose.
+    pub(crate) fn faces_found(&self, faces: &[FaceBox], face: Option<FaceBox>, (message, warning): (String, bool)) {
+        let progress = self.progress(|_| {});
+        if warning {
+            self.lock().warnings.push(message.clone());
+        }
+        let change = Change { faces: faces.to_vec(), face, message, warning, ..Change::default() };
+        self.record.publish(Change { progress: Some(progress), stage: Stage::ImageEncoder, ..change });
     }
 
     /// Says that `done` steps are done, the last of which began `pace_seconds` per step ago.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use futures::{Stream, stream};
-use proto::v1::{Generation, GenerationEvent, GenerationState, Outcome, Progress, Stage};
+use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Progress, Stage};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -29,6 +29,10 @@ pub struct Change {
     pub message: String,
     /// The sentence is a warning.
     pub warning: bool,
+    /// Faces that were found, or the one that was given.
+    pub faces: Vec<FaceBox>,
+    /// The face that is animated.
+    pub face: Option<FaceBox>,
     /// Why it failed.
     pub fault: Option<Fault>,
     /// What came out.
@@ -164,6 +168,8 @@ impl Record {
                 failure,
                 outcome: change.outcome,
                 warning: change.warning,
+                faces: change.faces,
+                face: change.face,
             };
             inside.events.push(event);
             inside.fault = change.fault;

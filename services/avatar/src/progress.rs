@@ -8,6 +8,7 @@ use std::{
 };
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use gateway::api::video::Face;
 use proto::v1::{GenerationEvent, GenerationState, Outcome, Stage};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -62,6 +63,10 @@ pub struct Completed {
     pub clip_tokens: u32,
     /// Of these, those that CLIP read.
     pub clip_tokens_kept: u32,
+    /// Faces that were found, the largest first, or the one that was given.
+    pub faces: Vec<Face>,
+    /// The face that was animated.
+    pub face: Option<Face>,
     /// Seconds by stage.
     pub seconds: Map<String, Value>,
     /// Most bytes held at once, by stage; the gateway holds no weights and is not listed.
@@ -82,6 +87,8 @@ impl Completed {
             }
         }
         self.warnings.clone_from(&outcome.warnings);
+        self.faces = outcome.faces.iter().map(Face::from).collect();
+        self.face = outcome.face.as_ref().map(Face::from);
         self.prompt_tokens = outcome.prompt_tokens;
         self.prompt_tokens_kept = outcome.prompt_tokens_kept;
         self.clip_tokens = outcome.clip_tokens;
@@ -238,6 +245,10 @@ fn event_json(event: &GenerationEvent) -> Value {
     }
     if !event.message.is_empty() {
         line.insert("message".to_owned(), json!(event.message));
+    }
+    if !event.faces.is_empty() {
+        line.insert("faces".to_owned(), json!(event.faces.iter().map(Face::from).collect::<Vec<_>>()));
+        line.insert("face".to_owned(), json!(event.face.as_ref().map(Face::from)));
     }
     if event.warning {
         line.insert("warning".to_owned(), json!(true));
