@@ -43,6 +43,14 @@ pub(crate) struct Script {
     pub(crate) opened: AtomicUsize,
     /// The text encoder refuses the prompt.
     pub(crate) refuse_prompt: bool,
+    /// Faces that the image encoder finds, the largest first.
+    pub(crate) faces: Vec<v1::FaceBox>,
+    /// Samples that the audio encoder was sent.
+    pub(crate) samples: AtomicUsize,
+    /// Frames of speech of the last session.
+    pub(crate) heard: AtomicUsize,
+    /// Every Predict call with the latents of its items.
+    pub(crate) passes: Mutex<Vec<(v1::PredictHeader, Vec<Vec<f32>>)>>,
 }
 
 #[derive(Clone)]
@@ -112,6 +120,7 @@ impl v1::audio_encoder_service_server::AudioEncoderService for Fake {
     ) -> Result<Response<Self::EncodeAudioStream>, Status> {
         use v1::encode_audio_response::Body as Out;
         let (_, tensors) = read!(request, v1::encode_audio_request::Body);
+        self.0.samples.store(tensors[0].shape()[0], Ordering::SeqCst);
         let features = constant("features", &[tensors[0].shape()[0].div_ceil(320), 5, 8]);
         let message = |body| v1::EncodeAudioResponse { body: Some(body) };
         let memory = Some(v1::MemoryReport { peak_bytes: 7, ..Default::default() });
@@ -158,7 +167,8 @@ impl v1::image_encoder_service_server::ImageEncoderService for Fake {
         let (h, w) = (header.height as usize / 8, header.width as usize / 8);
         let tensors = vec![constant("reference_latents", &[2, 1, h, w]), constant("face_mask", &[1, 1, h, w])];
         let message = |body| v1::EncodeReferenceResponse { body: Some(body) };
-        let summary = message(Out::Summary(v1::EncodeReferenceSummary::default()));
+        let (faces, face) = (self.0.faces.clone(), self.0.faces.first().copied());
+        let summary = message(Out::Summary(v1::EncodeReferenceSummary { faces, face, memory: None }));
         Ok(answer(tensors, move |part| message(Out::Part(part)), summary))
     }
 }
@@ -173,6 +183,7 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
     ) -> Result<Response<v1::OpenSessionResponse>, Status> {
         let (header, tensors) = read!(request, v1::open_session_request::Body);
         self.0.opened.fetch_add(1, Ordering::SeqCst);
+        self.0.heard.store(header.audio_frames as usize, Ordering::SeqCst);
         self.0.sessions.lock().unwrap().insert(header.session_id, tensors.len());
         Ok(Response::new(v1::OpenSessionResponse::default()))
     }
@@ -192,6 +203,8 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         if sessions.get(&header.session_id) != Some(&9) {
             return Err(ServiceError::not_found("no such session").into());
         }
+        let latents = tensors.iter().map(|tensor| tensor.to_f32().unwrap()).collect();
+        self.0.passes.lock().unwrap().push((header, latents));
         let bad = self.0.not_finite_at == Some(call);
         let velocity = |(i, latents): (usize, &HostTensor)| {
             let values = vec![if bad { f32::NAN } else { 0.25 }; latents.shape().iter().product()];

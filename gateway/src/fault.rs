@@ -8,8 +8,20 @@ use service_kit::{FieldViolation, ServiceError};
 use tonic::{Code, Status};
 
 /// The fields that a violation can name: those of the public contract.
-pub const FIELDS: [&str; 10] =
-    ["picture", "audio", "prompt", "steps", "size", "guidance_scale", "flow_shift", "min_frames", "face", "seed"];
+pub const FIELDS: [&str; 12] = [
+    "picture",
+    "audio",
+    "prompt",
+    "steps",
+    "size",
+    "guidance_scale",
+    "flow_shift",
+    "min_frames",
+    "face",
+    "seed",
+    "parity",
+    "truncate_prompt",
+];
 
 /// What sort of fault it is; decides both codes and whether a retry can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -103,7 +103,11 @@ impl Stages {
     }
 
     /// Prompt and picture to the text states of both prompts.
-    pub async fn encode_prompt(&self, header: EncodePromptHeader, picture: HostTensor) -> Result<Encoded, Fault> {
+    pub async fn encode_prompt(
+        &self,
+        header: EncodePromptHeader,
+        picture: HostTensor,
+    ) -> Result<(Encoded, v1::EncodePromptSummary), Fault> {
         use v1::{encode_prompt_request::Body, encode_prompt_response::Body as Answer};
         let stage = Stage::TextEncoder;
         let messages = tensor_stream(Body::Header(header), vec![picture], Body::Part)
@@ -114,7 +118,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok(Encoded { tensors, memory: summary.memory.unwrap_or_default() })
+        Ok((Encoded { tensors, memory: summary.memory.unwrap_or_default() }, summary))
     }
 
     /// Picture to reference latents and face mask.

@@ -5,7 +5,8 @@ use std::{
     time::Duration,
 };
 
-use proto::v1::{GenerationSpec, GenerationState, Stage};
+use futures::StreamExt as _;
+use proto::v1::{FaceBox, GenerationSpec, GenerationState, Parity, PassMode, Stage};
 
 use crate::{
     Gateway, Options,
@@ -15,31 +16,34 @@ use crate::{
     store::Record,
 };
 
-fn upload(steps: u32) -> Upload {
+fn upload(spec: GenerationSpec, frames: u32) -> Upload {
     let mut picture = std::io::Cursor::new(Vec::new());
     image::RgbImage::from_pixel(64, 64, image::Rgb([90, 120, 150]))
         .write_to(&mut picture, image::ImageFormat::Png)
         .unwrap();
     let mut audio = b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0\x80\x3e\0\0\0\x7d\0\0\x02\0\x10\0data".to_vec();
-    let samples = 3200u32; // 5 frames
+    let samples = 640 * frames;
     audio[4..8].copy_from_slice(&(36 + 2 * samples).to_le_bytes());
     audio.extend((2 * samples).to_le_bytes());
     audio.extend((0..samples).flat_map(|i| ((i % 100) as i16 * 90).to_le_bytes()));
-    let spec = GenerationSpec {
-        steps: Some(steps),
-        size: Some(64),
-        guidance_scale: Some(7.5),
-        flow_shift: Some(5.0),
-        ..Default::default()
-    };
+    let spec = GenerationSpec { size: Some(64), guidance_scale: Some(7.5), flow_shift: Some(5.0), ..spec };
     Upload { spec, picture: picture.into_inner(), audio }
 }
 
 async fn start(script: &Arc<Script>, steps: u32) -> (Gateway, Arc<Record>) {
+    start_with(script, GenerationSpec { steps: Some(steps), ..Default::default() }, 5).await
+}
+
+async fn start_with(script: &Arc<Script>, spec: GenerationSpec, frames: u32) -> (Gateway, Arc<Record>) {
     let gateway = Gateway::new(&Options::default(), fakes::start(script)).unwrap();
     let place = gateway.admit().unwrap();
-    let record = gateway.accept(upload(steps), place).await.unwrap();
+    let record = gateway.accept(upload(spec, frames), place).await.unwrap();
     (gateway, record)
+}
+
+/// The settings of a generation under the reference's rules.
+fn by_the_reference(steps: u32) -> GenerationSpec {
+    GenerationSpec { steps: Some(steps), parity: Parity::Reference.into(), ..Default::default() }
 }
 
 async fn ended(record: &Record) -> proto::v1::Generation {
@@ -61,6 +65,84 @@ async fn quirk_fixed_k_makes_a_video_with_a_warning_about_the_missing_face() {
     assert!(script.sessions.lock().unwrap().is_empty());
     gateway.store().remove(&record.id().to_string()).await.unwrap();
     assert_eq!(std::fs::read_dir(gateway.store().dir()).unwrap().count(), 0);
+}
+
+/// 18 steps: by the reference's literals the second phase begins at step 10 and steps 16 and 17 are cached; by ours
+/// the phase begins at step 4 and no step is cached.
+#[tokio::test]
+async fn by_the_references_rules_short_speech_is_denoised_at_full_length_in_its_literal_steps() {
+    let script = Arc::new(Script::default());
+    let (_gateway, record) = start_with(&script, by_the_reference(18), 5).await;
+    let generation = ended(&record).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert_eq!((generation.frames, generation.heard_frames, generation.denoised_frames), (5, 5, 129));
+    assert_eq!(generation.spec.as_ref().unwrap().parity(), Parity::Reference);
+    assert_eq!(script.samples.load(Ordering::SeqCst), 30 * 16_000);
+    assert_eq!(script.heard.load(Ordering::SeqCst), 5);
+    let passes = script.passes.lock().unwrap();
+    assert_eq!(passes.len(), 18);
+    for (header, latents) in passes.iter() {
+        assert_eq!(header.items.len(), 2);
+        for item in &header.items {
+            assert_eq!(item.latent_frames, (0..33).collect::<Vec<_>>());
+            assert_eq!(item.audio_frames, (0..129).collect::<Vec<_>>());
+            assert_eq!(item.face_mask_scale, if header.step < 10 { 0.6 } else { 1.0 });
+        }
+        assert_eq!(header.mode() == PassMode::Cached, header.step >= 16, "step {}", header.step);
+        // The noise is f16; from the first step on a value has the 8 significant bits of a bf16.
+        let values = latents.iter().flatten();
+        assert!(values.clone().all(|x| header.step == 0 || x.to_bits() & 0xffff == 0), "step {}", header.step);
+        assert!(values.clone().all(|x| x.to_bits() & 0x1fff == 0));
+    }
+}
+
+#[tokio::test]
+async fn by_the_references_rules_long_speech_is_cut_and_it_is_said_before_the_first_step() {
+    let script = Arc::new(Script::default());
+    let (gateway, record) = start_with(&script, by_the_reference(1), 800).await;
+    let generation = ended(&record).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert_eq!((generation.frames, generation.heard_frames, generation.denoised_frames), (405, 400, 513));
+    assert_eq!(script.samples.load(Ordering::SeqCst), 30 * 16_000, "the reference hears 30 s at most");
+    assert_eq!(script.heard.load(Ordering::SeqCst), 400);
+    let said = "The speech has 800 frames (32.00 s); with parity reference the first 400 (16.00 s) are heard";
+    assert!(generation.outcome.unwrap().warnings[0].starts_with(said));
+    let events: Vec<_> = Arc::clone(&record).events(1).collect().await;
+    let warned = events.iter().position(|event| event.warning && event.message.starts_with(said)).unwrap();
+    let denoised = events.iter().position(|event| event.state() == GenerationState::Denoising).unwrap();
+    assert!(warned < denoised);
+    let shown = std::process::Command::new("ffprobe")
+        .args(["-v", "error", "-show_entries", "stream=duration", "-of", "csv=p=0"])
+        .arg(gateway.store().video_path(record.id()))
+        .output()
+        .unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    let lengths: Vec<f64> = shown.lines().map(|line| line.trim().parse().unwrap()).collect();
+    assert_eq!(lengths, [16.2, 16.2], "picture and sound end together");
+}
+
+#[tokio::test]
+async fn without_parity_long_speech_is_heard_to_its_end() {
+    let script = Arc::new(Script::default());
+    let spec = GenerationSpec { steps: Some(1), ..Default::default() };
+    let (_gateway, record) = start_with(&script, spec, 450).await;
+    let generation = ended(&record).await;
+    assert_eq!((generation.frames, generation.heard_frames), (450, 450), "{generation:?}");
+    assert_eq!(script.samples.load(Ordering::SeqCst), 450 * 640);
+}
+
+#[tokio::test]
+async fn several_faces_reach_the_caller_with_the_one_chosen_and_how_to_choose_another() {
+    let face = |x: f64, side: f64| FaceBox { x, y: 4.0, width: side, height: side, score: Some(0.9) };
+    let faces = vec![face(2.0, 30.0), face(40.0, 12.0)];
+    let script = Arc::new(Script { faces: faces.clone(), ..Script::default() });
+    let (_gateway, record) = start(&script, 1).await;
+    let outcome = ended(&record).await.outcome.unwrap();
+    assert_eq!((&outcome.faces, outcome.face), (&faces, Some(faces[0])));
+    assert!(outcome.warnings[0].contains("--face X,Y,W,H"), "{:?}", outcome.warnings);
+    let events: Vec<_> = Arc::clone(&record).events(1).collect().await;
+    let told = events.iter().find(|event| !event.faces.is_empty()).unwrap();
+    assert!(told.warning && told.face == Some(faces[0]) && told.stage() == Stage::ImageEncoder);
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::{fmt::Display, ops::RangeInclusive};
 
-use proto::v1::{FaceBox, GenerationDefaults, GenerationSpec, Stage};
+use proto::v1::{FaceBox, GenerationDefaults, GenerationSpec, Parity, Stage};
 
 use crate::fault::{Fault, Kind, Violation};
 
@@ -34,10 +34,14 @@ pub struct Settings {
     pub guidance_scale: f32,
     /// Shift of the time grid.
     pub flow_shift: f32,
-    /// Frames denoised at least.
+    /// Frames denoised at least; unused under the reference's rules.
     pub min_frames: u32,
     /// The caller's face box, in pixels of the upright picture.
     pub face: Option<FaceBox>,
+    /// Whose rules hold.
+    pub parity: Parity,
+    /// Cut a prompt of too many tokens.
+    pub truncate_prompt: bool,
 }
 
 impl Settings {
@@ -51,8 +55,11 @@ impl Settings {
             size: Some(self.size),
             guidance_scale: Some(self.guidance_scale),
             flow_shift: Some(self.flow_shift),
-            min_frames: Some(self.min_frames),
+            // Under the reference's rules it is no setting, and would be refused if it came back.
+            min_frames: (self.parity != Parity::Reference).then_some(self.min_frames),
             face: self.face,
+            parity: self.parity.into(),
+            truncate_prompt: self.truncate_prompt,
         }
     }
 }
@@ -72,6 +79,14 @@ pub fn check(spec: &GenerationSpec) -> Result<(), Fault> {
     note("flow_shift", outside(spec.flow_shift, &FLOW_SHIFT));
     note("min_frames", outside(spec.min_frames, &MIN_FRAMES));
     note("face", spec.face.as_ref().and_then(face_shape));
+    match (Parity::try_from(spec.parity), spec.min_frames) {
+        (Err(_), _) => note("parity", Some(format!("{} is no rule; accepted is PARITY_REFERENCE", spec.parity))),
+        (Ok(Parity::Reference), Some(frames)) => {
+            note("parity", Some("reference has its own rule for the frames that are denoised".into()));
+            note("min_frames", Some(format!("{frames} together with parity reference; give one of them")));
+        }
+        (Ok(Parity::Reference | Parity::Unspecified), _) => {}
+    }
     if wrong.is_empty() { Ok(()) } else { Err(Fault::of_violations(Kind::Invalid, wrong)) }
 }
 
@@ -102,6 +117,8 @@ pub fn resolve(spec: GenerationSpec, defaults: &GenerationDefaults) -> Result<Se
         guidance_scale: spec.guidance_scale.or(defaults.guidance_scale).unwrap_or(7.5),
         flow_shift: spec.flow_shift.or(defaults.flow_shift).unwrap_or(5.0),
         min_frames: spec.min_frames.unwrap_or(1),
+        parity: spec.parity(),
+        truncate_prompt: spec.truncate_prompt,
         face: spec.face.map(|face| FaceBox { score: None, ..face }),
         prompt: spec.prompt,
     })
@@ -206,6 +223,19 @@ mod tests {
         let fault = face_inside(&face, 100, 100).unwrap_err();
         assert!(fault.message.contains("100x100"), "{fault}");
         assert!(face_inside(&face, 110, 100).is_ok());
+    }
+
+    #[test]
+    fn the_references_rules_leave_no_choice_of_frames() {
+        let spec = GenerationSpec { parity: Parity::Reference.into(), ..Default::default() };
+        assert!(fields(&spec).is_empty());
+        let echoed = resolve(spec.clone(), &GenerationDefaults::default()).unwrap().to_spec();
+        assert!(echoed.parity() == Parity::Reference && fields(&echoed).is_empty(), "{echoed:?}");
+        let both = GenerationSpec { min_frames: Some(129), ..spec };
+        assert_eq!(fields(&both), ["parity", "min_frames"]);
+        let message = check(&both).unwrap_err().message;
+        assert!(message.contains("min_frames: 129 together with parity reference"), "{message}");
+        assert_eq!(fields(&GenerationSpec { parity: 7, ..Default::default() }), ["parity"]);
     }
 
     #[test]

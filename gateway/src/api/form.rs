@@ -3,9 +3,9 @@
 use axum::extract::multipart::{Field, Multipart, MultipartError};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http::StatusCode;
-use proto::v1::{FaceBox, GenerationSpec};
+use proto::v1::{FaceBox, GenerationSpec, Parity};
 
-use super::video::MODEL;
+use super::video::{MODEL, REFERENCE};
 use crate::{
     fault::{Fault, Kind, Violation},
     intake::{File, Intake, Upload, too_large},
@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The fields of the form.
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 14] = [
     "prompt",
     "input_reference",
     "audio",
@@ -24,6 +24,8 @@ const FIELDS: [&str; 12] = [
     "flow_shift",
     "min_frames",
     "face",
+    "parity",
+    "truncate_prompt",
     "model",
     "seconds",
 ];
@@ -107,6 +109,12 @@ impl Form {
             "guidance_scale" => number(text).map(|value| self.spec.guidance_scale = Some(value)),
             "flow_shift" => number(text).map(|value| self.spec.flow_shift = Some(value)),
             "face" => face(text).map(|value| self.spec.face = Some(value)),
+            "parity" if text == REFERENCE => {
+                self.spec.set_parity(Parity::Reference);
+                Ok(())
+            }
+            "parity" => Err(format!("{text:?} is no rule; accepted is {REFERENCE}")),
+            "truncate_prompt" => truth(text).map(|value| self.spec.truncate_prompt = value),
             "model" if text == MODEL => Ok(()),
             "model" => Err(format!("{text:?}; accepted is {MODEL}")),
             _ => Err("is not taken: the length follows the speech".into()),
@@ -178,6 +186,10 @@ fn whole<T: std::str::FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| format!("{text:?} is not a whole number within the limits"))
 }
 
+fn truth(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| format!("{text:?} is neither true nor false"))
+}
+
 fn number(text: &str) -> Result<f32, String> {
     text.parse().map_err(|_| format!("{text:?} is not a number"))
 }
@@ -236,11 +248,16 @@ mod tests {
         for (name, text) in [("steps", "many"), ("seed", "-1"), ("model", "sora-2"), ("seconds", "4"), ("size", "64")] {
             form.set(name, text);
         }
+        form.set("parity", "ours");
+        form.set("parity", "reference");
+        form.set("truncate_prompt", "yes");
+        form.set("truncate_prompt", "true");
         assert_eq!(
             form.wrong.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(),
-            ["steps", "seed", "model", "seconds"]
+            ["steps", "seed", "model", "seconds", "parity", "truncate_prompt"]
         );
         assert!(form.wrong[2].message.contains(MODEL));
-        assert_eq!(form.spec.size, Some(64));
+        assert_eq!((form.spec.size, form.spec.parity()), (Some(64), Parity::Reference));
+        assert!(form.spec.truncate_prompt);
     }
 }

@@ -5,14 +5,14 @@ use utoipa::{OpenApi, ToSchema};
 
 use super::{
     rest,
-    video::{Deleted, ErrorBody, ErrorObject, Video, VideoError},
+    video::{Deleted, ErrorBody, ErrorObject, Face, Video, VideoError},
 };
 
 /// The form of a new generation. Unknown fields are refused.
 #[derive(Debug, ToSchema)]
 #[allow(dead_code)] // Only its description is used; the form is read part by part.
 pub(crate) struct CreateVideo {
-    /// What the person does, and where; at most 10000 bytes.
+    /// What the person does, and where; at most 10000 bytes, and as many tokens as the model takes.
     prompt: Option<String>,
     /// The picture's file: PNG, JPEG or WebP, at most 32 MiB and 50 megapixels, sides from 64 to 12000.
     #[schema(format = Binary, value_type = String)]
@@ -36,6 +36,12 @@ pub(crate) struct CreateVideo {
     min_frames: Option<u32>,
     /// The face to animate, `x,y,width,height` in pixels of the upright picture. Default: found.
     face: Option<String>,
+    /// `reference` follows the reference implementation's rules for lengths, steps and rounding; without it ours hold.
+    /// Refused together with `min_frames`.
+    #[schema(pattern = "^reference$")]
+    parity: Option<String>,
+    /// Cut a prompt of too many tokens instead of refusing it; a warning says how many were kept. Default false.
+    truncate_prompt: Option<bool>,
     /// `hunyuan-video-avatar`, if given.
     model: Option<String>,
 }
@@ -47,7 +53,7 @@ pub(crate) struct CreateVideo {
         description = "A picture, a recording and a sentence become a talking video."
     ),
     paths(rest::create, rest::show, rest::content, rest::remove, rest::cancel, rest::healthz),
-    components(schemas(CreateVideo, Video, VideoError, Deleted, ErrorBody, ErrorObject))
+    components(schemas(CreateVideo, Video, VideoError, Face, Deleted, ErrorBody, ErrorObject))
 )]
 struct Api;
 

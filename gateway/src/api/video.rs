@@ -5,7 +5,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::header::RETRY_AFTER;
-use proto::v1::{Generation, GenerationState};
+use proto::v1::{FaceBox, Generation, GenerationState, Parity};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -13,6 +13,9 @@ use crate::fault::{Fault, Kind, code_name};
 
 /// The one model, by the name that requests may carry.
 pub const MODEL: &str = "hunyuan-video-avatar";
+
+/// The name of the reference's rules.
+pub const REFERENCE: &str = "reference";
 
 /// One generation.
 #[derive(Debug, Serialize, ToSchema)]
@@ -49,6 +52,45 @@ pub struct Video {
     pub frames: u32,
     /// Pictures a second.
     pub fps: u32,
+    /// Pictures' worth of the speech that the model hears.
+    pub heard_frames: u32,
+    /// Pictures that the model denoises, of which those of the video are kept.
+    pub denoised_frames: u32,
+    /// `reference` where the reference's rules were asked for.
+    pub parity: Option<&'static str>,
+    /// Tokens of the prompt with the quality words put before it, once completed.
+    pub prompt_tokens: Option<u32>,
+    /// Of these, those that LLaVA read; fewer only where `truncate_prompt` cut the prompt.
+    pub prompt_tokens_kept: Option<u32>,
+    /// CLIP's tokens of what was kept, once completed.
+    pub clip_tokens: Option<u32>,
+    /// Of these, those that CLIP read: it takes 75 at most.
+    pub clip_tokens_kept: Option<u32>,
+    /// Faces that were found, the largest first, or the one that was given; empty until completed.
+    pub faces: Vec<Face>,
+    /// The face that was animated: of those found the largest. `face` in a request names another.
+    pub face: Option<Face>,
+}
+
+/// A face's box in pixels of the upright picture, from its top left corner.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub struct Face {
+    /// Left edge.
+    pub x: f64,
+    /// Upper edge.
+    pub y: f64,
+    /// Columns.
+    pub width: f64,
+    /// Rows.
+    pub height: f64,
+    /// How sure the detector is, on its own scale; null for a box that was given.
+    pub score: Option<f64>,
+}
+
+impl From<&FaceBox> for Face {
+    fn from(face: &FaceBox) -> Self {
+        Self { x: face.x, y: face.y, width: face.width, height: face.height, score: face.score }
+    }
 }
 
 /// Why a generation failed.
@@ -101,6 +143,8 @@ impl From<&Generation> for Video {
         let state = generation.state();
         let failure = generation.failure.as_ref();
         let percent = generation.progress.map_or(0.0, |progress| progress.percent);
+        let parity = parity_name(spec.parity());
+        let outcome = generation.outcome.as_ref();
         Self {
             id: generation.generation_id.clone(),
             object: "video",
@@ -117,11 +161,20 @@ impl From<&Generation> for Video {
                 message: failure.message.clone(),
                 field: Some(rest_name(&failure.field).to_owned()).filter(|field| !field.is_empty()),
             }),
-            warnings: generation.outcome.as_ref().map(|outcome| outcome.warnings.clone()).unwrap_or_default(),
+            warnings: outcome.map(|outcome| outcome.warnings.clone()).unwrap_or_default(),
             steps: spec.steps.unwrap_or_default(),
             seed: spec.seed.unwrap_or_default(),
             frames: generation.frames,
             fps: planner::clip::FPS,
+            heard_frames: generation.heard_frames,
+            denoised_frames: generation.denoised_frames,
+            parity,
+            prompt_tokens: outcome.map(|outcome| outcome.prompt_tokens),
+            prompt_tokens_kept: outcome.map(|outcome| outcome.prompt_tokens_kept),
+            clip_tokens: outcome.map(|outcome| outcome.clip_tokens),
+            clip_tokens_kept: outcome.map(|outcome| outcome.clip_tokens_kept),
+            faces: outcome.map(|outcome| outcome.faces.iter().map(Face::from).collect()).unwrap_or_default(),
+            face: outcome.and_then(|outcome| outcome.face.as_ref()).map(Face::from),
         }
     }
 }
@@ -129,6 +182,15 @@ impl From<&Generation> for Video {
 /// The form's name of a field: the picture has the one that video clients use.
 fn rest_name(field: &str) -> &str {
     if field == "picture" { "input_reference" } else { field }
+}
+
+/// Whose rules hold, where they are not ours.
+#[must_use]
+pub fn parity_name(parity: Parity) -> Option<&'static str> {
+    match parity {
+        Parity::Unspecified => None,
+        Parity::Reference => Some(REFERENCE),
+    }
 }
 
 /// A state in the words of the REST interface.

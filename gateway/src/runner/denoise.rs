@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use proto::{
     tensor::HostTensor,
-    v1::{self, PassMode, PredictItem, PromptKind, Stage},
+    v1::{self, Parity, PassMode, PredictItem, PromptKind, Stage},
 };
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     fault::{Fault, Kind},
-    sampler::{Branch, FrameShape, Prompt, Request, Sampler, SamplerError, Schedule, Setup, StepPlan, noise},
+    sampler::{Branch, FrameShape, Prompt, Request, Rounding, Sampler, SamplerError, Schedule, Setup, StepPlan, noise},
 };
 
 /// Denoises a clip; gives the latent frames that are decoded, F32 (C, T, h, w).
@@ -32,7 +32,11 @@ pub(crate) async fn denoise(
         flow_shift: settings.flow_shift,
         guidance_scale: settings.guidance_scale,
     };
-    let setup = Setup { plan: StepPlan::scaled(schedule), clip: clip.clone(), shape, round_to_bf16: false };
+    let (plan, rounding) = match settings.parity {
+        Parity::Unspecified => (StepPlan::scaled(schedule), Rounding::Nowhere),
+        Parity::Reference => (StepPlan::reference(schedule), Rounding::Reference),
+    };
+    let setup = Setup { plan, clip: clip.clone(), shape, rounding };
     let start = noise(settings.seed, shape.values(clip.latent_frames));
     let mut sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
     let began = Instant::now();

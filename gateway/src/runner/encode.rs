@@ -2,7 +2,7 @@
 
 use proto::{
     tensor::HostTensor,
-    v1::{EncodeAudioHeader, EncodePromptHeader, EncodeReferenceHeader, FaceBox, Stage},
+    v1::{EncodeAudioHeader, EncodePromptHeader, EncodePromptSummary, EncodeReferenceHeader, EncodeReferenceSummary, FaceBox, Stage},
 };
 
 use super::{prepare::Prepared, run::Run};
@@ -11,6 +11,8 @@ use crate::{
     stages::with_retries,
 };
 
+/// Faces besides the largest whose boxes a sentence names.
+const SHOWN_FACES: usize = 8;
 const TEXT_STATES: [&str; 6] =
     ["positive.states", "positive.mask", "positive.pooled", "negative.states", "negative.mask", "negative.pooled"];
 
@@ -21,10 +23,12 @@ pub(crate) struct Conditions {
     pub(crate) tensors: Vec<HostTensor>,
     /// Channels of the latents.
     pub(crate) channels: usize,
+    /// How much of the prompt was read.
+    pub(crate) prompt: EncodePromptSummary,
+    /// Faces that were found, the largest first, or the one that was given.
+    pub(crate) faces: Vec<FaceBox>,
     /// The face that is animated.
     pub(crate) face: Option<FaceBox>,
-    /// What the caller should know.
-    pub(crate) warnings: Vec<String>,
 }
 
 /// Runs the three encoders at once. When one fails, the calls to the others are dropped, which cancels them.
@@ -45,10 +49,13 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
     let text = async {
         let began = run.stage_began(Stage::TextEncoder);
         let prompt = prepared.settings.prompt.clone();
-        let header = EncodePromptHeader { generation_id: run.id(), prompt, width: size.width, height: size.height };
-        let mut encoded = with_retries(|| run.stages.encode_prompt(header.clone(), pixels.clone())).await?;
+        let truncate_prompt = prepared.settings.truncate_prompt;
+        let (width, height) = (size.width, size.height);
+        let header = EncodePromptHeader { generation_id: run.id(), prompt, width, height, truncate_prompt };
+        let (mut encoded, summary) = with_retries(|| run.stages.encode_prompt(header.clone(), pixels.clone())).await?;
         run.stage_ended(Stage::TextEncoder, began, encoded.memory);
-        TEXT_STATES.iter().map(|name| encoded.take(name, Stage::TextEncoder)).collect::<Result<Vec<_>, _>>()
+        let states = TEXT_STATES.iter().map(|name| encoded.take(name, Stage::TextEncoder));
+        Ok((states.collect::<Result<Vec<_>, _>>()?, summary))
     };
     let reference = async {
         let began = run.stage_began(Stage::ImageEncoder);
@@ -60,26 +67,68 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         let latents = encoded.take("reference_latents", Stage::ImageEncoder)?;
         Ok((latents, encoded.take("face_mask", Stage::ImageEncoder)?, summary))
     };
-    let (features, states, (latents, mask, summary)) = tokio::try_join!(audio, text, reference)?;
+    let (features, (states, prompt), (latents, mask, summary)) = tokio::try_join!(audio, text, reference)?;
 
     let (height, width) = size.latent();
     let channels = match *latents.shape() {
         [channels, 1, h, w] if h == height && w == width => channels,
         _ => return Err(malformed(latents.mismatch(format!("F32 [C, 1, {height}, {width}]"))).at(Stage::ImageEncoder)),
     };
-    let warnings = face_warnings(summary.faces.len(), prepared.settings.face.is_some());
+    for warning in prompt_warnings(&prompt) {
+        run.warn(Stage::TextEncoder, warning);
+    }
+    let EncodeReferenceSummary { faces, face, .. } = summary;
+    if let Some(said) = said_of_faces(&faces, prepared.settings.face.is_some()) {
+        run.faces_found(&faces, face, said);
+    }
     let mut tensors = vec![features, latents, mask];
     tensors.extend(states);
-    Ok(Conditions { tensors, channels, face: summary.face, warnings })
+    Ok(Conditions { tensors, channels, prompt, faces, face })
 }
 
-/// What to say about the faces that were found.
-fn face_warnings(faces: usize, given: bool) -> Vec<String> {
+/// What to say about a prompt that was not read to its end.
+fn prompt_warnings(prompt: &EncodePromptSummary) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if prompt.prompt_tokens_kept < prompt.prompt_tokens {
+        warnings.push(format!(
+            "The prompt was cut: the first {} of its {} tokens were kept, with the words put before it; the model takes {}.",
+            prompt.prompt_tokens_kept, prompt.prompt_tokens, prompt.prompt_token_limit,
+        ));
+    }
+    if prompt.clip_tokens_kept < prompt.clip_tokens {
+        warnings.push(format!(
+            "CLIP, which gives the prompt's gist, read the first {} of {} tokens; LLaVA read what was kept of the prompt.",
+            prompt.clip_tokens_kept, prompt.clip_tokens,
+        ));
+    }
+    warnings
+}
+
+/// What to say about the faces that were found, the largest first, and whether it is a warning; nothing about a given
+/// one.
+fn said_of_faces(faces: &[FaceBox], given: bool) -> Option<(String, bool)> {
+    let boxed = |face: &FaceBox| format!("{:.0},{:.0},{:.0},{:.0}", face.x, face.y, face.width, face.height);
     match faces {
-        _ if given => Vec::new(),
-        0 => vec!["No face was found; the whole picture is animated. Give --face x,y,w,h to name one.".into()],
-        1 => Vec::new(),
-        n => vec![format!("{n} faces were found; one of them is animated. Give --face x,y,w,h to name another.")],
+        _ if given => None,
+        [] => {
+            let said = "No face was found; the whole picture is animated. Give --face X,Y,W,H (`face` in a request) to \
+                name one.";
+            Some((said.into(), true))
+        }
+        [face] => Some((format!("image-encoder found one face, at {}", boxed(face)), false)),
+        [largest, others @ ..] => {
+            let shown: Vec<String> = others.iter().take(SHOWN_FACES).map(boxed).collect();
+            let more = others.len().saturating_sub(SHOWN_FACES);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let said = format!(
+                "{} faces were found. The largest, at {}, is animated; the others are at {}{more}. Give --face X,Y,W,H \
+                (`face` in a request) to animate another.",
+                faces.len(),
+                boxed(largest),
+                shown.join("; "),
+            );
+            Some((said, true))
+        }
     }
 }
 
@@ -92,10 +141,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_face_that_was_looked_for_and_is_not_clear_is_worth_a_word() {
-        assert!(face_warnings(0, false)[0].contains("No face was found"));
-        assert!(face_warnings(1, false).is_empty());
-        assert!(face_warnings(3, false)[0].starts_with("3 faces"));
-        assert!(face_warnings(0, true).is_empty());
+    fn a_prompt_that_was_not_read_to_its_end_is_worth_a_word() {
+        let whole = EncodePromptSummary {
+            prompt_tokens: 249,
+            prompt_tokens_kept: 249,
+            clip_tokens: 75,
+            clip_tokens_kept: 75,
+            ..Default::default()
+        };
+        assert!(prompt_warnings(&whole).is_empty());
+        let cut = EncodePromptSummary { prompt_tokens: 300, clip_tokens: 90, ..whole };
+        let said = prompt_warnings(&cut);
+        assert!(said[0].contains("first 249 of its 300 tokens"), "{said:?}");
+        assert!(said[1].contains("first 75 of 90 tokens"), "{said:?}");
+    }
+
+    #[test]
+    fn faces_are_told_with_their_boxes_and_how_to_choose_another() {
+        let face = |side: f64| FaceBox { x: 10.4, y: 20.0, width: side, height: side, score: Some(0.9) };
+        let said = |faces: &[FaceBox]| said_of_faces(faces, false).unwrap();
+        assert!(said(&[]).0.contains("No face was found") && said(&[]).1);
+        assert_eq!(said(&[face(30.0)]), ("image-encoder found one face, at 10,20,30,30".into(), false));
+        let (several, warning) = said(&[face(30.0), face(20.0), face(5.0)]);
+        assert!(warning && several.starts_with("3 faces were found. The largest, at 10,20,30,30, is"), "{several}");
+        assert!(several.contains("at 10,20,20,20; 10,20,5,5. Give --face X,Y,W,H"), "{several}");
+        assert!(said(&[face(9.0); 20]).0.contains(" and 11 more."));
+        assert_eq!(said_of_faces(&[face(1.0)], true), None);
     }
 }

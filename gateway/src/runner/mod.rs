@@ -88,6 +88,9 @@ fn conclude(run: &Run, ended: Result<Outcome, Fault>) {
 
 async fn drive(run: &Run, prepared: Prepared, workshop: &Workshop) -> Result<Outcome, Fault> {
     run.enter(GenerationState::Encoding);
+    for warning in &prepared.warnings {
+        run.warn(Stage::Unspecified, warning.clone());
+    }
     let conditions = encode::encode(run, &prepared).await?;
 
     run.enter(GenerationState::Denoising);
@@ -95,7 +98,7 @@ async fn drive(run: &Run, prepared: Prepared, workshop: &Workshop) -> Result<Out
     let header = OpenSessionHeader {
         session_id: run.id(),
         generation_id: run.id(),
-        audio_frames: prepared.plan.frames as u32,
+        audio_frames: prepared.heard as u32,
         fps: planner::clip::FPS as f32,
     };
     let mut session = Session::new(run.stages.clone(), header, conditions.tensors);
@@ -111,8 +114,13 @@ async fn drive(run: &Run, prepared: Prepared, workshop: &Workshop) -> Result<Out
     Ok(Outcome {
         video_bytes: video.bytes,
         video_crc32c: video.crc32c,
-        warnings: conditions.warnings,
+        warnings: run.warnings(),
         stages: run.reports(),
+        faces: conditions.faces,
         face: conditions.face,
+        prompt_tokens: conditions.prompt.prompt_tokens,
+        prompt_tokens_kept: conditions.prompt.prompt_tokens_kept,
+        clip_tokens: conditions.prompt.clip_tokens,
+        clip_tokens_kept: conditions.prompt.clip_tokens_kept,
     })
 }

@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use proto::v1::{GenerationState, MemoryReport, Progress, Stage, StageReport};
+use proto::v1::{FaceBox, GenerationState, MemoryReport, Progress, Stage, StageReport};
 
 use crate::{
     fault::stage_name,
@@ -33,13 +33,14 @@ pub(crate) struct Run {
 struct Inside {
     progress: Progress,
     reports: BTreeMap<i32, StageReport>,
+    warnings: Vec<String>,
 }
 
 impl Run {
     /// Begins the run of a generation with `steps` steps.
     pub(crate) fn begin(record: Arc<Record>, stages: Stages, steps: u32) -> Self {
         let progress = Progress { steps, ..Progress::default() };
-        let inside = Mutex::new(Inside { progress, reports: BTreeMap::new() });
+        let inside = Mutex::new(Inside { progress, reports: BTreeMap::new(), warnings: Vec::new() });
         Self { record, stages, began: Instant::now(), inside }
     }
 
@@ -73,6 +74,25 @@ impl Run {
         self.note(stage, format!("{} took {seconds:.1} s", stage_name(stage)));
     }
 
+    /// Says what the caller should know, now and in the outcome.
+    pub(crate) fn warn(&self, stage: Stage, sentence: String) {
+        tracing::info!(generation_id = %self.record.id(), "warning: {sentence}");
+        let progress = self.progress(|_| {});
+        self.lock().warnings.push(sentence.clone());
+        let change = Change { progress: Some(progress), stage, message: sentence, ..Change::default() };
+        self.record.publish(Change { warning: true, ..change });
+    }
+
+    /// Says which faces were found, and which is animated; `warning` where the caller should choose.
+    pub(crate) fn faces_found(&self, faces: &[FaceBox], face: Option<FaceBox>, (message, warning): (String, bool)) {
+        let progress = self.progress(|_| {});
+        if warning {
+            self.lock().warnings.push(message.clone());
+        }
+        let change = Change { faces: faces.to_vec(), face, message, warning, ..Change::default() };
+        self.record.publish(Change { progress: Some(progress), stage: Stage::ImageEncoder, ..change });
+    }
+
     /// Says that `done` steps are done, the last of which began `pace_seconds` per step ago.
     pub(crate) fn step_done(&self, done: u32, pace_seconds: f64) {
         let progress = self.progress(|progress| {
@@ -99,6 +119,11 @@ impl Run {
     /// Times and peaks of the stages so far.
     pub(crate) fn reports(&self) -> Vec<StageReport> {
         self.lock().reports.values().copied().collect()
+    }
+
+    /// What the caller was told to know so far.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        self.lock().warnings.clone()
     }
 
     /// The progress at the end.

@@ -9,16 +9,19 @@
 
 mod noise;
 mod plan;
+mod reference;
 
 #[cfg(test)]
 mod tests;
 
 use std::mem;
 
-use planner::clip::{ClipPlan, REFERENCE_WINDOW, frames_of};
+use half::{bf16, f16};
+use planner::clip::ClipPlan;
 
 pub use noise::noise;
 pub use plan::{Guidance, Prompt, Schedule, Step, StepPlan};
+pub use reference::{FEWEST_FRAMES, MOST_HEARD_FRAMES, ReferenceSpeech, reference_clip};
 
 /// What the sampler does not take.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -152,7 +155,7 @@ pub struct Sampler {
     plan: StepPlan,
     clip: ClipPlan,
     shape: FrameShape,
-    round_to_bf16: bool,
+    rounding: Rounding,
     step: usize,
     latents: Vec<f32>,
     velocities: Vec<Option<Vec<f32>>>,
@@ -167,30 +170,43 @@ pub struct Setup {
     pub clip: ClipPlan,
     /// Size of a latent frame.
     pub shape: FrameShape,
-    /// Round each window to bf16 after each step, as the reference does; costs accuracy.
-    pub round_to_bf16: bool,
+    /// Where accuracy is given up.
+    pub rounding: Rounding,
 }
 
-/// The reference's windows for speech of `padded_frames` frames, its own padding included, when `infer_length` latent
-/// frames are denoised: up to 131 frames one window of 33, otherwise windows that move by 10.
-#[must_use]
-pub fn reference_clip(padded_frames: usize, infer_length: usize) -> ClipPlan {
-    let video_length = padded_frames / 4 + 1;
-    let short = video_length == REFERENCE_WINDOW || infer_length == REFERENCE_WINDOW;
-    let latent_frames = if short { REFERENCE_WINDOW } else { infer_length };
-    let kept = video_length.min(latent_frames);
-    ClipPlan {
-        frames: frames_of(kept),
-        latent_frames,
-        kept_latent_frames: kept,
-        window: REFERENCE_WINDOW,
-        shift: if short { 0 } else { 10 },
+/// Where latents are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rounding {
+    /// Nowhere: they are f32 throughout.
+    Nowhere,
+    /// Each window to bf16 after each step; sums and averages are f32.
+    Windows,
+    /// As the reference: each window to bf16 after each step; the noise, the sums over windows and their averages to f16.
+    Reference,
+}
+
+impl Rounding {
+    /// A window's value after a step.
+    fn moved(self, value: f32) -> f32 {
+        match self {
+            Self::Nowhere => value,
+            Self::Windows | Self::Reference => bf16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// A value of the clip's latents, or of a sum on the way to them.
+    fn kept(self, value: f32) -> f32 {
+        match self {
+            Self::Nowhere | Self::Windows => value,
+            Self::Reference => f16::from_f32(value).to_f32(),
+        }
     }
 }
 
 impl Sampler {
     /// Begins with noise `(C, T, h, w)` of the clip's `latent_frames`.
-    pub fn new(setup: Setup, noise: Vec<f32>) -> Result<Self, SamplerError> {
+    pub fn new(setup: Setup, mut noise: Vec<f32>) -> Result<Self, SamplerError> {
+        noise.iter_mut().for_each(|value| *value = setup.rounding.kept(*value));
         Self::resume(setup, 0, noise)
     }
 
@@ -198,7 +214,7 @@ impl Sampler {
     ///
     /// Errors: the latents have another size; the step needs features of an earlier one ([`StepPlan::resumable`]).
     pub fn resume(setup: Setup, step: usize, latents: Vec<f32>) -> Result<Self, SamplerError> {
-        let Setup { plan, clip, shape, round_to_bf16 } = setup;
+        let Setup { plan, clip, shape, rounding } = setup;
         let expected = shape.values(clip.latent_frames);
         if latents.len() != expected {
             return Err(SamplerError::Latents { got: latents.len(), expected });
@@ -206,7 +222,7 @@ impl Sampler {
         if !plan.resumable(step) {
             return Err(SamplerError::NotResumable { step, steps: plan.steps().len() });
         }
-        let mut sampler = Self { plan, clip, shape, round_to_bf16, step, latents, velocities: Vec::new() };
+        let mut sampler = Self { plan, clip, shape, rounding, step, latents, velocities: Vec::new() };
         sampler.await_velocities();
         Ok(sampler)
     }
@@ -355,14 +371,14 @@ impl Sampler {
                             _ => conditional,
                         };
                         let moved = self.latents[to + i] + velocity * step.sigma_change;
-                        sum[to + i] += if self.round_to_bf16 { to_bf16(moved) } else { moved };
+                        sum[to + i] = self.rounding.kept(sum[to + i] + self.rounding.moved(moved));
                     }
                 }
             }
         }
         for (at, frame) in sum.chunks_exact_mut(plane.max(1)).enumerate() {
             let count = count[at % frames];
-            frame.iter_mut().for_each(|value| *value /= count);
+            frame.iter_mut().for_each(|value| *value = self.rounding.kept(*value / count));
         }
         self.latents = sum;
         self.step += 1;
@@ -373,13 +389,4 @@ impl Sampler {
 
 fn branches(step: &Step) -> usize {
     if step.guidance.is_some() { 2 } else { 1 }
-}
-
-/// Rounds to the nearest bf16, halves to even.
-fn to_bf16(x: f32) -> f32 {
-    let bits = x.to_bits();
-    if !x.is_finite() {
-        return x;
-    }
-    f32::from_bits((bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) & 0xffff_0000)
 }

@@ -4,7 +4,7 @@ const SHAPE: FrameShape = FrameShape { channels: 2, rows: 2, columns: 3 };
 
 fn setup(clip: &ClipPlan, steps: usize) -> Setup {
     let schedule = Schedule { steps, flow_shift: 5.0, guidance_scale: 7.5 };
-    Setup { plan: StepPlan::scaled(schedule), clip: clip.clone(), shape: SHAPE, round_to_bf16: false }
+    Setup { plan: StepPlan::scaled(schedule), clip: clip.clone(), shape: SHAPE, rounding: Rounding::Nowhere }
 }
 
 /// A network that mixes what a window holds with everything else that a request says.
@@ -146,16 +146,6 @@ fn windows_wrap_around_and_shared_frames_are_averaged() {
 }
 
 #[test]
-fn the_reference_keeps_short_speech_in_one_window() {
-    for padded in [129, 131] {
-        let clip = reference_clip(padded, 65);
-        assert_eq!((clip.latent_frames, clip.kept_latent_frames, clip.shift), (33, 33, 0));
-        assert_eq!(clip.window_audio_frames(0, 0), (0..129).collect::<Vec<_>>());
-    }
-    assert_eq!(reference_clip(405, 129).kept_latent_frames, 102);
-}
-
-#[test]
 fn without_guidance_there_is_one_request_a_window() {
     let clip = long_clip();
     let plan = StepPlan::scaled(Schedule { steps: 4, flow_shift: 5.0, guidance_scale: 1.0 });
@@ -191,6 +181,38 @@ fn wrong_velocities_are_refused_and_change_nothing() {
     assert_eq!(refused.err(), Some(SamplerError::Latents { got: latents.len() - 1, expected: latents.len() }));
 }
 
+/// Both kinds of rounding give values of bf16 where one window covers each frame: an f16 of a bf16 is one too.
+#[test]
+fn latents_are_rounded_after_every_step_where_the_reference_rounds_them() {
+    let bits = |latents: &[f32]| latents.iter().filter(|x| x.to_bits() & 0xffff != 0).count();
+    let clip = ReferenceSpeech::new(20).clip;
+    let start = noise(6, SHAPE.values(clip.latent_frames));
+    for (rounding, rounded) in [(Rounding::Nowhere, false), (Rounding::Windows, true), (Rounding::Reference, true)] {
+        let mut sampler = Sampler::new(Setup { rounding, ..setup(&clip, 4) }, start.clone()).unwrap();
+        let as_given = sampler.latents() == start.as_slice();
+        assert_eq!(as_given, rounding != Rounding::Reference, "the reference's noise is f16");
+        while sampler.current().is_some() {
+            for request in sampler.requests() {
+                sampler.accept(request.index, velocity(&request)).unwrap();
+            }
+            sampler.advance().unwrap();
+            assert_eq!(bits(sampler.latents()) == 0, rounded, "{rounding:?}");
+        }
+    }
+}
+
+#[test]
+fn averages_of_windows_are_kept_in_f16_as_the_reference_keeps_them() {
+    let clip = ReferenceSpeech::new(150).clip;
+    let setup = Setup { rounding: Rounding::Reference, ..setup(&clip, 4) };
+    let mut sampler = Sampler::new(setup, noise(7, SHAPE.values(clip.latent_frames))).unwrap();
+    for request in sampler.requests() {
+        sampler.accept(request.index, velocity(&request)).unwrap();
+    }
+    sampler.advance().unwrap();
+    assert!(sampler.latents().iter().all(|x| half::f16::from_f32(*x).to_f32() == *x));
+}
+
 #[test]
 fn rounding_to_bf16_takes_halves_to_even() {
     for (value, rounded) in [
@@ -201,6 +223,6 @@ fn rounding_to_bf16_takes_halves_to_even() {
         (f32::from_bits(0xbf80_7fff), -1.0),
         (0.0, 0.0),
     ] {
-        assert_eq!(to_bf16(value).to_bits(), rounded.to_bits(), "{value}");
+        assert_eq!(Rounding::Windows.moved(value).to_bits(), rounded.to_bits(), "{value}");
     }
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use futures::{Stream, stream};
-use proto::v1::{Generation, GenerationEvent, GenerationState, Outcome, Progress, Stage};
+use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Progress, Stage};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -27,6 +27,12 @@ pub struct Change {
     pub stage: Stage,
     /// A sentence for people.
     pub message: String,
+    /// The sentence is a warning.
+    pub warning: bool,
+    /// Faces that were found, or the one that was given.
+    pub faces: Vec<FaceBox>,
+    /// The face that is animated.
+    pub face: Option<FaceBox>,
     /// Why it failed.
     pub fault: Option<Fault>,
     /// What came out.
@@ -161,6 +167,9 @@ impl Record {
                 message: change.message,
                 failure,
                 outcome: change.outcome,
+                warning: change.warning,
+                faces: change.faces,
+                face: change.face,
             };
             inside.events.push(event);
             inside.fault = change.fault;

@@ -6,7 +6,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
 };
-use proto::v1::{FaceBox, GenerationSpec};
+use proto::v1::{self, FaceBox, GenerationSpec};
 
 /// Makes a talking video of a picture, a speech recording and a sentence.
 #[derive(Debug, Parser)]
@@ -81,6 +81,9 @@ pub struct GenerateFlags {
     /// What the person does, and where.
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = OsStringValueParser::new().try_map(text))]
     pub prompt: String,
+    /// Cut a prompt of too many tokens at the model's limit, and say how many were kept, instead of refusing it.
+    #[arg(long)]
+    pub truncate_prompt: bool,
     /// Video file to write (H.264 and AAC in MP4); replaced only by a finished video.
     #[arg(long, value_name = "FILE", default_value = "avatar.mp4")]
     pub out: PathBuf,
@@ -108,6 +111,10 @@ pub struct GenerateFlags {
     /// Denoise at least this many frames, 1 to 400; 129 is what the reference does. Default 1.
     #[arg(long, value_name = "N")]
     pub min_frames: Option<u32>,
+    /// Whose rules hold where ours are not the reference's: `reference` denoises at least 129 frames, hears at most
+    /// 400 (16 s), and takes its literal steps and rounding. Not together with --min-frames. Default: ours.
+    #[arg(long, value_enum, value_name = "RULES")]
+    pub parity: Option<Parity>,
     /// Print one JSON object a line on standard output: events, and last the result or the failure.
     #[arg(long)]
     pub json: bool,
@@ -132,8 +139,17 @@ impl GenerateFlags {
             flow_shift: self.flow_shift,
             min_frames: self.min_frames,
             face: self.face.map(|face| face.0),
+            parity: self.parity.map_or(v1::Parity::Unspecified, |Parity::Reference| v1::Parity::Reference).into(),
+            truncate_prompt: self.truncate_prompt,
         }
     }
+}
+
+/// Rules that are not ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Parity {
+    /// Those of the reference implementation.
+    Reference,
 }
 
 /// A face box as the command line writes it.

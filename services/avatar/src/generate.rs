@@ -5,11 +5,11 @@ use std::{
     time::Duration,
 };
 
+use gateway::api::video::parity_name;
 use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
     avatar_service_client::AvatarServiceClient, generate_request, generate_response,
 };
-use serde_json::Map;
 use tonic::transport::Channel;
 
 use crate::{
@@ -114,6 +114,9 @@ struct Facts {
     height: u32,
     steps: u32,
     seed: u64,
+    heard_frames: u32,
+    denoised_frames: u32,
+    parity: Option<&'static str>,
 }
 
 async fn run(system: &InProcess, inputs: Inputs, progress: &mut Progress) -> Result<Completed, Failure> {
@@ -171,11 +174,14 @@ async fn ask(mut client: AvatarServiceClient<Channel>, id: &str) -> Result<Facts
         height: generation.height,
         steps: spec.steps.unwrap_or_default(),
         seed: spec.seed.unwrap_or_default(),
+        heard_frames: generation.heard_frames,
+        denoised_frames: generation.denoised_frames,
+        parity: parity_name(spec.parity()),
     })
 }
 
 fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
-    let Facts { frames, width, height, steps, seed } = facts;
+    let Facts { frames, width, height, steps, seed, heard_frames, denoised_frames, parity } = facts;
     Completed {
         path: path.to_owned(),
         frames,
@@ -184,9 +190,10 @@ fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
         height,
         steps,
         seed,
-        seconds: Map::new(),
-        peak_bytes: Map::new(),
-        warnings: Vec::new(),
+        heard_frames,
+        denoised_frames,
+        parity,
+        ..Completed::default()
     }
     .with_outcome(outcome)
 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use gateway::api::video::Face;
 use proto::v1::{GenerationEvent, GenerationState, Outcome, Stage};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -21,6 +22,8 @@ pub struct Progress {
     /// Time at step 0, to tell the pace of the steps alone.
     denoising_since: Option<Instant>,
     shown_step: u32,
+    /// Warnings that were shown when they came.
+    warned: Vec<String>,
 }
 
 enum Form {
@@ -30,7 +33,7 @@ enum Form {
 }
 
 /// What a finished generation made.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Completed {
     /// The video file.
     pub path: PathBuf,
@@ -46,6 +49,24 @@ pub struct Completed {
     pub steps: u32,
     /// The noise's seed.
     pub seed: u64,
+    /// Frames of the speech that the model heard.
+    pub heard_frames: u32,
+    /// Frames that the model denoised, of which those of the video were kept.
+    pub denoised_frames: u32,
+    /// `reference` where the reference's rules were asked for.
+    pub parity: Option<&'static str>,
+    /// Tokens of the prompt, with the words that are put before it.
+    pub prompt_tokens: u32,
+    /// Of these, those that LLaVA read; fewer only where --truncate-prompt cut the prompt.
+    pub prompt_tokens_kept: u32,
+    /// CLIP's tokens of what was kept.
+    pub clip_tokens: u32,
+    /// Of these, those that CLIP read.
+    pub clip_tokens_kept: u32,
+    /// Faces that were found, the largest first, or the one that was given.
+    pub faces: Vec<Face>,
+    /// The face that was animated.
+    pub face: Option<Face>,
     /// Seconds by stage.
     pub seconds: Map<String, Value>,
     /// Most bytes held at once, by stage; the gateway holds no weights and is not listed.
@@ -55,7 +76,7 @@ pub struct Completed {
 }
 
 impl Completed {
-    /// Takes times, memory and warnings from the gateway's own account.
+    /// Takes times, memory, counts and warnings from the gateway's own account.
     #[must_use]
     pub fn with_outcome(mut self, outcome: &Outcome) -> Self {
         for report in &outcome.stages {
@@ -66,6 +87,12 @@ impl Completed {
             }
         }
         self.warnings.clone_from(&outcome.warnings);
+        self.faces = outcome.faces.iter().map(Face::from).collect();
+        self.face = outcome.face.as_ref().map(Face::from);
+        self.prompt_tokens = outcome.prompt_tokens;
+        self.prompt_tokens_kept = outcome.prompt_tokens_kept;
+        self.clip_tokens = outcome.clip_tokens;
+        self.clip_tokens_kept = outcome.clip_tokens_kept;
         self
     }
 }
@@ -81,7 +108,7 @@ impl Progress {
         } else {
             Form::Lines
         };
-        Self { form, quiet, denoising_since: None, shown_step: 0 }
+        Self { form, quiet, denoising_since: None, shown_step: 0, warned: Vec::new() }
     }
 
     /// Shows one event of a generation that goes on.
@@ -101,6 +128,14 @@ impl Progress {
         let said = event.message.strip_prefix(stage).unwrap_or(&event.message).trim_start();
         match &mut self.form {
             Form::Json => print_line(&event_json(event)),
+            Form::Lines if event.warning => {
+                eprintln!("warning: {}", event.message);
+                self.warned.push(event.message.clone());
+            }
+            Form::Bars { all, .. } if event.warning => {
+                all.suspend(|| eprintln!("warning: {}", event.message));
+                self.warned.push(event.message.clone());
+            }
             Form::Lines => {
                 if stepped {
                     eprintln!("denoise: {pace}");
@@ -150,7 +185,7 @@ impl Progress {
             }
             Form::Bars { .. } | Form::Lines if self.quiet => {}
             Form::Bars { .. } | Form::Lines => {
-                for warning in &result.warnings {
+                for warning in result.warnings.iter().filter(|warning| !self.warned.contains(warning)) {
                     eprintln!("warning: {warning}");
                 }
                 let Completed { frames, fps, width, height, .. } = result;
@@ -210,6 +245,13 @@ fn event_json(event: &GenerationEvent) -> Value {
     }
     if !event.message.is_empty() {
         line.insert("message".to_owned(), json!(event.message));
+    }
+    if !event.faces.is_empty() {
+        line.insert("faces".to_owned(), json!(event.faces.iter().map(Face::from).collect::<Vec<_>>()));
+        line.insert("face".to_owned(), json!(event.face.as_ref().map(Face::from)));
+    }
+    if event.warning {
+        line.insert("warning".to_owned(), json!(true));
     }
     Value::Object(line)
 }
@@ -284,9 +326,9 @@ mod tests {
             height: 128,
             steps: 8,
             seed: 1,
-            seconds: Map::new(),
-            peak_bytes: Map::new(),
-            warnings: Vec::new(),
+            heard_frames: 25,
+            denoised_frames: 25,
+            ..Completed::default()
         }
         .with_outcome(&outcome);
         assert_eq!(json!(result.seconds), json!({ "diffusion": 1.235, "gateway": 0.5 }));

@@ -67,17 +67,28 @@ impl TextEncoderService for Service {
         let [picture] = reader.all(["picture"]).await?;
         let picture = picture_of(picture)?;
         let work = move |model: &mut Model, _: &_| {
-            let states = model.0.encode(&header.prompt, &picture, header.width, header.height).map_err(fault)?;
+            let (prompt, width, height) = (header.prompt.as_str(), header.width, header.height);
+            let states = if header.truncate_prompt {
+                model.0.encode_cut(prompt, &picture, width, height)
+            } else {
+                model.0.encode(prompt, &picture, width, height)
+            };
+            let states = states.map_err(fault)?;
             let mut tensors = branch("positive", &states.positive)?;
             tensors.extend(branch("negative", &states.negative)?);
-            Ok((tensors, states.prompt_tokens, states.prompt_token_limit))
+            let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+            let summary = EncodePromptSummary {
+                prompt_tokens: number(states.prompt_tokens),
+                prompt_tokens_kept: number(states.prompt_tokens_kept),
+                prompt_token_limit: number(states.prompt_token_limit),
+                clip_tokens: number(states.clip_tokens),
+                clip_tokens_kept: number(states.clip_tokens_kept),
+                memory: None,
+            };
+            Ok((tensors, summary))
         };
-        let (tensors, tokens, limit) = self.host.submit(work)?.await?;
-        let summary = EncodePromptSummary {
-            prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
-            prompt_token_limit: u32::try_from(limit).unwrap_or(u32::MAX),
-            memory: Some(self.host.memory()),
-        };
+        let (tensors, summary) = self.host.submit(work)?.await?;
+        let summary = EncodePromptSummary { memory: Some(self.host.memory()), ..summary };
         let summary = EncodePromptResponse { body: Some(encode_prompt_response::Body::Summary(summary)) };
         Ok(Response::new(reply(tensors, wrap, summary)))
     }

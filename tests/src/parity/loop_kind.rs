@@ -4,7 +4,9 @@ use std::collections::HashMap;
 
 use anyhow::{Result, anyhow};
 use candle_core::{Device, IndexOp, Tensor};
-use gateway::sampler::{Branch, FrameShape, Prompt, Request, Sampler, Schedule, Setup, StepPlan, reference_clip};
+use gateway::sampler::{
+    Branch, FrameShape, Prompt, Request, Rounding, Sampler, Schedule, Setup, StepPlan, reference_clip,
+};
 use model::{
     diffusion::{Conditioning, FeatureCache, MOTION_EXP, MOTION_POSE, Transformer},
     vae::VaeDecoder,
@@ -32,7 +34,7 @@ pub fn denoise_loop(case: &Case, outputs: &mut Outputs<'_>) -> Result<()> {
         plan: StepPlan::reference(schedule),
         clip: clip.clone(),
         shape: FrameShape { channels, rows, columns },
-        round_to_bf16: case.get("round_latents_to_bf16")?,
+        rounding: if case.get("round_latents_to_bf16")? { Rounding::Windows } else { Rounding::Nowhere },
     };
     let pass = Passes::new(case, &transformer, 4 * clip.latent_frames)?;
     let mut caches: HashMap<Branch, FeatureCache> = HashMap::new();

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, anyhow};
 use candle_core::{DType, Device, IndexOp, Tensor};
-use gateway::sampler::{FrameShape, Sampler, Schedule, Setup, StepPlan};
+use gateway::sampler::{FrameShape, Rounding, Sampler, Schedule, Setup, StepPlan};
 use model::{
     audio::{WhisperEncoder, windows_per_frame},
     diffusion::{
@@ -343,7 +343,7 @@ pub fn schedule(case: &Case, outputs: &mut Outputs<'_>) -> Result<()> {
                 shift: 0,
             };
             let shape = FrameShape { channels, rows, columns };
-            let setup = Setup { plan: plan.clone(), clip, shape, round_to_bf16: false };
+            let setup = Setup { plan: plan.clone(), clip, shape, rounding: Rounding::Nowhere };
             let mut sampler = Sampler::new(setup, numbers(&x.i(item)?)?)?;
             for step in 0..steps {
                 sampler.accept(0, numbers(&v.i((step, item))?)?)?;

@@ -93,6 +93,41 @@ fn min_frames_denoises_more_and_keeps_what_the_speech_needs() {
 }
 
 #[test]
+fn by_the_references_rules_129_frames_are_denoised_and_those_of_the_speech_kept() {
+    let desk = Desk::new(0.2);
+    let out = desk.path("parity.mp4");
+    let done =
+        desk.generate(&["--steps", "1", "--guidance-scale", "1", "--parity", "reference", "--out", &out, "--json"]);
+    let stdout = text(&done.stdout);
+    assert!(done.status.success(), "{stdout}{}", text(&done.stderr));
+    let last: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    assert_eq!((&last["frames"], &last["denoised_frames"], &last["heard_frames"]), (&5.into(), &129.into(), &5.into()));
+    assert_eq!(last["parity"], "reference");
+    assert_eq!(probe(&desk.folder.path().join("parity.mp4"))["streams"][0]["nb_read_frames"], "5");
+}
+
+#[test]
+fn a_prompt_of_too_many_tokens_is_cut_when_asked_and_the_counts_are_told() {
+    let desk = Desk::new(0.2);
+    let out = desk.path("cut.mp4");
+    let prompt = "说".repeat(1_000);
+    let refused = desk.generate(&["--steps", "1", "--prompt", &prompt, "--out", &out, "--json"]);
+    assert_eq!(refused.status.code(), Some(2));
+    let done = desk.generate(&["--steps", "1", "--prompt", &prompt, "--truncate-prompt", "--out", &out, "--json"]);
+    let stdout = text(&done.stdout);
+    assert!(done.status.success(), "{stdout}{}", text(&done.stderr));
+    let events: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let last = events.last().unwrap();
+    let (kept, tokens) = (last["prompt_tokens_kept"].as_u64().unwrap(), last["prompt_tokens"].as_u64().unwrap());
+    assert!(kept < tokens && tokens > 3_000, "{last}");
+    assert_eq!(last["clip_tokens_kept"], 75);
+    let said = format!("the first {kept} of its {tokens} tokens");
+    let warned = |event: &Value| event["warning"] == true && event["message"].as_str().unwrap().contains(&said);
+    assert!(events.iter().any(warned), "{stdout}");
+    assert!(last["warnings"].as_array().unwrap().iter().any(|w| w.as_str().unwrap().contains(&said)), "{last}");
+}
+
+#[test]
 fn json_events_tell_every_step_and_end_with_the_outcome() {
     let desk = Desk::new(0.2);
     let out = desk.path("a.mp4");

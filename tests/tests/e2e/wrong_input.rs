@@ -61,7 +61,14 @@ fn settings_out_of_range_are_refused_on_the_command_line() {
         assert_eq!((code, left), (Some(2), 0), "{flag} {value}: {last}");
         assert_eq!(last["field"], field, "{flag} {value}: {last}");
     }
-    for (flag, value) in [("--steps", "many"), ("--face", "1,2,3"), ("--seed", "-1"), ("--nonsense", "1")] {
+    let both = ["--parity", "reference", "--min-frames", "129"];
+    let (code, last, left) = on_the_command_line(&portrait(), &tone(0.2, 16_000), &both);
+    assert_eq!((code, left), (Some(2), 0), "{last}");
+    let message = last["message"].as_str().unwrap();
+    assert!(message.contains("parity") && message.contains("min_frames: 129"), "{last}");
+    for (flag, value) in
+        [("--steps", "many"), ("--parity", "ours"), ("--face", "1,2,3"), ("--seed", "-1"), ("--nonsense", "1")]
+    {
         let (code, _, left) = on_the_command_line(&portrait(), &tone(0.2, 16_000), &[flag, value]);
         assert_eq!((code, left), (Some(2), 0), "{flag} {value}");
     }
@@ -113,6 +120,7 @@ async fn bad_inputs_are_refused_over_grpc_with_field_violations() {
         ("prompt", "too many tokens", GenerationSpec { prompt: "word ".repeat(1_500), ..spec() }),
         ("size", "no size", GenerationSpec { size: Some(0), ..spec() }),
         ("guidance_scale", "not a number", GenerationSpec { guidance_scale: Some(f32::NAN), ..spec() }),
+        ("parity", "no such rule", GenerationSpec { parity: 9, ..spec() }),
         ("flow_shift", "negative", GenerationSpec { flow_shift: Some(-1.0), ..spec() }),
     ] {
         rows.push((field, what, wrong, good.0.clone(), good.1.clone()));
@@ -194,6 +202,7 @@ async fn bad_inputs_are_refused_over_rest() {
         ("prompt", vec![b'a', 0xff, 0xfe]),
         ("size", b"12x".to_vec()),
         ("face", b"1,2".to_vec()),
+        ("parity", b"ours".to_vec()),
         ("colour", b"red".to_vec()),
     ] {
         let (status, body) = post(vec![(param, value.clone())], good.0.clone(), good.1.clone()).await;

@@ -2,6 +2,7 @@
 
 mod block;
 pub mod clip;
+mod clip_bpe;
 pub mod config;
 mod llama;
 pub mod llava;
@@ -59,8 +60,14 @@ pub struct TextStates {
     pub negative: Branch,
     /// Tokens of the caller's prompt, with the words that are put before it.
     pub prompt_tokens: usize,
+    /// Of these, the tokens that LLaVA read, from the first: all, or those before the cut.
+    pub prompt_tokens_kept: usize,
     /// Most tokens that a prompt may have.
     pub prompt_token_limit: usize,
+    /// CLIP's tokens of what LLaVA read, without the two around them.
+    pub clip_tokens: usize,
+    /// Of these, the tokens that CLIP read: at most 75 in the published model.
+    pub clip_tokens_kept: usize,
 }
 
 /// The text stage.
@@ -112,27 +119,41 @@ impl TextEncoder {
     ///
     /// Errors: a prompt of more tokens than [`TextStates::prompt_token_limit`], a size of 0.
     pub fn encode(&self, prompt: &str, picture: &Rgb8, width: u32, height: u32) -> Result<TextStates> {
+        self.encode_positive(&positive_prompt(prompt), picture, width, height)
+    }
+
+    /// As [`encode`](Self::encode), but a prompt of too many tokens is cut, as [`PromptTokenizer::cut`] does it.
+    pub fn encode_cut(&self, prompt: &str, picture: &Rgb8, width: u32, height: u32) -> Result<TextStates> {
+        let positive = positive_prompt(prompt);
+        let (kept, total) = self.llava_tokens.cut(&positive)?;
+        let states = self.encode_positive(kept, picture, width, height)?;
+        Ok(TextStates { prompt_tokens: total, ..states })
+    }
+
+    fn encode_positive(&self, positive: &str, picture: &Rgb8, width: u32, height: u32) -> Result<TextStates> {
         for (field, value) in [("width", width), ("height", height)] {
             if !(1..=MAX_SIDE).contains(&value) {
                 return Err(Error::input(field, format!("{value} pixels, expected 1 to {MAX_SIDE}")));
             }
         }
-        let positive = positive_prompt(prompt);
-        let tokens = self.llava_tokens.encode(&positive)?;
+        let tokens = self.llava_tokens.encode(positive)?;
         let negative_tokens = self.llava_tokens.encode(NEGATIVE_PROMPT)?;
         let resized = resize_lanczos(picture, width as usize, height as usize);
         let features = self.llava.image_features(&llava_pixels(&resized, self.llava.vision().side())?)?;
+        let (clip, negative_clip) = (self.clip_tokens.encode(positive)?, self.clip_tokens.encode(NEGATIVE_PROMPT)?);
         Ok(TextStates {
-            positive: self.branch(&positive, &tokens, &features)?,
-            negative: self.branch(NEGATIVE_PROMPT, &negative_tokens, &features)?,
             prompt_tokens: tokens.prompt,
+            prompt_tokens_kept: tokens.prompt,
             prompt_token_limit: self.llava_tokens.limit(),
+            clip_tokens: clip.prompt,
+            clip_tokens_kept: clip.prompt.min(self.clip_tokens.limit()),
+            positive: self.branch(&tokens, clip, &features)?,
+            negative: self.branch(&negative_tokens, negative_clip, &features)?,
         })
     }
 
-    fn branch(&self, prompt: &str, tokens: &Tokens, features: &Tensor) -> Result<Branch> {
+    fn branch(&self, tokens: &Tokens, clip: Tokens, features: &Tensor) -> Result<Branch> {
         let embeds = self.llava.encode_with(&tokens.ids, &tokens.mask, features, self.llava_tokens.crop())?;
-        let clip = self.clip_tokens.encode(prompt)?;
         let row = |values: Vec<i64>| Tensor::new(values, &self.device)?.unsqueeze(0);
         let (_, pooled) = self.clip.forward(&row(clip.ids)?, &row(clip.mask)?)?;
         Ok(Branch {

@@ -88,3 +88,67 @@ fn sizes_of_nothing_are_refused() {
     let error = encoder.encode("a", &picture(), 0, 64).unwrap_err().to_string();
     assert_eq!(error, "width: 0 pixels, expected 1 to 8192");
 }
+
+/// Prompts whose number of tokens is their number of bytes, as the small checkpoint has one token a byte.
+const SCRIPTS: [&str; 9] = [
+    "一个女人对着镜头平静地说话。",
+    "امرأة تتحدث بهدوء إلى الكاميرا",
+    "👩🏽\u{200d}🚀 speaks 🗣\u{fe0f}, 🇪🇪",
+    "e\u{301}a\u{308}\u{323}o\u{304}\u{301} n\u{303}",
+    "ก\u{e34}น\u{e4d}\u{e49}า ಕ\u{ccd}ಷ ক\u{9cd}ষ",
+    "\u{202e}abc\u{202c} \u{200f}\u{feff}",
+    "𝒜\u{10ffff}\u{fffd}\u{1}",
+    "ﷺ ǅ İ ß ﬁ",
+    "\u{1100}\u{1161}\u{11a8} 각",
+];
+
+#[test]
+fn prompts_in_any_script_are_counted_and_cut_between_characters() -> Result<()> {
+    let (_folder, encoder) = small();
+    let limit = encoder.llava_tokens.limit();
+    for words in SCRIPTS {
+        let tokens = encoder.llava_tokens.encode(&positive_prompt(words))?;
+        assert_eq!(tokens.prompt, QUALITY_PREFIX.len() + words.len(), "{words:?}");
+        encoder.clip_tokens.encode(words)?;
+        // Each start moves the limit to another place within a character.
+        for start in ["", "a", "ab", "abc"] {
+            let long = positive_prompt(&format!("{start}{}", words.repeat(limit / words.len() + 2)));
+            let (kept, total) = encoder.llava_tokens.cut(&long)?;
+            assert_eq!((total, long.starts_with(kept)), (long.len(), true), "{words:?}");
+            let next = long[kept.len()..].chars().next().unwrap();
+            assert!(kept.len() <= limit && kept.len() + next.len_utf8() > limit, "{words:?}: {}", kept.len());
+            assert_eq!(encoder.llava_tokens.encode(kept)?.prompt, kept.len());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_prompt_is_cut_only_when_asked_and_both_counts_are_given() -> Result<()> {
+    let (_folder, encoder) = small();
+    let limit = encoder.llava_tokens.limit();
+    let words = "é".repeat(limit);
+    let states = encoder.encode_cut(&words, &picture(), 64, 64)?;
+    let total = QUALITY_PREFIX.len() + words.len();
+    let kept = QUALITY_PREFIX.len() + (limit - QUALITY_PREFIX.len()) / 2 * 2;
+    assert_eq!((states.prompt_tokens, states.prompt_tokens_kept, states.prompt_token_limit), (total, kept, limit));
+    assert_eq!((states.clip_tokens, states.clip_tokens_kept), (kept, 75));
+    let whole = encoder.encode_cut("a", &picture(), 64, 64)?;
+    assert_eq!((whole.prompt_tokens, whole.prompt_tokens_kept), (QUALITY_PREFIX.len() + 1, QUALITY_PREFIX.len() + 1));
+    assert_eq!(values(&whole.positive.states), values(&encoder.encode("a", &picture(), 64, 64)?.positive.states));
+    let error = encoder.encode_cut("show <image> twice", &picture(), 64, 64).unwrap_err().to_string();
+    assert!(error.starts_with("prompt: it spells a token"), "{error}");
+    Ok(())
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_text_is_cut_to_its_longest_beginning_that_fits(words in "\\PC{0,300}") {
+        static ENCODER: std::sync::LazyLock<(tempfile::TempDir, TextEncoder)> = std::sync::LazyLock::new(small);
+        let tokens = &ENCODER.1.llava_tokens;
+        if let Ok((kept, total)) = tokens.cut(&words) {
+            proptest::prop_assert!(words.starts_with(kept) && tokens.encode(kept).unwrap().prompt <= tokens.limit());
+            proptest::prop_assert_eq!(total, words.len());
+        }
+    }
+}
