@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::vision::layers_for;
+
 /// The whole file.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -64,6 +66,16 @@ impl Default for LlavaConfig {
             template: TEMPLATE.to_owned(),
             prompt_tokens: 256,
         }
+    }
+}
+
+impl LlavaConfig {
+    /// How many layers of the vision tower and of the Llama are run, of those that a checkpoint has.
+    ///
+    /// Errors: in words, that a hidden state is taken which the layers do not give.
+    pub(crate) fn needed_layers(&self, vision: usize, llama: usize) -> Result<(usize, usize), String> {
+        let vision = layers_for(self.vision_hidden_state_index, self.vision_layers.unwrap_or(vision))?;
+        Ok((vision, layers_for(self.hidden_state_index, self.layers.unwrap_or(llama))?))
     }
 }
 

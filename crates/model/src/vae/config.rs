@@ -103,7 +103,7 @@ impl VaeConfig {
     }
 
     /// How block `index` of the encoder shrinks its input (time, rows, columns), or that of the decoder grows it.
-    pub(super) fn scale_of_block(&self, index: usize) -> [usize; 3] {
+    pub(crate) fn scale_of_block(&self, index: usize) -> [usize; 3] {
         let last = self.block_out_channels.len() - 1;
         let space = if index < self.spatial_compression_ratio.ilog2() as usize { 2 } else { 1 };
         let times = self.time_compression_ratio.ilog2() as usize;

@@ -10,6 +10,7 @@ pub mod gguf;
 pub mod int8;
 mod matrix;
 pub mod pickle;
+mod raw;
 pub mod stored;
 mod values;
 
@@ -26,6 +27,7 @@ use serde::de::DeserializeOwned;
 use self::files::Entry;
 pub use self::{
     matrix::Matrix,
+    raw::{Raw, Scales},
     stored::{Encoding, Found},
 };
 use crate::{Error, Result};
