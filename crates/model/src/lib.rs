@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod audio;
+pub mod checkpoint;
 pub mod diffusion;
 pub mod image;
 pub mod nn;
