@@ -6,6 +6,7 @@
 pub mod attention;
 pub mod audio;
 pub mod blueprint;
+pub mod checkpoint;
 pub mod convert;
 pub mod diffusion;
 pub mod image;

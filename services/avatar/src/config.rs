@@ -76,7 +76,7 @@ pub struct GenerateFlags {
     /// Video file to write (H.264 and AAC in MP4); replaced only by a finished video.
     #[arg(long, value_name = "FILE", default_value = "avatar.mp4")]
     pub out: PathBuf,
-    /// Folder of the models, with one subfolder a stage. `avatar weights synth` makes a small one.
+    /// Folder of the models: one subfolder a stage, or the official download. `avatar weights synth` makes a small one.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,
     /// Seeds the noise; the same seed, inputs and models give the same video. Default 128.

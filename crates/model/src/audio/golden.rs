@@ -23,9 +23,12 @@ impl Golden {
         Self { config, inputs: read("inputs.safetensors"), outputs: read("outputs.safetensors"), folder }
     }
 
+    pub(crate) fn tensors(&self) -> HashMap<String, Tensor> {
+        candle_core::safetensors::load(self.folder.join("weights.safetensors"), &Device::Cpu).unwrap()
+    }
+
     pub(crate) fn weights(&self) -> Weights {
-        let tensors = candle_core::safetensors::load(self.folder.join("weights.safetensors"), &Device::Cpu).unwrap();
-        Weights::from_tensors(tensors, DType::F32, &Device::Cpu)
+        Weights::from_tensors(self.tensors(), DType::F32, &Device::Cpu)
     }
 
     pub(crate) fn input(&self, name: &str) -> Tensor {

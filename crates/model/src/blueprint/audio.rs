@@ -1,4 +1,5 @@
 use super::{Missing, Shapes, Sheet, Spec};
+use crate::audio::AudioConfig;
 
 /// Sizes of Whisper's encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,13 +20,13 @@ impl WhisperSizes {
     /// Whisper-tiny.
     pub const PUBLISHED: Self = Self { width: 384, inner: 1536, layers: 4, bands: 80, positions: 1500 };
 
-    pub(super) fn of(found: &Shapes) -> Result<Self, Missing> {
+    pub(super) fn of(found: &Shapes, config: &AudioConfig) -> Result<Self, Missing> {
         Ok(Self {
             width: found.side("encoder.conv1.weight", 0)?,
             bands: found.side("encoder.conv1.weight", 1)?,
             positions: found.side("encoder.embed_positions.weight", 0)?,
             inner: found.side("encoder.layers.0.fc1.weight", 0)?,
-            layers: found.blocks("encoder.layers"),
+            layers: found.depth("encoder.layers", config.layers)?,
         })
     }
 

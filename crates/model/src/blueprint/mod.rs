@@ -20,6 +20,7 @@ pub use self::{
 };
 use crate::{
     audio::AudioConfig,
+    checkpoint::{self, Stage},
     diffusion::TransformerConfig,
     text::{ClipConfig, LlavaConfig},
     vae::VaeConfig,
@@ -46,7 +47,7 @@ impl Spec {
     }
 }
 
-/// The networks, each in a folder of its own.
+/// The networks as stages run them: of the VAE, a stage has one half.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Network {
     /// Whisper's encoder.
@@ -62,15 +63,6 @@ pub enum Network {
     /// The VAE's decoder.
     VaeDecoder,
 }
-
-/// The stages by the names of their folders, with their networks and those networks' folders below them.
-pub const STAGES: [(&str, &[(Network, &str)]); 5] = [
-    ("audio-encoder", &[(Network::Whisper, "")]),
-    ("text-encoder", &[(Network::Llava, "llava"), (Network::Clip, "clip")]),
-    ("image-encoder", &[(Network::VaeEncoder, "")]),
-    ("diffusion", &[(Network::Transformer, "")]),
-    ("vae-decode", &[(Network::VaeDecoder, "")]),
-];
 
 /// What a network's `config.json` says.
 #[derive(Debug, Clone)]
@@ -108,9 +100,9 @@ impl Config {
     /// Errors: the names of missing tensors without which nothing can be said.
     pub fn expected(&self, found: &Shapes) -> Result<Vec<Spec>, Missing> {
         Ok(match self {
-            Self::Whisper(_) => WhisperSizes::of(found)?.tensors(),
+            Self::Whisper(config) => WhisperSizes::of(found, config)?.tensors(),
             Self::Llava(config) => LlavaSizes::of(found, config)?.tensors(),
-            Self::Clip(_) => ClipSizes::of(found)?.tensors(),
+            Self::Clip(config) => ClipSizes::of(found, config)?.tensors(),
             Self::VaeEncoder(config) => VaeSizes::of(found, config, VaeHalf::Encoder)?.tensors(VaeHalf::Encoder),
             Self::Transformer(config) => TransformerSizes::of(found, config)?.tensors(),
             Self::VaeDecoder(config) => VaeSizes::of(found, config, VaeHalf::Decoder)?.tensors(VaeHalf::Decoder),
@@ -119,12 +111,35 @@ impl Config {
 }
 
 impl Network {
+    /// The network that a stage runs of a published one.
+    #[must_use]
+    pub fn of(stage: Stage, published: checkpoint::Network) -> Self {
+        match published {
+            checkpoint::Network::Whisper => Self::Whisper,
+            checkpoint::Network::Llava => Self::Llava,
+            checkpoint::Network::Clip => Self::Clip,
+            checkpoint::Network::Transformer => Self::Transformer,
+            checkpoint::Network::Vae if stage == Stage::ImageEncoder => Self::VaeEncoder,
+            checkpoint::Network::Vae => Self::VaeDecoder,
+        }
+    }
+
+    /// Its folder below its stage's, in the native layout; empty for the stage's own.
+    #[must_use]
+    pub fn folder(self) -> &'static str {
+        match self {
+            Self::Llava => "llava",
+            Self::Clip => "clip",
+            _ => "",
+        }
+    }
+
     /// Whether a tensor that the network does not read may be in its files all the same: the other parts of what
     /// it was published with.
     #[must_use]
     pub fn may_skip(self, name: &str) -> bool {
         match self {
-            Self::Whisper => name.contains("decoder.") || name == "proj_out.weight",
+            Self::Whisper => name.starts_with("decoder.") || name == "proj_out.weight",
             Self::Llava => {
                 [
                     "language_model.lm_head.",

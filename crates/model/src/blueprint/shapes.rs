@@ -53,6 +53,18 @@ impl Shapes {
         if self.0.contains_key(name) { self.side(name, side) } else { Ok(other) }
     }
 
+    /// Blocks that a network has, which its config may say.
+    pub(super) fn depth(&self, prefix: &str, said: Option<usize>) -> Result<usize, Missing> {
+        match said {
+            Some(depth) if depth > MOST_BLOCKS => {
+                let reason = format!("the config says {depth} blocks, the limit is {MOST_BLOCKS}");
+                Err(Missing { name: prefix.to_owned(), reason })
+            }
+            Some(depth) => Ok(depth),
+            None => Ok(self.blocks(prefix)),
+        }
+    }
+
     /// Blocks `prefix.0.`, `prefix.1.` and so on, up to the last that has any tensor.
     pub(super) fn blocks(&self, prefix: &str) -> usize {
         let start = format!("{prefix}.");

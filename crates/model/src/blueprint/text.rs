@@ -1,5 +1,5 @@
 use super::{Missing, Shapes, Sheet, Spec};
-use crate::text::LlavaConfig;
+use crate::text::{ClipConfig, LlavaConfig};
 
 const VISION: &str = "vision_tower.vision_model";
 const LLAMA: &str = "language_model.model";
@@ -60,6 +60,9 @@ impl LlavaSizes {
         let needed = config.needed_layers(of_vision, of_llama);
         let fault = |reason| Missing { name: format!("{llama_layers}.0.self_attn.q_proj.weight"), reason };
         let (of_vision, of_llama) = needed.map_err(fault)?;
+        // No more than may be: a config can say any number of layers.
+        found.depth(&vision_layers, Some(of_vision))?;
+        found.depth(&llama_layers, Some(of_llama))?;
         Ok(Self {
             vision: found.side(&format!("{VISION}.embeddings.class_embedding"), 0)?,
             vision_inner: found.side(&format!("{vision_layers}.0.mlp.fc1.weight"), 0)?,
@@ -138,14 +141,14 @@ impl ClipSizes {
     /// CLIP ViT-L/14.
     pub const PUBLISHED: Self = Self { width: 768, inner: 3072, layers: 12, words: 49_408, positions: 77 };
 
-    pub(super) fn of(found: &Shapes) -> Result<Self, Missing> {
+    pub(super) fn of(found: &Shapes, config: &ClipConfig) -> Result<Self, Missing> {
         const EMBEDDINGS: &str = "text_model.embeddings";
         Ok(Self {
             width: found.side(&format!("{EMBEDDINGS}.token_embedding.weight"), 1)?,
             words: found.side(&format!("{EMBEDDINGS}.token_embedding.weight"), 0)?,
             positions: found.side(&format!("{EMBEDDINGS}.position_embedding.weight"), 0)?,
             inner: found.side("text_model.encoder.layers.0.mlp.fc1.weight", 0)?,
-            layers: found.blocks("text_model.encoder.layers"),
+            layers: found.depth("text_model.encoder.layers", config.layers)?,
         })
     }
 

@@ -65,20 +65,12 @@ impl TransformerSizes {
     pub(super) fn of(found: &Shapes, config: &TransformerConfig) -> Result<Self, Missing> {
         let hidden = found.side("img_in.proj.weight", 0)?;
         let adapters = found.blocks("audio_adapter_blocks");
-        let double = config.depth_double_blocks.unwrap_or_else(|| found.blocks("double_blocks"));
-        let single = config.depth_single_blocks.unwrap_or_else(|| found.blocks("single_blocks"));
-        for (name, depth) in [("double_blocks", double), ("single_blocks", single)] {
-            if depth > super::shapes::MOST_BLOCKS {
-                let reason = format!("the config says {depth} blocks, the limit is {}", super::shapes::MOST_BLOCKS);
-                return Err(Missing { name: name.to_owned(), reason });
-            }
-        }
         Ok(Self {
             hidden,
             head: found.side("single_blocks.0.q_norm.weight", 0)?,
             inner: found.side("single_blocks.0.linear2.weight", 1)?.saturating_sub(hidden),
-            double,
-            single,
+            double: found.depth("double_blocks", config.depth_double_blocks)?,
+            single: found.depth("single_blocks", config.depth_single_blocks)?,
             refiner: found.blocks("txt_in.individual_token_refiner.blocks"),
             refiner_inner: found.side("txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight", 0)?,
             latent: found.side("img_in.proj.weight", 1)?,

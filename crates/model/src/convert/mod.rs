@@ -18,12 +18,7 @@ pub use self::{
     source::{Part, Source},
     storage::{Form, Storage, Target},
 };
-use crate::{
-    Error, Result,
-    blueprint::Network,
-    inspect,
-    weights::{Encoding, Weights},
-};
+use crate::{Error, Result, blueprint::Network, checkpoint::Stage, inspect, weights::Encoding};
 use stream::Job;
 
 /// What became of one network.
@@ -111,32 +106,32 @@ impl<'a> Meter<'a> {
 ///
 /// `out` is there and empty. What the networks do not read is left out and named in the result.
 ///
-/// Errors: as [`Source::native`]; a checkpoint that is not complete, or has tensors that no network has; a value
+/// Errors: a checkpoint that is not complete, or has tensors that no network has; a value
 /// that is not finite, or that the new precision cannot hold; a file that cannot be written.
 pub fn stages(
-    sources: &[(&str, Source)],
+    sources: &[Source],
     storage: Storage,
     out: &Path,
     tell: &mut dyn FnMut(Progress<'_>),
-) -> Result<Vec<(String, Vec<Converted>)>> {
+) -> Result<Vec<(Stage, Vec<Converted>)>> {
     let plans: Vec<Vec<Plan<'_>>> = sources
         .iter()
-        .map(|(_, source)| source.parts.iter().map(|part| Plan::new(part, storage)).collect())
+        .map(|source| source.parts.iter().map(|part| Plan::new(part, storage)).collect())
         .collect::<Result<_>>()?;
     let all = plans.iter().flatten();
     let total = all.fold((0, 0), |(n, bytes), plan| (n + plan.result.tensors, bytes + plan.result.bytes));
     let mut meter = Meter::new(total, tell);
     let mut results = Vec::with_capacity(sources.len());
-    for ((stage, source), plans) in sources.iter().zip(plans) {
-        meter.stage = stage;
-        let folder = out.join(stage);
+    for (source, plans) in sources.iter().zip(plans) {
+        meter.stage = source.stage.name();
+        let folder = out.join(source.stage.name());
         std::fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, e))?;
         let mut converted = Vec::with_capacity(plans.len());
         for plan in plans {
             converted.push(plan.write(&folder, &mut meter)?);
         }
         source.write_rest(&folder)?;
-        results.push(((*stage).to_owned(), converted));
+        results.push((source.stage, converted));
     }
     Ok(results)
 }
@@ -198,7 +193,7 @@ impl<'a> Plan<'a> {
     }
 
     fn write(self, stage: &Path, meter: &mut Meter<'_>) -> Result<Converted> {
-        let folder = stage.join(&self.part.folder);
+        let folder = stage.join(self.part.config.network().folder());
         std::fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, e))?;
         stream::write(self.form, &folder.join(self.form.file_name()), &self.jobs, &mut |name, n| meter.add(name, n))?;
         Ok(self.result)
@@ -224,12 +219,5 @@ impl Part {
             let file = self.place.display().to_string();
             Error::Tensor { tensor: missing.name, file, reason: missing.reason }
         })
-    }
-}
-
-impl Source {
-    /// The networks' weights.
-    pub fn weights(&self) -> impl Iterator<Item = &Weights> {
-        self.parts.iter().map(|part| &part.weights)
     }
 }

@@ -2,14 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
 use serde_json::{Value, json};
 
 use crate::{
     Error, Result,
-    blueprint::{Config, Network, STAGES, Shapes},
+    audio::AudioConfig,
+    blueprint::{Config, LlavaSizes, Network},
+    checkpoint::{self, Choice, Layout, Located, Setup, Stage, locate, official},
     diffusion::TransformerConfig,
-    text::TextConfig,
+    text::{self, ClipConfig, TextConfig},
     vae::VaeConfig,
     weights::{Weights, read_json},
 };
@@ -20,93 +21,126 @@ pub struct Part {
     pub config: Config,
     /// Its tensors, under the network's names.
     pub weights: Weights,
-    /// Its folder below the stage's, in the native layout; empty for the stage's own.
-    pub folder: PathBuf,
     /// What messages call the whole of its files.
     pub place: PathBuf,
+    /// The files that hold its tensors.
+    pub files: Vec<PathBuf>,
 }
 
 /// A stage: its networks, its `config.json` in the native layout, and the files that go with it.
 pub struct Source {
+    /// Which stage.
+    pub stage: Stage,
     /// The networks.
     pub parts: Vec<Part>,
     /// The native `config.json`.
-    pub config: Value,
+    config: Value,
     /// Files to copy: from where, and to where below the stage's folder.
-    pub copies: Vec<(PathBuf, PathBuf)>,
+    copies: Vec<(PathBuf, PathBuf)>,
 }
 
 impl Source {
-    /// Opens a stage's folder in the native layout; only headers are read.
+    /// Opens a stage's files, in the native layout or in the official one; only headers are read.
     ///
-    /// Errors: a stage that is not one; `config.json` missing or wrong; as [`Weights::open`].
-    pub fn native(models: &Path, stage: &str) -> Result<Self> {
-        let folder = models.join(stage);
-        let Some((_, networks)) = STAGES.iter().find(|(name, _)| *name == stage) else {
-            return Err(Error::input("stages", format!("{stage:?}, which is none of {}", names().join(", "))));
-        };
-        let path = folder.join("config.json");
-        let mut parts = Vec::new();
-        let mut copies = Vec::new();
-        for (network, below) in *networks {
-            let place = folder.join(below);
-            let config = config(*network, &path)?;
-            let weights = Weights::open(&place, DType::F32, &Device::Cpu)?;
-            parts.push(Part { config, weights, folder: below.into(), place: place.clone() });
-            let tokenizer = place.join("tokenizer.json");
+    /// Errors: as [`locate`], [`read_json`] and [`Weights::open`].
+    pub fn open(models: &Path, stage: Stage, choice: Choice) -> Result<Self> {
+        let located = locate(models, stage, choice)?;
+        let setup = Setup { choice, ..Setup::default() };
+        let mut source = Self { stage, parts: Vec::new(), config: json!({}), copies: Vec::new() };
+        for found in &located.sources {
+            let weights = found.open(&setup)?;
+            let network = Network::of(stage, found.network);
+            let (config, text) = config(&located, network, found.network, &weights)?;
+            match located.layout {
+                Layout::Native => source.config = read_json(&located.config(found.network)?)?,
+                Layout::Official => source.say(network, text),
+            }
+            let tokenizer = found.folder.join("tokenizer.json");
             if tokenizer.is_file() {
-                copies.push((tokenizer, Path::new(below).join("tokenizer.json")));
+                source.copies.push((tokenizer, Path::new(network.folder()).join("tokenizer.json")));
+            }
+            let (place, files) = (found.folder.clone(), found.files.clone());
+            source.parts.push(Part { config, weights, place, files });
+        }
+        source.say_depths();
+        Ok(source)
+    }
+
+    /// Puts a network's config into the stage's: the text encoder's has one for each of its networks.
+    fn say(&mut self, network: Network, text: Value) {
+        match (network.folder(), self.config.as_object_mut()) {
+            ("", _) | (_, None) => self.config = text,
+            (key, Some(all)) => drop(all.insert(key.to_owned(), text)),
+        }
+    }
+
+    /// Says how many layers LLaVA's whole networks have: hidden states count from the end, and the last layers are
+    /// left out.
+    fn say_depths(&mut self) {
+        for part in &self.parts {
+            let Config::Llava(llava) = &part.config else { continue };
+            let shapes = part.weights.list().into_iter().map(|t| (t.name, t.shape)).collect();
+            let (vision, layers) = LlavaSizes::depths(&shapes);
+            let Some(all) = self.config.as_object_mut() else { continue };
+            let said = all.entry("llava").or_insert_with(|| json!({}));
+            if let Some(said) = said.as_object_mut() {
+                said.insert("layers".to_owned(), json!(llava.layers.unwrap_or(layers)));
+                said.insert("vision_layers".to_owned(), json!(llava.vision_layers.unwrap_or(vision)));
             }
         }
-        let config = read_json(&path)?;
-        Ok(Self { parts, config, copies })
     }
 
     /// Writes what goes with the weights: `config.json`, and the files to copy.
     pub(super) fn write_rest(&self, folder: &Path) -> Result<()> {
         for (from, below) in &self.copies {
-            let to = folder.join(below);
-            if let Some(parent) = to.parent() {
-                std::fs::create_dir_all(parent).map_err(|e| Error::file(parent, e))?;
-            }
-            std::fs::copy(from, &to).map_err(|e| Error::file(from, e))?;
-        }
-        let mut config = self.config.clone();
-        for part in &self.parts {
-            if let (Config::Llava(llava), Some(said)) =
-                (&part.config, config.get_mut("llava").and_then(Value::as_object_mut))
-            {
-                // Hidden states count from the end, so a file without its last layers must say how many there were.
-                let shapes: Shapes = part.weights.list().into_iter().map(|t| (t.name, t.shape)).collect();
-                let (vision, layers) = crate::blueprint::LlavaSizes::depths(&shapes);
-                said.insert("layers".to_owned(), json!(llava.layers.unwrap_or(layers)));
-                said.insert("vision_layers".to_owned(), json!(llava.vision_layers.unwrap_or(vision)));
-            }
+            std::fs::copy(from, folder.join(below)).map_err(|e| Error::file(from, e))?;
         }
         let path = folder.join("config.json");
-        let mut text = serde_json::to_vec_pretty(&config).map_err(|e| Error::file(&path, e))?;
+        let mut text = serde_json::to_vec_pretty(&self.config).map_err(|e| Error::file(&path, e))?;
         text.push(b'\n');
         std::fs::write(&path, text).map_err(|e| Error::file(&path, e))
     }
 }
 
-/// The names of all stages.
-pub(crate) fn names() -> Vec<&'static str> {
-    STAGES.iter().map(|(name, _)| *name).collect()
-}
-
-fn config(network: Network, path: &Path) -> Result<Config> {
-    let vae = || -> Result<VaeConfig> {
-        let config: VaeConfig = read_json(path)?;
-        config.validate().map_err(|e| Error::file(path, e))?;
-        Ok(config)
-    };
+/// A network's config, and how the native layout writes it.
+fn config(
+    located: &Located,
+    network: Network,
+    published: checkpoint::Network,
+    weights: &Weights,
+) -> Result<(Config, Value)> {
+    let path = located.config(published)?;
+    let native = located.layout == Layout::Native;
+    let text = |value: serde_json::Result<Value>| value.map_err(|e| Error::file(&path, e));
     Ok(match network {
-        Network::Whisper => Config::Whisper(read_json(path)?),
-        Network::Llava => Config::Llava(Box::new(read_json::<TextConfig>(path)?.llava)),
-        Network::Clip => Config::Clip(read_json::<TextConfig>(path)?.clip),
-        Network::VaeEncoder => Config::VaeEncoder(vae()?),
-        Network::VaeDecoder => Config::VaeDecoder(vae()?),
-        Network::Transformer => Config::Transformer(TransformerConfig::open(path)?),
+        Network::Whisper => {
+            let config: AudioConfig = if native { read_json(&path)? } else { official::audio(&path)? };
+            let value = text(serde_json::to_value(&config))?;
+            (Config::Whisper(config), value)
+        }
+        Network::Llava => {
+            let config = if native { read_json::<TextConfig>(&path)?.llava } else { official::llava(&path)? };
+            let value = text(serde_json::to_value(&config))?;
+            (Config::Llava(Box::new(config)), value)
+        }
+        Network::Clip => {
+            let config: ClipConfig = match native {
+                true => read_json::<TextConfig>(&path)?.clip,
+                false => official::clip(&path, text::clip::vocabulary(weights)?)?,
+            };
+            let value = text(serde_json::to_value(&config))?;
+            (Config::Clip(config), value)
+        }
+        Network::VaeEncoder | Network::VaeDecoder => {
+            let config = VaeConfig::of(located)?;
+            let value = text(serde_json::to_value(&config))?;
+            let half = if network == Network::VaeEncoder { Config::VaeEncoder } else { Config::VaeDecoder };
+            (half(config), value)
+        }
+        Network::Transformer => {
+            let config = if native { TransformerConfig::open(&path)? } else { official::transformer(&path)? };
+            let value = text(serde_json::to_value(&config))?;
+            (Config::Transformer(config), value)
+        }
     })
 }

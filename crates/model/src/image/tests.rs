@@ -177,12 +177,14 @@ mod stage {
     use super::*;
     use crate::vae::VaeConfig;
 
-    fn open(folder: &std::path::Path) -> ImageEncoder {
+    fn open(models: &std::path::Path) -> ImageEncoder {
+        let folder = models.join("image-encoder");
+        std::fs::create_dir(&folder).unwrap();
         let case = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/vae_causal_attn");
         std::fs::copy(case.join("weights.safetensors"), folder.join("model.safetensors")).unwrap();
         let config: VaeConfig = serde_json::from_slice(&std::fs::read(case.join("config.json")).unwrap()).unwrap();
         std::fs::write(folder.join("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
-        ImageEncoder::open(folder, &Device::Cpu).unwrap()
+        ImageEncoder::open(models, &crate::checkpoint::Setup::default()).unwrap()
     }
 
     #[test]

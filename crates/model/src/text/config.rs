@@ -87,11 +87,14 @@ pub struct ClipConfig {
     pub heads: usize,
     /// Token that ends a text and fills it up to its length.
     pub eot_token: u32,
+    /// Layers; absent: those that the file has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<usize>,
 }
 
 impl Default for ClipConfig {
     fn default() -> Self {
-        Self { heads: 12, eot_token: 49_407 }
+        Self { heads: 12, eot_token: 49_407, layers: None }
     }
 }
 

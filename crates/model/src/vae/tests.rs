@@ -192,12 +192,14 @@ fn a_batch_is_decoded_item_by_item() {
     }
 }
 
-fn stage(folder: &std::path::Path) -> VaeStage {
+fn stage(models: &std::path::Path) -> VaeStage {
+    let folder = models.join("vae-decode");
+    std::fs::create_dir(&folder).unwrap();
     let case = Case::open("vae_causal_attn");
     let file = case.folder.join("weights.safetensors");
     std::fs::copy(file, folder.join("model.safetensors")).unwrap();
     std::fs::write(folder.join("config.json"), serde_json::to_vec(&case.config()).unwrap()).unwrap();
-    VaeStage::open(folder, &Device::Cpu).unwrap()
+    VaeStage::open(models, &crate::checkpoint::Setup::default()).unwrap()
 }
 
 #[test]

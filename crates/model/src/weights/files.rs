@@ -98,7 +98,8 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-fn of_index(path: &Path) -> Result<Vec<PathBuf>> {
+/// The files that an index of shards names.
+pub(super) fn of_index(path: &Path) -> Result<Vec<PathBuf>> {
     let index: Index = read_json(path)?;
     let names: BTreeSet<String> = index.weight_map.into_values().collect();
     let folder = path.parent().unwrap_or(Path::new("."));

@@ -96,6 +96,13 @@ impl Weights {
         files::of_folder(folder)
     }
 
+    /// The files that an index of shards names.
+    ///
+    /// Errors: one of them is missing, or is not beside the index.
+    pub fn files_of_index(index: &Path) -> Result<Vec<PathBuf>> {
+        files::of_index(index)
+    }
+
     /// Wraps tensors that are in memory already.
     #[must_use]
     pub fn from_tensors(tensors: HashMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
