@@ -115,12 +115,16 @@ pub fn scale_of(largest: f32) -> f32 {
     bf16::from_f32(if largest == 0.0 { 1.0 } else { (largest / LARGEST).max(f32::MIN_POSITIVE) }).to_f32()
 }
 
-/// The bytes of a layer's weights, or of a part of them, with the layer's scale.
+/// The bytes of a layer's finite weights, or of a part of them, by the layer's scale.
 ///
 /// Panics: there are not as many bytes as values.
 pub fn quantise_into(values: &[f32], scale: f32, bytes: &mut [u8]) {
     assert_eq!(bytes.len(), values.len(), "bytes and values");
-    bytes.iter_mut().zip(values).for_each(|(byte, value)| *byte = f32_to_e4m3(value / scale));
+    let whole = values.len() / WIDTH * WIDTH;
+    for_each_block(values, bytes, Scaled(scale));
+    for (byte, value) in bytes[whole..].iter_mut().zip(&values[whole..]) {
+        *byte = f32_to_e4m3(value / scale);
+    }
 }
 
 /// The largest value of a byte.
@@ -152,5 +156,47 @@ mod tests {
         }
         assert!(e4m3_to_f32(0x7f).is_nan() && e4m3_to_f32(0xff).is_nan());
         assert!(finite(&[0x7e, 0xfe]) && !finite(&[0x00, 0xff]));
+    }
+
+    #[test]
+    fn all_bytes_become_what_the_table_has() {
+        let bytes: Vec<u8> = (0..=255).chain(0..=36).collect();
+        for scale in [1.0, 0.003_21, -0.7, 1e-38, 3e38, 1.003_906_3] {
+            let mut values = vec![0.0; bytes.len()];
+            dequantise_into(&bytes, scale, &mut values);
+            for ((byte, value), expected) in bytes.iter().zip(values).zip(dequantise(&bytes, scale)) {
+                let expected = expected.to_f32();
+                let same = value.to_bits() == expected.to_bits() || value.is_nan() && expected.is_nan();
+                assert!(same, "{byte:#x} at {scale}: {value}, expected {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_value_becomes_the_nearest_byte_and_of_two_the_even_one() {
+        for byte in (0..0x7f).chain(0x80..0xff) {
+            assert_eq!(f32_to_e4m3(e4m3_to_f32(byte)), byte);
+        }
+        for byte in 0..0x7e {
+            let (low, high) = (e4m3_to_f32(byte), e4m3_to_f32(byte + 1));
+            let middle = (low + high) / 2.0;
+            assert_eq!(f32_to_e4m3(middle), byte + byte % 2, "between {low} and {high}");
+            assert_eq!(f32_to_e4m3(middle.next_down()), byte);
+            assert_eq!(f32_to_e4m3(-middle.next_up()), 0x80 | (byte + 1));
+        }
+        assert_eq!((f32_to_e4m3(1e9), f32_to_e4m3(f32::NEG_INFINITY)), (0x7e, 0xfe));
+    }
+
+    #[test]
+    fn a_scale_is_a_bf16_and_takes_the_largest_weight_to_the_largest_byte() {
+        for largest in [0.123, 7.0, 448.0, 1e-6, f32::MAX] {
+            let values: Vec<f32> = (0..71).map(|i| largest * (i - 70) as f32 / 70.0).collect();
+            let (bytes, scale) = quantise(&values);
+            assert_eq!(bf16::from_f32(scale).to_f32(), scale);
+            assert_eq!((bytes[0], bytes[70]), (0xfe, 0), "{largest}");
+            assert!(finite(&bytes));
+        }
+        assert_eq!(quantise(&[0.0; 40]), (vec![0; 40], 1.0));
+        assert!(quantise(&[1e-45; 3]).1.is_normal());
     }
 }

@@ -46,3 +46,33 @@ impl Convert<u8, f32, WIDTH, WIDTH> for Scaled {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_row_has_its_scale_and_comes_back_within_half_a_step() {
+        let rows = [vec![0.0; 67], vec![-2.54; 67], (0..67).map(|i| (i - 30) as f32 * 1e-3).collect()].concat();
+        let (bytes, scales) = quantise_rows(&rows, 67);
+        assert_eq!(scales[0], 1.0);
+        assert!(bytes[..67].iter().all(|b| *b == 0) && bytes[67..134].iter().all(|b| *b == -127));
+        for ((row, bytes), scale) in rows.chunks(67).zip(bytes.chunks(67)).zip(scales) {
+            let bytes: Vec<u8> = bytes.iter().map(|b| *b as u8).collect();
+            let mut read = vec![f32::NAN; 67];
+            dequantise(&bytes, scale, &mut read);
+            for (i, (value, read)) in row.iter().zip(&read).enumerate() {
+                assert!((value - read).abs() <= 0.5001 * scale, "{i}: {value} became {read}");
+                assert_eq!(*read, f32::from(bytes[i] as i8) * scale);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_extreme_values_have_finite_scales() {
+        for value in [f32::MAX, f32::MIN_POSITIVE, 1e-45] {
+            let (_, scales) = quantise_rows(&[value, -value], 2);
+            assert!(scales[0].is_normal(), "{value}: {scales:?}");
+        }
+    }
+}

@@ -16,7 +16,7 @@ mod pack;
 mod unpack;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use super::stored::Encoding;
 use blocks::for_each_block;

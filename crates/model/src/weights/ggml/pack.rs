@@ -15,9 +15,15 @@ const REACH: f32 = 1e9;
 fn bounded<const N: usize>(values: &[f32; N]) -> [f32; N] {
     let mut bounded = [0.0; N];
     for i in 0..N {
-        bounded[i] = values[i].max(-REACH).min(REACH);
+        bounded[i] = within(values[i], -REACH, REACH);
     }
     bounded
+}
+
+/// `clamp` has branches, which are in the way of vectors.
+#[inline(always)]
+fn within(value: f32, low: f32, high: f32) -> f32 {
+    value.max(low).min(high)
 }
 
 /// Rounds to a whole number in `low..=high`, ties to even.
@@ -26,7 +32,7 @@ fn bounded<const N: usize>(values: &[f32; N]) -> [f32; N] {
 #[inline(always)]
 fn level(value: f32, low: f32, high: f32) -> f32 {
     const SHIFT: f32 = 12_582_912.0;
-    (value.clamp(low, high) + SHIFT) - SHIFT
+    (within(value, low, high) + SHIFT) - SHIFT
 }
 
 /// 1 divided by a scale; a scale of zero makes every level zero.
@@ -39,7 +45,7 @@ fn inverse(scale: f32) -> f32 {
 #[inline(always)]
 fn put_half(block: &mut [u8], at: usize, scale: f32) -> f32 {
     let limit = f16::MAX.to_f32_const();
-    let half = f16::from_f32_const(scale.max(-limit).min(limit));
+    let half = f16::from_f32_const(within(scale, -limit, limit));
     block[at..at + 2].copy_from_slice(&half.to_le_bytes());
     half.to_f32_const()
 }
@@ -63,6 +69,18 @@ fn dot<const N: usize>(a: &[f32; N], b: &[f32; N]) -> f32 {
     }
     let [a, b, c, d, e, f, g, h] = lanes;
     ((a + e) + (b + f)) + ((c + g) + (d + h))
+}
+
+/// The smallest or the largest value.
+#[inline(always)]
+fn extreme(values: &[f32; 32], choose: fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [values[0]; 8];
+    for chunk in values.as_chunks::<8>().0 {
+        for i in 0..8 {
+            lanes[i] = choose(lanes[i], chunk[i]);
+        }
+    }
+    lanes.into_iter().fold(values[0], choose)
 }
 
 /// The scale for levels in `-reach..reach`.
@@ -96,11 +114,7 @@ fn scale_about_zero<const N: usize>(values: &[f32; N], reach: f32) -> f32 {
 /// As [`scale_about_zero`], with a line instead of a scale: `v ≈ scale·q - low` and `low ≥ 0`.
 #[inline(always)]
 fn scale_and_low(values: &[f32; 32], top: f32) -> (f32, f32) {
-    let (mut low, mut high) = (0f32, -REACH);
-    for v in values {
-        low = low.min(*v);
-        high = high.max(*v);
-    }
+    let (low, high) = (extreme(values, f32::min).min(0.0), extreme(values, f32::max));
     if high <= low {
         return (0.0, -low);
     }
@@ -114,13 +128,10 @@ fn scale_and_low(values: &[f32; 32], top: f32) -> (f32, f32) {
         }
         let (q, qq, vq) = (dot(&levels, &[1.0; 32]), dot(&levels, &levels), dot(values, &levels));
         let spread = 32.0 * qq - q * q;
-        if spread <= 0.0 {
-            continue;
-        }
-        let (mut scale, mut offset) = ((32.0 * vq - total * q) / spread, (qq * total - q * vq) / spread);
-        if offset > 0.0 {
-            (scale, offset) = (vq / qq, 0.0);
-        }
+        let offset = if spread > 0.0 { (qq * total - q * vq) / spread } else { 0.0 };
+        // An offset above zero cannot be stored, and zero is the best of the others then.
+        let (scale, offset) =
+            if offset < 0.0 { ((32.0 * vq - total * q) / spread, offset) } else { (vq / qq.max(1.0), 0.0) };
         let gain = scale * vq + offset * total;
         if gain > best && scale > 0.0 {
             (best, line) = (gain, (scale, -offset));

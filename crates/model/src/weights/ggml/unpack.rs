@@ -28,10 +28,13 @@ impl Convert<u8, f32, 18, 32> for Q4_0 {
     #[inline(always)]
     fn block(&self, block: &[u8; 18], out: &mut [f32; 32]) {
         let d = half(block, 0);
+        let mut levels = [0; 32];
         for i in 0..16 {
-            let byte = block[2 + i];
-            out[i] = (f32::from(byte & 15) - 8.0) * d;
-            out[16 + i] = (f32::from(byte >> 4) - 8.0) * d;
+            levels[i] = (block[2 + i] & 15).wrapping_sub(8) as i8;
+            levels[16 + i] = (block[2 + i] >> 4).wrapping_sub(8) as i8;
+        }
+        for i in 0..32 {
+            out[i] = f32::from(levels[i]) * d;
         }
     }
 }
