@@ -214,12 +214,13 @@ fn event_json(event: &GenerationEvent) -> Value {
     Value::Object(line)
 }
 
-fn print_line(value: &Value) {
+/// Prints a JSON object as one line.
+pub(crate) fn print_line(value: &Value) {
     print_text(&value.to_string());
 }
 
 /// Prints a line; a reader that went away is no reason to stop the work.
-fn print_text(text: &str) {
+pub(crate) fn print_text(text: &str) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{text}").and_then(|()| out.flush());
 }

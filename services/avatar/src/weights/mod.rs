@@ -1,0 +1,10 @@
+//! `avatar weights`: gets, makes, converts and checks checkpoints.
+
+mod checksums;
+pub mod convert;
+mod place;
+mod report;
+pub mod synth;
+pub mod verify;
+
+pub use report::failed;
