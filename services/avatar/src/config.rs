@@ -34,7 +34,7 @@ pub enum Command {
     ///
     /// Prints `ready grpc=ADDR http=ADDR` once it answers. SIGTERM ends it gracefully. Exit code 64: wrong settings.
     Serve(crate::serve::ServeFlags),
-    /// Make, convert and check checkpoints.
+    /// Get, make, convert and check checkpoints.
     #[command(subcommand)]
     Weights(WeightsCommand),
 }
@@ -42,6 +42,14 @@ pub enum Command {
 /// What to do with checkpoints.
 #[derive(Debug, Subcommand)]
 pub enum WeightsCommand {
+    /// Download the official checkpoint, or the parts of it that some stages need.
+    ///
+    /// Downloads go on where they stopped, and every file's hash is checked. The weights come under the Tencent
+    /// Hunyuan Community License, which grants nothing in the European Union, the United Kingdom and South Korea;
+    /// without --accept-licence the files are only listed. The face detector's file is never needed.
+    ///
+    /// Exit codes: 0 done, 1 failed, 2 wrong usage or licence not accepted, 130 interrupted.
+    Fetch(crate::weights::fetch::FetchFlags),
     /// Write a complete checkpoint of random weights: it shows that the system works, not faces.
     Synth(SynthFlags),
     /// Convert a checkpoint, in any form that is read, to the native layout in another precision.

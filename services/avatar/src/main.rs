@@ -7,7 +7,11 @@ use avatar::{
     failure::{FAILED, Failure},
     generate::generate,
     progress::Progress,
-    serve, weights,
+    serve,
+    weights::{
+        self,
+        fetch::{FetchFlags, Report, fetch},
+    },
 };
 use clap::Parser as _;
 use service_kit::{
@@ -20,6 +24,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Generate(flags) => run_generate(&flags),
         Command::Serve(flags) => run_serve(flags),
+        Command::Weights(WeightsCommand::Fetch(flags)) => run_fetch(&flags),
         Command::Weights(WeightsCommand::Synth(flags)) => end(flags.json, weights::synth::synth(&flags)),
         Command::Weights(WeightsCommand::Convert(flags)) => end(flags.json, weights::convert::convert(&flags)),
         Command::Weights(WeightsCommand::Verify(flags)) => {
@@ -49,6 +54,26 @@ fn run_generate(flags: &GenerateFlags) -> ExitCode {
         Err(failure) => {
             let exit = failure.exit;
             progress.failed(&failure);
+            ExitCode::from(exit)
+        }
+    }
+}
+
+fn run_fetch(flags: &FetchFlags) -> ExitCode {
+    let mut report = Report::new(flags.json, flags.quiet);
+    let result = start().and_then(|runtime| {
+        let result = runtime.block_on(fetch(flags, &mut report));
+        runtime.shutdown_timeout(Duration::from_millis(200));
+        result
+    });
+    match result {
+        Ok(done) => {
+            report.completed(&done);
+            ExitCode::SUCCESS
+        }
+        Err(failure) => {
+            let exit = failure.exit;
+            report.failed(&failure);
             ExitCode::from(exit)
         }
     }

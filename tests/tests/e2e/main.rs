@@ -2,7 +2,9 @@
 
 mod boundaries;
 mod cases;
+mod fetch;
 mod generate;
+mod hub;
 mod inputs;
 mod processes;
 mod stack;

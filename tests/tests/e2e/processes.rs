@@ -10,7 +10,7 @@ use tonic::transport::Channel;
 
 use crate::{
     inputs::{portrait, tone},
-    stack::{Stack, avatar, probe, text, tiny_models, video_stream},
+    stack::{Stack, avatar, probe, text, tiny_models, video_stream, web},
 };
 
 /// Settings that all three doors get.
@@ -62,7 +62,7 @@ async fn generate_over_rest(url: &str, audio: &[u8]) -> Vec<u8> {
         .text("size", "64")
         .part("input_reference", part(&portrait(), "portrait.png"))
         .part("audio", part(audio, "speech.wav"));
-    let http = reqwest::Client::new();
+    let http = web();
     let created = http.post(format!("{url}/v1/videos")).multipart(form).send().await.unwrap();
     assert!(created.status().is_success(), "{}", created.text().await.unwrap());
     let video: Value = created.json().await.unwrap();
@@ -188,6 +188,6 @@ async fn a_killed_stage_fails_the_generation_and_not_the_gateway() {
     };
     assert_eq!(outcome.code(), tonic::Code::Unavailable, "{outcome:?}");
     assert!(outcome.message().contains("diffusion"), "{outcome:?}");
-    let health = reqwest::get(format!("{}/healthz", six.http())).await.unwrap();
+    let health = web().get(format!("{}/healthz", six.http())).send().await.unwrap();
     assert!(health.status().is_success());
 }

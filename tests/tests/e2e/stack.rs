@@ -170,6 +170,13 @@ impl Stack {
     }
 }
 
+/// A client for the REST door. It has no root certificates, for a test machine need not have any.
+pub fn web() -> reqwest::Client {
+    // Refused if there is one already, which then is the same.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().tls_certs_only([]).build().unwrap()
+}
+
 /// Runs `avatar` to its end.
 pub fn avatar(arguments: &[&str]) -> Output {
     Command::new(binary("avatar")).args(arguments).stdin(Stdio::null()).output().unwrap()

@@ -10,7 +10,7 @@ use tonic_types::StatusExt;
 use crate::{
     inputs::{bad_pictures, bad_recordings, portrait, tone},
     processes::{client, requests, spec},
-    stack::{Stack, avatar, binary, text, tiny_models},
+    stack::{Stack, avatar, binary, text, tiny_models, web},
 };
 
 /// What the command line says of a picture and a recording.
@@ -164,7 +164,7 @@ async fn a_prompt_that_is_no_text_is_refused_over_grpc() {
 async fn bad_inputs_are_refused_over_rest() {
     let stack = Stack::one(&tiny_models());
     let url = format!("{}/v1/videos", stack.http());
-    let http = reqwest::Client::new();
+    let http = web();
     let post = async |fields: Vec<(&'static str, Vec<u8>)>, picture: Vec<u8>, audio: Vec<u8>| -> (u16, Value) {
         use reqwest::multipart::{Form, Part};
         let mut form = Form::new()

@@ -2,6 +2,7 @@
 
 mod checksums;
 pub mod convert;
+pub mod fetch;
 mod place;
 mod report;
 pub mod synth;
