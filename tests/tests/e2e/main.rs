@@ -8,6 +8,7 @@ mod hub;
 mod inputs;
 mod processes;
 mod stack;
+mod weights;
 mod wrong_input;
 mod wrong_streams;
 mod wrong_weights;

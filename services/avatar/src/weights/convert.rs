@@ -61,7 +61,7 @@ pub fn convert(flags: &ConvertFlags) -> Result<(), Failure> {
     );
     let extra = json!({
         "path": flags.out, "precision": flags.precision.name(), "bytes": bytes,
-        "seconds": (seconds * 1000.0).round() / 1000.0,
+        "seconds": (seconds * 1000.0).round() / 1000.0, "peak_bytes": service_kit::memory::peak_bytes(),
     });
     report::written(flags.json, flags.quiet, &results, extra, &sentence);
     Ok(())

@@ -32,7 +32,7 @@ pub fn synth(flags: &SynthFlags) -> Result<(), Failure> {
     let (name, seed) = (flags.size.name(), flags.seed);
     let extra = json!({
         "path": flags.out, "size": name, "seed": seed, "precision": flags.precision.name(), "bytes": bytes,
-        "seconds": (seconds * 1000.0).round() / 1000.0,
+        "seconds": (seconds * 1000.0).round() / 1000.0, "peak_bytes": service_kit::memory::peak_bytes(),
     });
     match (flags.size, flags.json || flags.quiet) {
         (SynthSize::Tiny, false) => {
