@@ -29,9 +29,12 @@ impl Golden {
         named.as_ref().unwrap_or(&self.folder).join("weights.safetensors")
     }
 
+    pub(crate) fn tensors(&self) -> HashMap<String, Tensor> {
+        candle_core::safetensors::load(self.weights_file(), &Device::Cpu).unwrap()
+    }
+
     pub(crate) fn weights(&self) -> Weights {
-        let tensors = candle_core::safetensors::load(self.weights_file(), &Device::Cpu).unwrap();
-        Weights::from_tensors(tensors, DType::F32, &Device::Cpu)
+        Weights::from_tensors(self.tensors(), DType::F32, &Device::Cpu)
     }
 
     pub(crate) fn input(&self, name: &str) -> Tensor {

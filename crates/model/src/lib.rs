@@ -5,8 +5,12 @@
 
 pub mod attention;
 pub mod audio;
+pub mod blueprint;
+pub mod checkpoint;
+pub mod convert;
 pub mod diffusion;
 pub mod image;
+pub mod inspect;
 pub mod nn;
 pub mod ops;
 pub mod synth;

@@ -73,7 +73,7 @@ pub struct StageFlags {
     /// Address and port to serve gRPC on; port 0 takes a free one.
     #[arg(long, env = "AVATAR_LISTEN", value_name = "ADDR:PORT", default_value = "127.0.0.1:0")]
     pub listen: String,
-    /// Folder of the models; the stage reads only the subfolder that bears its name.
+    /// Folder of the models: one subfolder a stage, of which only the stage's own is read, or the official download.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR", default_value = "models")]
     pub models: PathBuf,
     /// Device to compute on: `cpu`.

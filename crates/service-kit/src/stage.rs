@@ -31,16 +31,19 @@ use crate::{
 pub trait StageModel: Send + Sized + 'static {
     /// Which stage it is.
     const STAGE: Stage;
-    /// The stage's name: of its folder, its binary and its log lines.
+    /// The stage's name: of its binary and its log lines.
     const NAME: &'static str;
 
-    /// Reads the weights.
+    /// Reads the stage's weights out of the folder of the models.
     ///
     /// Errors: [`ServiceError::FailedPrecondition`] that names the file and the tensor.
-    fn open(folder: &Path) -> Result<Self, ServiceError>;
+    fn open(models: &Path) -> Result<Self, ServiceError>;
 
-    /// Settings that the checkpoint in `folder` asks for. A folder that cannot be read asks for none.
-    fn defaults(_folder: &Path) -> Option<GenerationDefaults> {
+    /// The files below `models` that decide what the stage computes; none where they cannot be found.
+    fn files(models: &Path) -> Vec<PathBuf>;
+
+    /// Settings that the stage's checkpoint asks for. One that cannot be read asks for none.
+    fn defaults(_models: &Path) -> Option<GenerationDefaults> {
         None
     }
 
@@ -52,7 +55,7 @@ pub trait StageModel: Send + Sized + 'static {
 
 /// One stage on its device. All work on the model happens on the device's thread, where it loads at the first need.
 pub struct StageHost<M> {
-    folder: PathBuf,
+    models: PathBuf,
     device: DeviceWorker,
     meter: StageMeter,
     loaded: AtomicBool,
@@ -61,12 +64,11 @@ pub struct StageHost<M> {
 }
 
 impl<M: StageModel> StageHost<M> {
-    /// A stage that has not loaded yet. `config.models` is the folder that holds the stage's folder; streams without
-    /// an end of their own stop at `shutdown`.
+    /// A stage that has not loaded yet. Streams without an end of their own stop at `shutdown`.
     #[must_use]
     pub fn new(config: &StageConfig, device: DeviceWorker, shutdown: CancellationToken) -> Arc<Self> {
         Arc::new(Self {
-            folder: config.models.join(M::NAME),
+            models: config.models.clone(),
             device,
             meter: StageMeter::default(),
             loaded: AtomicBool::new(false),
@@ -104,8 +106,8 @@ impl<M: StageModel> StageHost<M> {
         // A panic in earlier work leaves the model itself whole: work only reads the weights.
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
-            tracing::info!(stage = M::NAME, folder = %self.folder.display(), "loading");
-            *slot = Some(self.meter.load(|| M::open(&self.folder))?);
+            tracing::info!(stage = M::NAME, models = %self.models.display(), "loading");
+            *slot = Some(self.meter.load(|| M::open(&self.models))?);
             self.loaded.store(true, Relaxed);
             tracing::info!(stage = M::NAME, resident_bytes = self.meter.report().resident_bytes, "loaded");
         }
@@ -147,7 +149,7 @@ impl<M: StageModel> StageService for StageServer<M> {
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
         let host = self.0.clone();
         let read = tokio::task::spawn_blocking(move || {
-            (checkpoint_digest(&host.folder).unwrap_or_default(), M::defaults(&host.folder))
+            (checkpoint_digest(&host.models, &M::files(&host.models)).unwrap_or_default(), M::defaults(&host.models))
         });
         let (checkpoint_digest, defaults) = read.await.map_err(ServiceError::internal)?;
         let host = &self.0;
@@ -199,31 +201,23 @@ impl<M: StageModel> StageService for StageServer<M> {
     }
 }
 
-/// Hash of the names and sizes of a stage's config and weight files, in subfolders too, in hexadecimal.
+/// Hash of the names and sizes of files below `models`, in hexadecimal; nothing where there is no file.
 ///
-/// Errors: the folder cannot be read.
-pub fn checkpoint_digest(folder: &Path) -> std::io::Result<String> {
-    let mut files = Vec::new();
-    collect(folder, "", &mut files)?;
-    files.sort();
+/// Errors: a file cannot be read.
+pub fn checkpoint_digest(models: &Path, files: &[PathBuf]) -> std::io::Result<String> {
+    if files.is_empty() {
+        return Ok(String::new());
+    }
+    let named = files.iter().map(|file| {
+        let name = file.strip_prefix(models).unwrap_or(file).to_string_lossy().into_owned();
+        Ok((name, std::fs::metadata(file)?.len()))
+    });
+    let mut named = named.collect::<std::io::Result<Vec<_>>>()?;
+    named.sort();
     // FNV-1a: it tells checkpoints apart, and guards nothing.
-    let bytes = files.iter().flat_map(|(name, size)| name.bytes().chain([0]).chain(size.to_le_bytes()));
+    let bytes = named.iter().flat_map(|(name, size)| name.bytes().chain([0]).chain(size.to_le_bytes()));
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     Ok(format!("{hash:016x}"))
-}
-
-fn collect(folder: &Path, prefix: &str, files: &mut Vec<(String, u64)>) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
-        let about = entry.metadata()?;
-        if about.is_dir() {
-            collect(&entry.path(), &format!("{name}/"), files)?;
-        } else if name.ends_with(".json") || name.ends_with(".safetensors") {
-            files.push((name, about.len()));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -237,18 +231,22 @@ mod tests {
         server::{Lifetime, serve},
     };
 
-    /// A model whose weights are the file `w.safetensors`.
+    /// A model whose weights are the file `vae-decode/w.safetensors`.
     struct Weights(Vec<u8>);
 
     impl StageModel for Weights {
         const STAGE: Stage = Stage::VaeDecode;
         const NAME: &'static str = "vae-decode";
 
-        fn open(folder: &Path) -> Result<Self, ServiceError> {
-            let file = folder.join("w.safetensors");
+        fn open(models: &Path) -> Result<Self, ServiceError> {
+            let file = models.join("vae-decode/w.safetensors");
             std::fs::read(&file)
                 .map(Self)
                 .map_err(|e| ServiceError::failed_precondition(format!("{}: {e}", file.display())))
+        }
+
+        fn files(models: &Path) -> Vec<PathBuf> {
+            Some(models.join("vae-decode/w.safetensors")).filter(|file| file.exists()).into_iter().collect()
         }
     }
 
@@ -319,14 +317,16 @@ mod tests {
         let digest = |files: &[(&str, usize)]| {
             let folder = tempfile::tempdir().unwrap();
             std::fs::create_dir(folder.path().join("clip")).unwrap();
-            for (name, size) in files {
-                std::fs::write(folder.path().join(name), vec![0; *size]).unwrap();
+            let paths: Vec<PathBuf> = files.iter().map(|(name, _)| folder.path().join(name)).collect();
+            for (path, (_, size)) in paths.iter().zip(files) {
+                std::fs::write(path, vec![0; *size]).unwrap();
             }
-            checkpoint_digest(folder.path()).unwrap()
+            checkpoint_digest(folder.path(), &paths).unwrap()
         };
         let base = digest(&[("config.json", 3), ("clip/a.safetensors", 9)]);
-        assert_eq!(base, digest(&[("clip/a.safetensors", 9), ("config.json", 3), ("notes.txt", 5)]));
+        assert_eq!(base, digest(&[("clip/a.safetensors", 9), ("config.json", 3)]));
         assert_ne!(base, digest(&[("config.json", 3), ("clip/a.safetensors", 10)]));
         assert_ne!(base, digest(&[("config.json", 3), ("clip/b.safetensors", 9)]));
+        assert_eq!(digest(&[]), "");
     }
 }

@@ -1,9 +1,14 @@
 //! `AudioEncoderService`.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use candle_core::Device;
-use model::audio::AudioEncoder;
+use model::{
+    audio::AudioEncoder,
+    checkpoint::{self, Setup},
+};
 use proto::{
     tensor::HostTensor,
     v1::{
@@ -25,8 +30,14 @@ impl StageModel for Model {
     const STAGE: Stage = Stage::AudioEncoder;
     const NAME: &'static str = "audio-encoder";
 
-    fn open(folder: &Path) -> Result<Self, ServiceError> {
-        AudioEncoder::open(folder, &Device::Cpu).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    fn open(models: &Path) -> Result<Self, ServiceError> {
+        AudioEncoder::open(models, &Setup::default())
+            .map(Self)
+            .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+
+    fn files(models: &Path) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::AudioEncoder)
     }
 }
 

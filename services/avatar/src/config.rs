@@ -6,7 +6,13 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
 };
+use model::{checkpoint::Stage, convert::Storage};
 use proto::v1::{self, FaceBox, GenerationSpec};
+
+use crate::weights::{
+    convert::{ConvertFlags, stage},
+    verify::VerifyFlags,
+};
 
 /// Makes a talking video of a picture, a speech recording and a sentence.
 #[derive(Debug, Parser)]
@@ -28,7 +34,7 @@ pub enum Command {
     ///
     /// Prints `ready grpc=ADDR http=ADDR` once it answers. SIGTERM ends it gracefully. Exit code 64: wrong settings.
     Serve(crate::serve::ServeFlags),
-    /// Get and make checkpoints.
+    /// Get, make, convert and check checkpoints.
     #[command(subcommand)]
     Weights(WeightsCommand),
 }
@@ -46,6 +52,15 @@ pub enum WeightsCommand {
     Fetch(crate::weights::fetch::FetchFlags),
     /// Write a complete checkpoint of random weights: it shows that the system works, not faces.
     Synth(SynthFlags),
+    /// Convert a checkpoint, in any form that is read, to the native layout in another precision.
+    ///
+    /// Tensors go through memory some rows at a time; parts that are never run are left out.
+    /// Exit codes: 0 done, 1 failed, 2 wrong usage or input.
+    Convert(ConvertFlags),
+    /// Check a checkpoint: names, shapes, values, and checksums of the files.
+    ///
+    /// Everything that is wrong is listed. Exit codes: 0 nothing is wrong, 1 something is, 2 wrong usage or input.
+    Verify(VerifyFlags),
 }
 
 /// Sizes of random checkpoints.
@@ -53,6 +68,19 @@ pub enum WeightsCommand {
 pub enum SynthSize {
     /// Hidden widths of 64 and 128; about 13 MB.
     Tiny,
+    /// The published model's tensors; 44 GB in bf16.
+    Full,
+}
+
+impl SynthSize {
+    /// The name that the command line takes.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tiny => "tiny",
+            Self::Full => "full",
+        }
+    }
 }
 
 /// The flags of `avatar weights synth`.
@@ -61,12 +89,34 @@ pub struct SynthFlags {
     /// How large the networks are.
     #[arg(long, value_enum, default_value = "tiny")]
     pub size: SynthSize,
+    /// What transformer and text encoders are stored in: bf16, f16, f32, fp8, int8, q8_0 or q4_k, the last four for
+    /// their large layers alone. The VAE and Whisper are f32.
+    #[arg(long, value_name = "NAME", default_value = "bf16")]
+    pub precision: Storage,
+    /// Stages to write, with commas between. Default: all.
+    #[arg(long, value_name = "STAGE,..", value_delimiter = ',', value_parser = stage)]
+    pub stages: Vec<Stage>,
+    /// Double blocks of the full transformer, 1 to 20, for tests of memory. Default 20.
+    #[arg(long, value_name = "N")]
+    pub double_blocks: Option<usize>,
+    /// Single blocks of the full transformer, 1 to 40, for tests of memory. Default 40.
+    #[arg(long, value_name = "N")]
+    pub single_blocks: Option<usize>,
+    /// Layers of the full Llama, 3 to 32, for tests of memory; the last two are never run. Default 32.
+    #[arg(long, value_name = "N")]
+    pub llama_layers: Option<usize>,
     /// Seeds the weights; the same seed gives the same files everywhere.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// Folder to write; made if missing, refused if it is not empty.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// Print one JSON object a line on standard output: progress, and last the result or the failure.
+    #[arg(long)]
+    pub json: bool,
+    /// Print nothing but errors; with --json, nothing but the last line.
+    #[arg(long)]
+    pub quiet: bool,
 }
 
 /// The flags of `avatar generate`.
@@ -87,7 +137,7 @@ pub struct GenerateFlags {
     /// Video file to write (H.264 and AAC in MP4); replaced only by a finished video.
     #[arg(long, value_name = "FILE", default_value = "avatar.mp4")]
     pub out: PathBuf,
-    /// Folder of the models, with one subfolder a stage. `avatar weights synth` makes a small one.
+    /// Folder of the models: one subfolder a stage, or the official download. `avatar weights synth` makes a small one.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,
     /// Seeds the noise; the same seed, inputs and models give the same video. Default 128.

@@ -25,13 +25,15 @@ fn main() -> ExitCode {
         Command::Generate(flags) => run_generate(&flags),
         Command::Serve(flags) => run_serve(flags),
         Command::Weights(WeightsCommand::Fetch(flags)) => run_fetch(&flags),
-        Command::Weights(WeightsCommand::Synth(flags)) => match weights::synth::synth(&flags) {
-            Ok(summary) => {
-                println!("{summary}");
-                ExitCode::SUCCESS
+        Command::Weights(WeightsCommand::Synth(flags)) => end(flags.json, weights::synth::synth(&flags)),
+        Command::Weights(WeightsCommand::Convert(flags)) => end(flags.json, weights::convert::convert(&flags)),
+        Command::Weights(WeightsCommand::Verify(flags)) => {
+            let result = weights::verify::verify(&flags);
+            if matches!(result, Ok(false)) {
+                return ExitCode::from(FAILED);
             }
-            Err(failure) => fail(&failure),
-        },
+            end(flags.json, result.map(drop))
+        }
     }
 }
 
@@ -99,6 +101,17 @@ fn run_serve(flags: serve::ServeFlags) -> ExitCode {
 
 fn start() -> Result<Runtime, Failure> {
     Runtime::new().map_err(|e| Failure { exit: FAILED, ..Failure::local("cannot start the runtime", e) })
+}
+
+/// The end of a command that has shown its result.
+fn end(json: bool, result: Result<(), Failure>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            weights::failed(json, &failure);
+            ExitCode::from(failure.exit)
+        }
+    }
 }
 
 fn fail(failure: &Failure) -> ExitCode {

@@ -17,7 +17,7 @@ pub const EXIT_SETTINGS: u8 = EXIT_USAGE as u8;
 /// The flags of `avatar serve`.
 #[derive(Debug, Args)]
 pub struct ServeFlags {
-    /// Folder of the models, with one subfolder a stage. `avatar weights synth` makes a small one.
+    /// Folder of the models: one subfolder a stage, or the official download. `avatar weights synth` makes a small one.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,
     /// Address and port to serve gRPC on; port 0 takes a free one.

@@ -1,9 +1,17 @@
 //! `DiffusionService`.
 
-use std::{collections::HashMap, path::Path, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
 
 use candle_core::Device;
-use model::diffusion::{DiffusionStage, TransformerConfig};
+use model::{
+    checkpoint::{self, Setup},
+    diffusion::DiffusionStage,
+};
 use proto::{
     tensor::HostTensor,
     v1::{
@@ -40,15 +48,18 @@ impl StageModel for Model {
     const STAGE: Stage = Stage::Diffusion;
     const NAME: &'static str = "diffusion";
 
-    fn open(folder: &Path) -> Result<Self, ServiceError> {
-        DiffusionStage::open(folder, &Device::Cpu)
+    fn open(models: &Path) -> Result<Self, ServiceError> {
+        DiffusionStage::open(models, &Setup::default())
             .map(|stage| Self { stage, sessions: HashMap::new() })
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
 
-    fn defaults(folder: &Path) -> Option<GenerationDefaults> {
-        let config = TransformerConfig::open(&folder.join("config.json")).ok()?;
-        let wanted = config.defaults?;
+    fn files(models: &Path) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::Diffusion)
+    }
+
+    fn defaults(models: &Path) -> Option<GenerationDefaults> {
+        let wanted = DiffusionStage::config(models).ok()?.defaults?;
         Some(GenerationDefaults {
             size: Some(wanted.size),
             steps: Some(wanted.steps),

@@ -1,9 +1,14 @@
 //! `ImageEncoderService`.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use candle_core::Device;
-use model::image::{ImageEncoder, Rgb8, face};
+use model::{
+    checkpoint::{self, Setup},
+    image::{ImageEncoder, Rgb8, face},
+};
 use proto::{
     tensor::HostTensor,
     v1::{
@@ -29,8 +34,14 @@ impl StageModel for Model {
     const STAGE: Stage = Stage::ImageEncoder;
     const NAME: &'static str = "image-encoder";
 
-    fn open(folder: &Path) -> Result<Self, ServiceError> {
-        ImageEncoder::open(folder, &Device::Cpu).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    fn open(models: &Path) -> Result<Self, ServiceError> {
+        ImageEncoder::open(models, &Setup::default())
+            .map(Self)
+            .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+
+    fn files(models: &Path) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::ImageEncoder)
     }
 }
 

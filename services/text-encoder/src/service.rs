@@ -1,9 +1,12 @@
 //! `TextEncoderService`.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use candle_core::Device;
 use model::{
+    checkpoint::{self, Setup},
     image::Rgb8,
     text::{Branch, TextEncoder},
 };
@@ -31,8 +34,14 @@ impl StageModel for Model {
     const STAGE: Stage = Stage::TextEncoder;
     const NAME: &'static str = "text-encoder";
 
-    fn open(folder: &Path) -> Result<Self, ServiceError> {
-        TextEncoder::open(folder, &Device::Cpu).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    fn open(models: &Path) -> Result<Self, ServiceError> {
+        TextEncoder::open(models, &Setup::default())
+            .map(Self)
+            .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+
+    fn files(models: &Path) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::TextEncoder)
     }
 }
 

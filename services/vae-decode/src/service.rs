@@ -1,9 +1,15 @@
 //! `VaeDecodeService`.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use candle_core::Device;
-use model::vae::VaeStage;
+use model::{
+    checkpoint::{self, Setup},
+    vae::VaeStage,
+};
 use proto::{
     tensor::HostTensor,
     v1::{
@@ -29,8 +35,14 @@ impl StageModel for Model {
     const STAGE: Stage = Stage::VaeDecode;
     const NAME: &'static str = "vae-decode";
 
-    fn open(folder: &Path) -> Result<Self, ServiceError> {
-        VaeStage::open(folder, &Device::Cpu).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    fn open(models: &Path) -> Result<Self, ServiceError> {
+        VaeStage::open(models, &Setup::default())
+            .map(Self)
+            .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+
+    fn files(models: &Path) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::VaeDecode)
     }
 }
 

@@ -271,7 +271,7 @@ pub fn clip_text(case: &Case, outputs: &mut Outputs<'_>) -> Result<()> {
     // The reference pools at the largest id, which in CLIP's vocabulary is the end token.
     let (ids, mask) = (case.input("input_ids")?, case.input("attention_mask")?);
     let largest = ids.flatten_all()?.to_vec1::<i64>()?.into_iter().max().unwrap_or(0);
-    let config = ClipConfig { heads: case.get("heads")?, eot_token: u32::try_from(largest)? };
+    let config = ClipConfig { heads: case.get("heads")?, eot_token: u32::try_from(largest)?, layers: None };
     let weights = case.weights()?;
     let clip = ClipText::load(&weights, &config)?;
     let (last, pooled) = clip.forward(ids, mask)?;

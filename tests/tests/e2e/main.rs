@@ -10,6 +10,7 @@ mod processes;
 mod quirks;
 mod resizing;
 mod stack;
+mod weights;
 mod wrong_input;
 mod wrong_streams;
 mod wrong_weights;

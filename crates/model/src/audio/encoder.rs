@@ -75,6 +75,12 @@ impl WhisperEncoder {
         })
     }
 
+    /// Layers.
+    #[must_use]
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
     /// Mel bands that the encoder takes.
     #[must_use]
     pub fn mels(&self) -> usize {

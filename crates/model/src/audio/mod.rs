@@ -6,7 +6,7 @@ mod transform;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use encoder::WhisperEncoder;
@@ -14,7 +14,8 @@ pub use mel::{CHUNK_SAMPLES, COLUMNS, MELS, SAMPLE_RATE, log_mel, mel_filters};
 
 use crate::{
     Error, Result,
-    weights::{Weights, read_json},
+    checkpoint::{Layout, Network, Setup, Stage, locate, official},
+    weights::read_json,
 };
 
 /// Samples for one position of the features: 20 ms.
@@ -53,11 +54,14 @@ pub fn windows_per_frame(features: &Tensor, frames: &[usize], stride: usize) -> 
 pub struct AudioConfig {
     /// Attention heads.
     pub heads: usize,
+    /// Layers of the encoder; absent: those that the file has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<usize>,
 }
 
 impl Default for AudioConfig {
     fn default() -> Self {
-        Self { heads: 6 }
+        Self { heads: 6, layers: None }
     }
 }
 
@@ -68,19 +72,30 @@ pub struct AudioEncoder {
 }
 
 impl AudioEncoder {
-    /// Opens a folder with `config.json` ([`AudioConfig`]) and `*.safetensors`.
+    /// Opens the stage below a folder of models, in the native layout (its config is [`AudioConfig`]) or in the
+    /// official one.
     ///
-    /// The decoder of a whole Whisper is left in its file. Errors: as [`Weights::open`] and [`read_json`], a
-    /// tensor that the encoder does not have, or an encoder that does not take 80 bands and 30 s.
-    pub fn open(folder: &Path, device: &Device) -> Result<Self> {
-        let config: AudioConfig = read_json(&folder.join("config.json"))?;
-        let weights = Weights::open(folder, DType::F32, device)?;
+    /// The decoder of a whole Whisper is left in its file. Errors: as [`locate`] and [`read_json`], a tensor that
+    /// is missing, mis-shaped or none of the encoder's, or an encoder that does not take 80 bands and 30 s.
+    pub fn open(models: &Path, setup: &Setup) -> Result<Self> {
+        let located = locate(models, Stage::AudioEncoder, setup.choice)?;
+        let source = located.source(Network::Whisper)?;
+        let path = located.config(Network::Whisper)?;
+        let config = match located.layout {
+            Layout::Native => read_json(&path)?,
+            Layout::Official => official::audio(&path)?,
+        };
+        let weights = source.open(setup)?;
         let encoder = WhisperEncoder::load(&weights, config.heads)?;
-        weights.refuse_unused(|name| name.contains("decoder.") || name == "proj_out.weight")?;
+        weights.refuse_unused(|name| name.starts_with("decoder.") || name == "proj_out.weight")?;
         let (bands, columns) = (encoder.mels(), 2 * encoder.positions());
         if (bands, columns) != (MELS, COLUMNS) {
             let reason = format!("the encoder takes a spectrum of {bands} x {columns}, expected {MELS} x {COLUMNS}");
-            return Err(Error::file(folder, reason));
+            return Err(Error::file(&source.folder, reason));
+        }
+        if let Some(layers) = config.layers.filter(|layers| *layers != encoder.layers()) {
+            let reason = format!("{layers} layers, the tensors make up {}", encoder.layers());
+            return Err(Error::file(&path, reason));
         }
         Ok(Self { encoder })
     }
@@ -110,6 +125,8 @@ impl AudioEncoder {
 mod tests {
     use std::collections::HashMap;
 
+    use candle_core::Device;
+
     use super::*;
 
     #[test]
@@ -122,9 +139,11 @@ mod tests {
         Ok(())
     }
 
-    /// A folder with an encoder of width 8, one layer, 80 bands and 30 s.
-    fn small_folder() -> tempfile::TempDir {
-        let folder = tempfile::tempdir().unwrap();
+    /// A folder of models with an encoder of width 8, one layer, 80 bands and 30 s.
+    fn small_models() -> tempfile::TempDir {
+        let models = tempfile::tempdir().unwrap();
+        let folder = models.path().join("audio-encoder");
+        std::fs::create_dir(&folder).unwrap();
         let mut tensors = HashMap::new();
         let mut add = |name: &str, shape: &[usize]| {
             tensors.insert(format!("encoder.{name}"), Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap());
@@ -149,15 +168,15 @@ mod tests {
         for name in biased.iter().chain(&["self_attn_layer_norm", "final_layer_norm", "fc1", "fc2"]) {
             add(&format!("layers.0.{name}.bias"), &[8]);
         }
-        candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
-        std::fs::write(folder.path().join("config.json"), r#"{"heads": 2}"#).unwrap();
-        folder
+        candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
+        std::fs::write(folder.join("config.json"), r#"{"heads": 2}"#).unwrap();
+        models
     }
 
     #[test]
     fn long_speech_is_encoded_chunk_by_chunk() -> Result<()> {
-        let folder = small_folder();
-        let encoder = AudioEncoder::open(folder.path(), &Device::Cpu)?;
+        let models = small_models();
+        let encoder = AudioEncoder::open(models.path(), &Setup::default())?;
         let speech: Vec<f32> = (0..CHUNK_SAMPLES + 1000).map(|i| (i as f32 * 0.01).sin() * 0.3).collect();
         let features = encoder.encode(&speech)?;
         assert_eq!(features.dims(), [1500 + 4, 2, 8]);
@@ -168,10 +187,19 @@ mod tests {
     }
 
     #[test]
+    fn a_config_of_more_layers_than_there_are_is_refused() {
+        let models = small_models();
+        let file = models.path().join("audio-encoder/config.json");
+        std::fs::write(&file, r#"{"heads": 2, "layers": 2}"#).unwrap();
+        let error = AudioEncoder::open(models.path(), &Setup::default()).unwrap_err().to_string();
+        assert!(error.ends_with("config.json: 2 layers, the tensors make up 1"), "{error}");
+    }
+
+    #[test]
     fn a_config_with_an_unknown_field_is_refused() {
-        let folder = small_folder();
-        std::fs::write(folder.path().join("config.json"), r#"{"heads": 2, "head": 3}"#).unwrap();
-        let error = AudioEncoder::open(folder.path(), &Device::Cpu).unwrap_err().to_string();
+        let models = small_models();
+        std::fs::write(models.path().join("audio-encoder/config.json"), r#"{"heads": 2, "head": 3}"#).unwrap();
+        let error = AudioEncoder::open(models.path(), &Setup::default()).unwrap_err().to_string();
         assert!(error.contains("config.json") && error.contains("unknown field `head`"), "{error}");
     }
 }

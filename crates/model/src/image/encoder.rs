@@ -1,12 +1,12 @@
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::{Rgb8, face, face::FaceBox, resize_lanczos, vae_pixels};
 use crate::{
     Error, Result,
+    checkpoint::{Network, Setup, Stage, locate},
     vae::{VaeConfig, VaeEncoder},
-    weights::{Weights, read_json},
 };
 
 /// What the transformer needs of a picture.
@@ -33,17 +33,16 @@ pub struct ImageEncoder {
 }
 
 impl ImageEncoder {
-    /// Opens `config.json` and the `*.safetensors` of a folder.
+    /// Opens the stage below a folder of models, in the native layout or in the official one.
     ///
     /// The decoder's tensors may be there too and are not read; any other unknown one is refused.
-    pub fn open(folder: &Path, device: &Device) -> Result<Self> {
-        let path = folder.join("config.json");
-        let config: VaeConfig = read_json(&path)?;
-        config.validate().map_err(|e| Error::file(&path, e))?;
-        let weights = Weights::open(folder, DType::F32, device)?;
+    pub fn open(models: &Path, setup: &Setup) -> Result<Self> {
+        let located = locate(models, Stage::ImageEncoder, setup.choice)?;
+        let config = VaeConfig::of(&located)?;
+        let weights = located.source(Network::Vae)?.open(setup)?;
         let encoder = VaeEncoder::load(&weights, &config)?;
         weights.refuse_unused(|name| name.starts_with("decoder.") || name.starts_with("post_quant_conv."))?;
-        Ok(Self { config, encoder, device: device.clone() })
+        Ok(Self { config, encoder, device: setup.device.clone() })
     }
 
     /// Encodes a picture at the size that is generated, as the mean of its latents (no sampling).

@@ -1,7 +1,5 @@
 //! What holds beyond the reference cases and the vectors of Pillow.
 
-use candle_core::Device;
-
 use super::{face::FaceBox, *};
 
 fn face_of(values: &[f64]) -> FaceBox {
@@ -74,12 +72,14 @@ mod stage {
     use super::*;
     use crate::{golden::Golden, vae::VaeConfig};
 
-    fn open(folder: &std::path::Path) -> ImageEncoder {
+    fn open(models: &std::path::Path) -> ImageEncoder {
+        let folder = models.join("image-encoder");
+        std::fs::create_dir(&folder).unwrap();
         let case = Golden::open("vae_causal_attn");
         std::fs::copy(case.weights_file(), folder.join("model.safetensors")).unwrap();
         let config: VaeConfig = serde_json::from_value(case.config).unwrap();
         std::fs::write(folder.join("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
-        ImageEncoder::open(folder, &Device::Cpu).unwrap()
+        ImageEncoder::open(models, &crate::checkpoint::Setup::default()).unwrap()
     }
 
     #[test]

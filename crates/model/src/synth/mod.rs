@@ -1,54 +1,133 @@
-//! A small complete checkpoint with random weights: every network and every block kind, in the native layout.
+//! A complete checkpoint with random weights: every network and every block kind, in the native layout.
 //!
-//! It makes noise, not faces. It exists so that the whole system runs, and is tested, without the published
-//! weights. The bytes depend on the seed alone: values come from a counter-based generator and from operations
-//! that IEEE 754 rounds exactly, so every machine writes the same files.
+//! It makes noise, not faces. It exists so that the whole system runs, and is tested and measured, without the
+//! published weights. The bytes depend on the seed alone: values come from a counter-based generator and from
+//! operations that IEEE 754 rounds exactly, so every machine writes the same files.
 
-mod diffusion;
-mod encoders;
+mod sizes;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
-mod vae;
 mod values;
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use serde::Serialize;
 
-use crate::{Error, Result};
-use values::Values;
+pub use self::sizes::{Depth, Size};
+use crate::{
+    Error, Result,
+    blueprint::Network,
+    checkpoint::Stage,
+    convert::{
+        Converted, Meter, Progress, Storage, stored_bytes,
+        stream::{self, Job},
+    },
+    weights::Encoding,
+};
+use values::{Random, Values};
 
-/// Width of the text states that the text encoder gives and the transformer takes.
-const TEXT: usize = 64;
-/// Width of CLIP's pooled state.
-const POOLED: usize = 64;
-/// Width of the audio encoder.
-const AUDIO: usize = 64;
-/// Hidden states of the audio encoder: the embedding and four layers.
-const AUDIO_STATES: usize = 5;
-/// Latent channels of the VAE and of the transformer.
-const LATENT: usize = 16;
-
-/// Writes the checkpoint's five stage folders into `out`, about 13 MB in all.
-///
-/// `out` is made if it is missing; files of the same name are replaced. Published precisions: bf16 for the
-/// transformer and the text encoders, f32 for the audio encoder and the VAE.
-///
-/// Errors: a folder or file cannot be written.
-pub fn tiny(out: &Path, seed: u64) -> Result<()> {
-    let values = Values::new(seed);
-    encoders::audio(&values.part("audio-encoder"), &folder(out, "audio-encoder")?)?;
-    encoders::text(&values.part("text-encoder"), &folder(out, "text-encoder")?)?;
-    vae::encoder(&values.part("image-encoder"), &folder(out, "image-encoder")?)?;
-    diffusion::transformer(&values.part("diffusion"), &folder(out, "diffusion")?)?;
-    vae::decoder(&values.part("vae-decode"), &folder(out, "vae-decode")?)
+/// What is written.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How large the networks are.
+    pub size: Size,
+    /// What transformer and text encoders are stored in; the audio encoder and the VAE are f32.
+    pub storage: Storage,
+    /// Which stages are written.
+    pub stages: Vec<Stage>,
+    /// Decides all values.
+    pub seed: u64,
 }
 
-fn folder(out: &Path, name: &str) -> Result<std::path::PathBuf> {
-    let folder = out.join(name);
-    std::fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, e))?;
-    Ok(folder)
+/// Writes the small checkpoint's five stage folders into `out`, about 13 MB in all, in the published precisions:
+/// bf16 for the transformer and the text encoders, f32 for the audio encoder and the VAE.
+///
+/// Errors: as [`write()`].
+pub fn tiny(out: &Path, seed: u64) -> Result<()> {
+    let options = Options { size: Size::Tiny, storage: Storage::Bf16, stages: Stage::ALL.to_vec(), seed };
+    write(&options, out, &mut |_| ()).map(drop)
+}
+
+/// Writes a checkpoint's stage folders into `out`.
+///
+/// `out` is made if it is missing; files of the same name are replaced. Values are made as they are written, some
+/// rows at a time, so memory does not grow with the networks.
+///
+/// Errors: a folder or file cannot be written.
+pub fn write(
+    options: &Options,
+    out: &Path,
+    tell: &mut dyn FnMut(Progress<'_>),
+) -> Result<Vec<(Stage, Vec<Converted>)>> {
+    let values = Values::new(options.seed);
+    let plans: Vec<_> = options.stages.iter().map(|stage| (*stage, options.size.stage(*stage))).collect();
+    let of_spec = |network, spec: &crate::blueprint::Spec| encoding(options.storage, network, &spec.name, &spec.shape);
+    let sheets = plans.iter().flat_map(|(_, (sheets, _))| sheets);
+    let total = sheets.flat_map(|sheet| sheet.tensors.iter().map(move |spec| (sheet.network, spec)));
+    let total = total
+        .fold((0, 0), |(n, bytes), (network, spec)| (n + 1, bytes + stored_bytes(of_spec(network, spec), &spec.shape)));
+    let mut meter = Meter::new(total, tell);
+    let mut results = Vec::with_capacity(plans.len());
+    for (stage, (sheets, config)) in &plans {
+        meter.stage = stage.name();
+        let folder = out.join(stage.name());
+        let mut written = Vec::with_capacity(sheets.len());
+        for sheet in sheets {
+            let below = sheet.network.folder();
+            let folder = folder.join(below);
+            std::fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, e))?;
+            let values = values.part(stage.name());
+            let values = if below.is_empty() { values } else { values.part(below) };
+            let mut jobs: Vec<Job<Random>> = sheet
+                .tensors
+                .iter()
+                .map(|spec| Job {
+                    name: spec.name.clone(),
+                    shape: spec.shape.clone(),
+                    encoding: of_spec(sheet.network, spec),
+                    rows: Random::new(values, spec),
+                })
+                .collect();
+            jobs.sort_by(|a, b| a.name.cmp(&b.name));
+            let form = options.storage.form(sheet.network);
+            stream::write(form, &folder.join(form.file_name()), &jobs, &mut |name, n| meter.add(name, n))?;
+            if let Some(tokenizer) = &sheet.tokenizer {
+                write_json(&folder.join("tokenizer.json"), tokenizer)?;
+            }
+            written.push(account(sheet.network, &jobs));
+        }
+        write_json(&folder.join("config.json"), config)?;
+        results.push((*stage, written));
+    }
+    Ok(results)
+}
+
+fn encoding(storage: Storage, network: Network, name: &str, shape: &[usize]) -> Encoding {
+    match network {
+        Network::Whisper | Network::VaeEncoder | Network::VaeDecoder => Encoding::F32,
+        _ => storage.target(network, name, shape, Encoding::Bf16).encoding,
+    }
+}
+
+fn account(network: Network, jobs: &[Job<Random>]) -> Converted {
+    let mut encodings: BTreeMap<&'static str, usize> = BTreeMap::new();
+    let (mut parameters, mut bytes) = (0, 0);
+    for job in jobs {
+        *encodings.entry(job.encoding.name()).or_default() += 1;
+        parameters += job.shape.iter().product::<usize>() as u64;
+        bytes += stored_bytes(job.encoding, &job.shape);
+    }
+    Converted {
+        network,
+        tensors: jobs.len(),
+        parameters,
+        bytes_before: 0,
+        bytes,
+        encodings,
+        fallbacks: Vec::new(),
+        left_out: Vec::new(),
+    }
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {

@@ -3,11 +3,22 @@ use std::{collections::BTreeMap, path::Path};
 use candle_core::{Device, Tensor};
 
 use super::*;
+
+const TEXT: usize = 64;
+const POOLED: usize = 64;
+const AUDIO: usize = 64;
+const AUDIO_STATES: usize = 5;
+const LATENT: usize = 16;
+
 use crate::{
     audio::AudioEncoder,
+    checkpoint::Setup,
     diffusion::{Conditioning, DiffusionStage},
     image::{ImageEncoder, Rgb8},
-    text::TextEncoder,
+    text::{
+        TextEncoder,
+        tokens::{ClipTokenizer, PromptTokenizer},
+    },
     vae::VaeStage,
 };
 
@@ -61,7 +72,7 @@ fn the_bytes_are_those_of_every_other_machine() {
 #[test]
 fn a_decoded_clip_is_neither_black_nor_saturated() {
     let folder = made(7);
-    let stage = VaeStage::open(&folder.path().join("vae-decode"), &Device::Cpu).unwrap();
+    let stage = VaeStage::open(folder.path(), &Setup::default()).unwrap();
     let noise: Vec<f32> = (0..16 * 3 * 64).map(|i| (i as f32 * 0.7).sin() * 1.4).collect();
     let latents = Tensor::from_vec(noise, (16, 3, 8, 8), &Device::Cpu).unwrap();
     let mut pixels = Vec::new();
@@ -81,7 +92,7 @@ fn a_decoded_clip_is_neither_black_nor_saturated() {
 #[test]
 fn the_transformer_loads_strictly_and_heeds_speech() {
     let folder = made(7);
-    let stage = DiffusionStage::open(&folder.path().join("diffusion"), &Device::Cpu).unwrap();
+    let stage = DiffusionStage::open(folder.path(), &Setup::default()).unwrap();
     let wave = |count: usize, step: f32| (0..count).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
     let tensor =
         |shape: &[usize], step: f32| Tensor::from_vec(wave(shape.iter().product(), step), shape, &Device::Cpu).unwrap();
@@ -111,7 +122,7 @@ fn the_transformer_loads_strictly_and_heeds_speech() {
 #[test]
 fn the_audio_encoder_loads_strictly_and_hears() {
     let folder = made(7);
-    let encoder = AudioEncoder::open(&folder.path().join("audio-encoder"), &Device::Cpu).unwrap();
+    let encoder = AudioEncoder::open(folder.path(), &Setup::default()).unwrap();
     let tone: Vec<f32> = (0..16_000).map(|i| (i as f32 * 0.05).sin() * 0.3).collect();
     let heard = encoder.encode(&tone).unwrap();
     assert_eq!(heard.dims(), [50, AUDIO_STATES, AUDIO]);
@@ -123,7 +134,7 @@ fn the_audio_encoder_loads_strictly_and_hears() {
 #[test]
 fn the_text_encoder_loads_strictly_and_takes_a_prompt() {
     let folder = made(7);
-    let encoder = TextEncoder::open(&folder.path().join("text-encoder"), &Device::Cpu).unwrap();
+    let encoder = TextEncoder::open(folder.path(), &Setup::default()).unwrap();
     let picture = Rgb8::new(64, 64, vec![90; 64 * 64 * 3]).unwrap();
     let states = encoder.encode("A woman speaks to the camera.", &picture, 64, 64).unwrap();
     assert_eq!(states.prompt_tokens, "Authentic, Realistic, Natural, High-quality, Lens-Fixed, ".len() + 29);
@@ -137,10 +148,32 @@ fn the_text_encoder_loads_strictly_and_takes_a_prompt() {
 #[test]
 fn the_image_encoder_loads_strictly_and_sees() {
     let folder = made(7);
-    let encoder = ImageEncoder::open(&folder.path().join("image-encoder"), &Device::Cpu).unwrap();
+    let encoder = ImageEncoder::open(folder.path(), &Setup::default()).unwrap();
     let pixels = (0..64 * 64 * 3).map(|i| (i % 251) as u8).collect();
     let reference = encoder.encode(&Rgb8::new(64, 64, pixels).unwrap(), 64, 64, None).unwrap();
     assert_eq!(reference.latents.dims(), [LATENT, 1, 8, 8]);
     let square = reference.latents.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
     assert!((0.05..10.0).contains(&square), "{square}");
+}
+
+/// A prompt's text costs the large network what the published one costs: 95 tokens before the prompt, 351 in all.
+#[test]
+fn the_large_tokenizers_have_the_published_ids_and_lengths() {
+    let folder = tempfile::tempdir().unwrap();
+    let (sheets, config) = Size::Full(Depth::default()).stage(Stage::TextEncoder);
+    let config: crate::text::TextConfig = serde_json::from_value(config).unwrap();
+    for sheet in &sheets {
+        let folder = folder.path().join(sheet.network.folder());
+        std::fs::create_dir_all(&folder).unwrap();
+        write_json(&folder.join("tokenizer.json"), sheet.tokenizer.as_ref().unwrap()).unwrap();
+    }
+    let llava = PromptTokenizer::open(&folder.path().join("llava"), &config.llava, 128_320).unwrap();
+    let tokens = llava.encode("A person speaks.").unwrap();
+    assert_eq!((llava.crop(), tokens.ids.len(), &tokens.ids[..2]), (95, 351, &[128_000, 128_006][..]));
+    for (id, count) in [(128_257, 1), (128_009, 2), (128_258, 351 - 95 - 16 - 25)] {
+        assert_eq!(tokens.ids.iter().filter(|found| **found == id).count(), count, "{id}");
+    }
+    let clip = ClipTokenizer::open(&folder.path().join("clip"), config.clip.eot_token, (77, 49_408)).unwrap();
+    let tokens = clip.encode("A person speaks.").unwrap();
+    assert_eq!((tokens.ids[0], tokens.ids[17], tokens.ids[76]), (49_406, 49_407, 49_407));
 }

@@ -1,11 +1,8 @@
 //! Random tensors that depend on nothing but seed, name and position.
 
-use std::{collections::BTreeMap, path::Path};
+use std::ops::Range;
 
-use half::bf16;
-use safetensors::{Dtype, tensor::TensorView};
-
-use crate::{Error, Result};
+use crate::{blueprint::Spec, convert::stream::Rows};
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
@@ -39,73 +36,34 @@ impl Values {
     }
 }
 
-/// The tensors of one file.
-pub(super) struct Sheet {
-    values: Values,
-    tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+/// One tensor's values, made whenever they are asked for.
+pub(super) struct Random {
+    source: Values,
+    rows: usize,
+    columns: usize,
+    mean: f32,
+    scale: f32,
 }
 
-impl Sheet {
-    pub(super) fn new(values: &Values) -> Self {
-        Self { values: *values, tensors: BTreeMap::new() }
-    }
-
-    fn put(&mut self, name: String, shape: &[usize], mean: f32, deviation: f32) {
-        let source = self.values.part(&name);
+impl Random {
+    pub(super) fn new(values: Values, spec: &Spec) -> Self {
+        let rows = if spec.shape.len() < 2 { 1 } else { spec.shape[0] };
+        let columns = spec.parameters().checked_div(rows).unwrap_or(0);
         // A uniform value in -1..1 has the standard deviation 1/sqrt(3).
-        let scale = deviation * 3f32.sqrt();
-        let count: usize = shape.iter().product();
-        let data = (0..count as u64).map(|i| mean + scale * source.at(i)).collect();
-        self.tensors.insert(name, (shape.to_vec(), data));
+        let scale = spec.deviation * 3f32.sqrt();
+        Self { source: values.part(&spec.name), rows, columns, mean: spec.mean, scale }
+    }
+}
+
+impl Rows for Random {
+    fn sides(&self) -> (usize, usize) {
+        (self.rows, self.columns)
     }
 
-    /// A table of embeddings or positions.
-    pub(super) fn table(&mut self, name: &str, shape: &[usize], deviation: f32) {
-        self.put(name.to_owned(), shape, 0.0, deviation);
-    }
-
-    /// The weight `(out, in, ..)` of a layer that keeps the scale of its input, times `gain`.
-    pub(super) fn weight(&mut self, name: &str, shape: &[usize], gain: f32) {
-        let fan_in: usize = shape[1..].iter().product();
-        self.put(format!("{name}.weight"), shape, 0.0, gain / (fan_in as f32).sqrt());
-    }
-
-    /// Weight and bias of a layer.
-    pub(super) fn layer(&mut self, name: &str, shape: &[usize], gain: f32) {
-        self.weight(name, shape, gain);
-        self.put(format!("{name}.bias"), &shape[..1], 0.0, 0.02);
-    }
-
-    /// The weight of a normalisation.
-    pub(super) fn scale(&mut self, name: &str, width: usize) {
-        self.put(format!("{name}.weight"), &[width], 1.0, 0.02);
-    }
-
-    /// Weight and bias of a normalisation.
-    pub(super) fn norm(&mut self, name: &str, width: usize) {
-        self.scale(name, width);
-        self.put(format!("{name}.bias"), &[width], 0.0, 0.02);
-    }
-
-    /// Writes the tensors as f32 or bf16.
-    pub(super) fn save(self, path: &Path, dtype: Dtype) -> Result<()> {
-        let encoded: Vec<(String, Vec<usize>, Vec<u8>)> = self
-            .tensors
-            .into_iter()
-            .map(|(name, (shape, data))| {
-                let bytes = match dtype {
-                    Dtype::BF16 => data.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-                    _ => data.iter().flat_map(|v| v.to_le_bytes()).collect(),
-                };
-                (name, shape, bytes)
-            })
-            .collect();
-        let stored = if dtype == Dtype::BF16 { Dtype::BF16 } else { Dtype::F32 };
-        let mut views = Vec::with_capacity(encoded.len());
-        for (name, shape, bytes) in &encoded {
-            let view = TensorView::new(stored, shape.clone(), bytes).map_err(|e| Error::file(path, e))?;
-            views.push((name.as_str(), view));
+    fn fill(&self, rows: Range<usize>, out: &mut [f32]) {
+        let first = (rows.start * self.columns) as u64;
+        for (i, out) in (first..).zip(out) {
+            *out = self.mean + self.scale * self.source.at(i);
         }
-        safetensors::serialize_to_file(views, None, path).map_err(|e| Error::file(path, e))
     }
 }

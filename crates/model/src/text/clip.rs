@@ -30,8 +30,13 @@ impl ClipText {
         let [positions, width] = weights.dims(table)?;
         let layers = weights.pp("encoder.layers");
         let count = weights.count("encoder.layers", "self_attn.q_proj.weight");
-        if count == 0 {
-            return Err(layers.fault("0.self_attn.q_proj.weight", "it is missing"));
+        if count == 0 || config.layers.is_some_and(|layers| layers > count) {
+            return Err(layers.fault(format!("{count}.self_attn.q_proj.weight"), "it is missing"));
+        }
+        if let Some(said) = config.layers.filter(|layers| *layers < count) {
+            return Err(
+                layers.fault(format!("{said}.self_attn.q_proj.weight"), format!("the config says {said} layers"))
+            );
         }
         let [words, found] = weights.dims(WORDS)?;
         if found != width {
@@ -46,15 +51,11 @@ impl ClipText {
         })
     }
 
-    /// Whether a tensor of a CLIP checkpoint belongs to its picture half, or is one that older files carry.
+    /// Whether a tensor of CLIP's text half is not read when the network is opened.
     #[must_use]
     pub fn may_skip(name: &str) -> bool {
-        let others = ["vision_model.", "visual_projection.", "text_projection."];
-        // The table of tokens is read row by row, when there are tokens.
-        others.iter().any(|prefix| name.starts_with(prefix))
-            || name == "logit_scale"
-            || name.ends_with(".position_ids")
-            || name == "text_model.embeddings.token_embedding.weight"
+        // The table of tokens is read row by row, when there are tokens; older files carry a table of positions.
+        name == "text_model.embeddings.token_embedding.weight" || name == "text_model.embeddings.position_ids"
     }
 
     /// Tokens of the longest text.
@@ -115,6 +116,11 @@ impl ClipText {
 
 const WORDS: &str = "embeddings.token_embedding.weight";
 
+/// Number of tokens that have an embedding, of a whole checkpoint.
+pub(crate) fn vocabulary(weights: &Weights) -> Result<usize> {
+    Ok(weights.pp("text_model").dims::<2>(WORDS)?[0])
+}
+
 /// Rows of a token table for ids.
 ///
 /// Errors: a negative id.
@@ -129,7 +135,7 @@ mod tests {
     use crate::golden::Golden;
 
     fn network(case: &Golden, eot_token: u32) -> Result<ClipText> {
-        ClipText::load(&case.weights(), &ClipConfig { heads: case.number("heads"), eot_token })
+        ClipText::load(&case.weights(), &ClipConfig { heads: case.number("heads"), eot_token, layers: None })
     }
 
     /// The case's largest id is 98.

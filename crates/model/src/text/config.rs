@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::vision::layers_for;
+
 /// The whole file.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -67,6 +69,16 @@ impl Default for LlavaConfig {
     }
 }
 
+impl LlavaConfig {
+    /// How many layers of the vision tower and of the Llama are run, of those that a checkpoint has.
+    ///
+    /// Errors: in words, that a hidden state is taken which the layers do not give.
+    pub(crate) fn needed_layers(&self, vision: usize, llama: usize) -> Result<(usize, usize), String> {
+        let vision = layers_for(self.vision_hidden_state_index, self.vision_layers.unwrap_or(vision))?;
+        Ok((vision, layers_for(self.hidden_state_index, self.layers.unwrap_or(llama))?))
+    }
+}
+
 /// CLIP's text network. What is left out has the published model's value.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -75,11 +87,14 @@ pub struct ClipConfig {
     pub heads: usize,
     /// Token that ends a text and fills it up to its length.
     pub eot_token: u32,
+    /// Layers; absent: those that the file has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<usize>,
 }
 
 impl Default for ClipConfig {
     fn default() -> Self {
-        Self { heads: 12, eot_token: 49_407 }
+        Self { heads: 12, eot_token: 49_407, layers: None }
     }
 }
 

@@ -13,21 +13,13 @@ use crate::{
 
 const WORDS: &str = "embed_tokens.weight";
 
-/// The Llama's needed layers. Its table of tokens stays in the file, and what comes after the hidden state that is
-/// taken (the last layers, the final normalisation, the head) is never read.
+/// The Llama's needed layers. Its table of tokens stays in the file, on a CPU its matrices too, and what comes after
+/// the hidden state that is taken (the last layers, the final normalisation, the head) is never read.
 pub(super) struct Llama {
     weights: Weights,
-    layers: Layers,
+    layers: Vec<Layer>,
     shape: Shape,
     rope_theta: f64,
-}
-
-/// Where the layers live.
-enum Layers {
-    /// In memory.
-    Resident(Vec<Layer>),
-    /// In their file; each is read when its turn comes and dropped after it.
-    Streamed(usize),
 }
 
 /// What all layers have in common.
@@ -41,7 +33,7 @@ struct Shape {
 
 impl Llama {
     /// Reads the part of a checkpoint that begins with `embed_tokens.` and `layers.`.
-    pub(super) fn load(weights: &Weights, config: &LlavaConfig, resident: bool) -> Result<Self> {
+    pub(super) fn load(weights: &Weights, config: &LlavaConfig) -> Result<Self> {
         let [_, width] = weights.dims(WORDS)?;
         let (heads, kv_heads) = (config.heads, config.kv_heads);
         if heads == 0
@@ -64,26 +56,13 @@ impl Llama {
         if found < needed {
             return Err(weights.fault(format!("layers.{found}.self_attn.q_proj.weight"), "it is missing"));
         }
-        let layers = if resident {
-            let load = |i| Layer::load(&weights.pp("layers").pp(i), shape);
-            Layers::Resident((0..needed).map(load).collect::<Result<_>>()?)
-        } else {
-            Layers::Streamed(needed)
-        };
+        let layers = (0..needed).map(|i| Layer::load(&weights.pp("layers").pp(i), shape)).collect::<Result<_>>()?;
         Ok(Self { weights: weights.clone(), layers, shape, rope_theta: config.rope_theta })
     }
 
     /// Layers that are run.
     pub(super) fn layers(&self) -> usize {
-        match &self.layers {
-            Layers::Resident(layers) => layers.len(),
-            Layers::Streamed(layers) => *layers,
-        }
-    }
-
-    /// Whether the layers are in memory.
-    pub(super) fn is_resident(&self) -> bool {
-        matches!(self.layers, Layers::Resident(_))
+        self.layers.len()
     }
 
     /// Width of a hidden state.
@@ -108,17 +87,8 @@ impl Llama {
     pub(super) fn forward(&self, x: &Tensor, positions: &[usize], mask: &Tensor) -> Result<Tensor> {
         let rope = Rope::new(positions, self.shape.width / self.shape.heads, self.rope_theta, x.device())?;
         let mut x = x.clone();
-        match &self.layers {
-            Layers::Resident(layers) => {
-                for layer in layers {
-                    x = layer.forward(&x, &rope, mask)?;
-                }
-            }
-            Layers::Streamed(layers) => {
-                for i in 0..*layers {
-                    x = Layer::load(&self.weights.pp("layers").pp(i), self.shape)?.forward(&x, &rope, mask)?;
-                }
-            }
+        for layer in &self.layers {
+            x = layer.forward(&x, &rope, mask)?;
         }
         Ok(x)
     }

@@ -22,8 +22,9 @@ pub use self::{
 };
 use crate::{
     Error, Result,
+    checkpoint::{Layout, Network, Setup, Stage, locate, official},
     image::{Rgb8, llava_pixels, resize_lanczos},
-    weights::{Weights, read_json},
+    weights::read_json,
 };
 
 /// What is put before every prompt.
@@ -80,36 +81,33 @@ pub struct TextEncoder {
 }
 
 impl TextEncoder {
-    /// Opens a folder with `config.json` ([`TextConfig`]) and two subfolders, `llava/` and `clip/`, each with
-    /// `*.safetensors` and `tokenizer.json`. All layers stay in memory.
+    /// Opens the stage below a folder of models, in the native layout (its config is [`TextConfig`]) or in the
+    /// official one. LLaVA and CLIP each have their `tokenizer.json` beside their tensors.
     ///
-    /// What the stage does not run is left in its file: CLIP's picture half, LLaVA's last layers and its head.
-    /// Errors: as [`Weights::open`] and [`read_json`], any other tensor that the networks do not have, a tokenizer
-    /// that does not fit its network.
-    pub fn open(folder: &Path, device: &Device) -> Result<Self> {
-        Self::build(folder, device, Llava::load)
-    }
+    /// What the stage does not run is never read: CLIP's picture half, LLaVA's last layers and its head.
+    /// Errors: as [`locate`] and [`read_json`], any other tensor that the networks do not have, a tokenizer that
+    /// does not fit its network.
+    pub fn open(models: &Path, setup: &Setup) -> Result<Self> {
+        let located = locate(models, Stage::TextEncoder, setup.choice)?;
+        let (llava_source, clip_source) = (located.source(Network::Llava)?, located.source(Network::Clip)?);
+        let (llava_weights, clip_weights) = (llava_source.open(setup)?, clip_source.open(setup)?);
+        let config = match located.layout {
+            Layout::Native => read_json(&located.config(Network::Llava)?)?,
+            Layout::Official => TextConfig {
+                llava: official::llava(&located.config(Network::Llava)?)?,
+                clip: official::clip(&located.config(Network::Clip)?, clip::vocabulary(&clip_weights)?)?,
+            },
+        };
 
-    /// As [`open`](Self::open), with the Llama's layers read from their file whenever they are run.
-    pub fn open_streamed(folder: &Path, device: &Device) -> Result<Self> {
-        Self::build(folder, device, Llava::load_streamed)
-    }
+        let llava = Llava::load(&llava_weights, &config.llava)?;
+        llava_weights.refuse_unused(|name| llava.may_skip(name))?;
+        let llava_tokens = PromptTokenizer::open(&llava_source.folder, &config.llava, llava.vocabulary()?)?;
 
-    fn build(folder: &Path, device: &Device, load: fn(&Weights, &LlavaConfig) -> Result<Llava>) -> Result<Self> {
-        let config: TextConfig = read_json(&folder.join("config.json"))?;
-        let (llava_folder, clip_folder) = (folder.join("llava"), folder.join("clip"));
-
-        let weights = Weights::open(&llava_folder, DType::F32, device)?;
-        let llava = load(&weights, &config.llava)?;
-        weights.refuse_unused(|name| llava.may_skip(name))?;
-        let llava_tokens = PromptTokenizer::open(&llava_folder, &config.llava, llava.vocabulary()?)?;
-
-        let weights = Weights::open(&clip_folder, DType::F32, device)?;
-        let clip = ClipText::load(&weights, &config.clip)?;
-        weights.refuse_unused(ClipText::may_skip)?;
+        let clip = ClipText::load(&clip_weights, &config.clip)?;
+        clip_weights.refuse_unused(ClipText::may_skip)?;
         let sizes = (clip.length(), clip.vocabulary()?);
-        let clip_tokens = ClipTokenizer::open(&clip_folder, config.clip.eot_token, sizes)?;
-        Ok(Self { llava, llava_tokens, clip, clip_tokens, device: device.clone() })
+        let clip_tokens = ClipTokenizer::open(&clip_source.folder, config.clip.eot_token, sizes)?;
+        Ok(Self { llava, llava_tokens, clip, clip_tokens, device: setup.device.clone() })
     }
 
     /// Encodes a caller's prompt, and the negative prompt, with a picture.

@@ -5,7 +5,7 @@ use super::*;
 fn small() -> (tempfile::TempDir, TextEncoder) {
     let folder = tempfile::tempdir().unwrap();
     crate::synth::tiny(folder.path(), 3).unwrap();
-    let encoder = TextEncoder::open(&folder.path().join("text-encoder"), &Device::Cpu).unwrap();
+    let encoder = TextEncoder::open(folder.path(), &Setup::default()).unwrap();
     (folder, encoder)
 }
 
@@ -19,7 +19,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 
 #[test]
 fn encodes_both_branches_and_says_how_long_the_prompt_is() -> Result<()> {
-    let (folder, encoder) = small();
+    let (_folder, encoder) = small();
     let states = encoder.encode("a person speaks", &picture(), 64, 96)?;
     // One token a byte.
     assert_eq!(states.prompt_tokens, QUALITY_PREFIX.len() + "a person speaks".len());
@@ -33,10 +33,6 @@ fn encodes_both_branches_and_says_how_long_the_prompt_is() -> Result<()> {
     let rows = states.positive.states.to_vec2::<f32>()?;
     assert!(valid < rows.len() && rows[valid..].windows(2).all(|pair| pair[0] == pair[1]));
     assert_ne!(rows[valid - 1], rows[valid]);
-
-    let streamed = TextEncoder::open_streamed(&folder.path().join("text-encoder"), &Device::Cpu)?;
-    let again = streamed.encode("a person speaks", &picture(), 64, 96)?;
-    assert_eq!(values(&again.positive.states), values(&states.positive.states));
     Ok(())
 }
 

@@ -1,6 +1,10 @@
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    checkpoint::{Layout, Located, Network, official},
+    weights::read_json,
+};
 
 /// Shape of a VAE, with the names of its published `config.json`.
 ///
@@ -58,6 +62,17 @@ fn default_true() -> bool {
 }
 
 impl VaeConfig {
+    /// Reads and checks the config of a stage that holds a half of the VAE.
+    pub(crate) fn of(located: &Located) -> Result<Self> {
+        let path = located.config(Network::Vae)?;
+        let config: Self = match located.layout {
+            Layout::Native => read_json(&path)?,
+            Layout::Official => official::vae(&path)?,
+        };
+        config.validate().map_err(|e| Error::file(&path, e))?;
+        Ok(config)
+    }
+
     /// Refuses what no network can have: a zero, a ratio that is no power of two or needs more blocks than
     /// there are, a tile too small to overlap.
     pub fn validate(&self) -> Result<()> {
@@ -103,7 +118,7 @@ impl VaeConfig {
     }
 
     /// How block `index` of the encoder shrinks its input (time, rows, columns), or that of the decoder grows it.
-    pub(super) fn scale_of_block(&self, index: usize) -> [usize; 3] {
+    pub(crate) fn scale_of_block(&self, index: usize) -> [usize; 3] {
         let last = self.block_out_channels.len() - 1;
         let space = if index < self.spatial_compression_ratio.ilog2() as usize { 2 } else { 1 };
         let times = self.time_compression_ratio.ilog2() as usize;

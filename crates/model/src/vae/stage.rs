@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::{VaeConfig, VaeDecoder};
 use crate::{
     Error, Result,
-    weights::{Weights, read_json},
+    checkpoint::{Network, Setup, Stage, locate},
 };
 
 /// The `vae-decode` stage: latents to frames of 8-bit RGB.
@@ -20,17 +20,16 @@ pub struct VaeStage {
 }
 
 impl VaeStage {
-    /// Opens `config.json` and the `*.safetensors` of a folder.
+    /// Opens the stage below a folder of models, in the native layout or in the official one.
     ///
     /// The encoder's tensors may be there too and are not read; any other unknown one is refused.
-    pub fn open(folder: &Path, device: &Device) -> Result<Self> {
-        let path = folder.join("config.json");
-        let config: VaeConfig = read_json(&path)?;
-        config.validate().map_err(|e| Error::file(&path, e))?;
-        let weights = Weights::open(folder, DType::F32, device)?;
+    pub fn open(models: &Path, setup: &Setup) -> Result<Self> {
+        let located = locate(models, Stage::VaeDecode, setup.choice)?;
+        let config = VaeConfig::of(&located)?;
+        let weights = located.source(Network::Vae)?.open(setup)?;
         let decoder = VaeDecoder::load(&weights, &config)?;
         weights.refuse_unused(|name| name.starts_with("encoder.") || name.starts_with("quant_conv."))?;
-        Ok(Self { config, decoder, device: device.clone() })
+        Ok(Self { config, decoder, device: setup.device.clone() })
     }
 
     /// Decodes latents as the transformer has them, and hands on runs of `n` frames in order.

@@ -83,11 +83,13 @@ fn a_batch_is_decoded_item_by_item() {
     }
 }
 
-fn stage(folder: &std::path::Path) -> VaeStage {
+fn stage(models: &std::path::Path) -> VaeStage {
+    let folder = models.join("vae-decode");
+    std::fs::create_dir(&folder).unwrap();
     let case = Golden::open("vae_causal_attn");
     std::fs::copy(case.weights_file(), folder.join("model.safetensors")).unwrap();
     std::fs::write(folder.join("config.json"), serde_json::to_vec(&config(&case)).unwrap()).unwrap();
-    VaeStage::open(folder, &Device::Cpu).unwrap()
+    VaeStage::open(models, &crate::checkpoint::Setup::default()).unwrap()
 }
 
 #[test]

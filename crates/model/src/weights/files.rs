@@ -44,6 +44,16 @@ impl MappedFile {
     pub(super) fn bytes(&self) -> &[u8] {
         &self.map
     }
+
+    /// Lets go of the pages of some bytes, which stay in the file.
+    pub(super) fn release(&self, bytes: Range<usize>) {
+        // SAFETY: the mapping is read-only and of a file, so pages that are dropped come back with the same bytes.
+        #[cfg(unix)]
+        let _ =
+            unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
+        #[cfg(not(unix))]
+        let _ = bytes;
+    }
 }
 
 /// One tensor of a checkpoint.
@@ -88,7 +98,8 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-fn of_index(path: &Path) -> Result<Vec<PathBuf>> {
+/// The files that an index of shards names.
+pub(super) fn of_index(path: &Path) -> Result<Vec<PathBuf>> {
     let index: Index = read_json(path)?;
     let names: BTreeSet<String> = index.weight_map.into_values().collect();
     let folder = path.parent().unwrap_or(Path::new("."));

@@ -83,22 +83,39 @@ fn rounded(value: f32) -> f32 {
     f32::from_bits(bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
 }
 
-/// The bytes of finite weights, and the layer's scale.
-///
-/// The scale takes the largest magnitude to 448, the format's largest; it is a bf16, as readers round it to one, and 1
-/// for weights that are all zero.
+/// The bytes of finite weights, and the layer's scale ([`scale_of`]).
 #[must_use]
 pub fn quantise(values: &[f32]) -> (Vec<u8>, f32) {
-    let largest = f32::from_bits(values.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap_or(0));
-    // The smallest normal number keeps the quotients finite.
-    let scale = bf16::from_f32(if largest == 0.0 { 1.0 } else { (largest / LARGEST).max(f32::MIN_POSITIVE) }).to_f32();
+    let scale = scale_of(largest(values));
     let mut bytes = vec![0; values.len()];
+    quantise_into(values, scale, &mut bytes);
+    (bytes, scale)
+}
+
+/// The largest magnitude of finite values.
+#[must_use]
+pub fn largest(values: &[f32]) -> f32 {
+    f32::from_bits(values.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap_or(0))
+}
+
+/// The scale that takes a layer's largest magnitude to 448, the format's largest; it is a bf16, as readers round it
+/// to one, and 1 for weights that are all zero.
+#[must_use]
+pub fn scale_of(largest: f32) -> f32 {
+    // The smallest normal number keeps the quotients finite.
+    bf16::from_f32(if largest == 0.0 { 1.0 } else { (largest / LARGEST).max(f32::MIN_POSITIVE) }).to_f32()
+}
+
+/// The bytes of a layer's finite weights, or of a part of them, by the layer's scale.
+///
+/// Panics: there are not as many bytes as values.
+pub fn quantise_into(values: &[f32], scale: f32, bytes: &mut [u8]) {
+    assert_eq!(bytes.len(), values.len(), "bytes and values");
     let whole = values.len() / WIDTH * WIDTH;
-    for_each_block(values, &mut bytes, Scaled(scale));
+    for_each_block(values, bytes, Scaled(scale));
     for (byte, value) in bytes[whole..].iter_mut().zip(&values[whole..]) {
         *byte = f32_to_e4m3(value / scale);
     }
-    (bytes, scale)
 }
 
 /// The largest value of a byte.

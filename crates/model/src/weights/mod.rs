@@ -10,6 +10,7 @@ pub mod gguf;
 pub mod int8;
 mod matrix;
 pub mod pickle;
+mod raw;
 pub mod stored;
 mod values;
 
@@ -26,6 +27,7 @@ use serde::de::DeserializeOwned;
 use self::files::Entry;
 pub use self::{
     matrix::Matrix,
+    raw::{Raw, Scales},
     stored::{Encoding, Found},
 };
 use crate::{Error, Result};
@@ -92,6 +94,13 @@ impl Weights {
     /// The files of tensors of a folder, as [`open`](Self::open) takes them.
     pub fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
         files::of_folder(folder)
+    }
+
+    /// The files that an index of shards names.
+    ///
+    /// Errors: one of them is missing, or is not beside the index.
+    pub fn files_of_index(index: &Path) -> Result<Vec<PathBuf>> {
+        files::of_index(index)
     }
 
     /// Wraps tensors that are in memory already.

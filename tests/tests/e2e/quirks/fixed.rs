@@ -23,7 +23,7 @@ use planner::{
     size::{generation_size, reference_size},
 };
 
-use super::{SHAPE, halves, schedule, smallest, stage_folder, text_encoder, values};
+use super::{SHAPE, halves, schedule, smallest, text_encoder, values};
 use crate::stack::{avatar, probe, text, video_stream};
 
 /// What the command line says of options that the reference has and that are nothing here.
@@ -52,7 +52,7 @@ fn quirk_fixed_b_a_long_prompt_is_refused_with_its_count_and_the_limit() {
 
 #[test]
 fn quirk_fixed_c_the_pictures_latents_are_the_mean() {
-    let stage = ImageEncoder::open(&stage_folder("image-encoder"), &Device::Cpu).unwrap();
+    let stage = ImageEncoder::open(&crate::stack::tiny_models(), &model::checkpoint::Setup::default()).unwrap();
     let picture = halves(50, 70, 20, 200);
     let latents = values(&stage.encode(&picture, 32, 48, None).unwrap().latents);
     assert_eq!(latents, values(&stage.encode(&picture, 32, 48, None).unwrap().latents));
@@ -80,7 +80,7 @@ fn quirk_fixed_d_there_is_no_second_picture() {
 
 #[test]
 fn quirk_fixed_e_one_frame_of_the_still_picture_is_encoded() {
-    let stage = ImageEncoder::open(&stage_folder("image-encoder"), &Device::Cpu).unwrap();
+    let stage = ImageEncoder::open(&crate::stack::tiny_models(), &model::checkpoint::Setup::default()).unwrap();
     let reference = stage.encode(&halves(50, 70, 20, 200), 32, 48, None).unwrap();
     assert_eq!(reference.latents.dims(), [16, 1, 6, 4]);
 }
@@ -160,8 +160,8 @@ fn quirk_fixed_k_the_largest_face_is_the_largest() {
 
 #[test]
 fn quirk_fixed_l_a_missing_or_unknown_tensor_is_named() {
-    let file = stage_folder("vae-decode").join("model.safetensors");
-    let config = std::fs::read(stage_folder("vae-decode").join("config.json")).unwrap();
+    let file = crate::stack::tiny_models().join("vae-decode").join("model.safetensors");
+    let config = std::fs::read(crate::stack::tiny_models().join("vae-decode").join("config.json")).unwrap();
     let config = serde_json::from_slice(&config).unwrap();
     let tensors: HashMap<String, Tensor> = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
     let open = |tensors: HashMap<String, Tensor>| {
@@ -195,7 +195,7 @@ fn quirk_fixed_o_a_seed_means_the_same_noise_everywhere() {
 
 #[test]
 fn quirk_fixed_p_speech_past_30_seconds_is_heard() {
-    let encoder = AudioEncoder::open(&stage_folder("audio-encoder"), &Device::Cpu).unwrap();
+    let encoder = AudioEncoder::open(&crate::stack::tiny_models(), &model::checkpoint::Setup::default()).unwrap();
     let speech: Vec<f32> = (0..31 * 16_000).map(|i| (i as f32 * 0.05).sin() * 0.3).collect();
     let features = encoder.encode(&speech).unwrap();
     assert_eq!(features.dim(0).unwrap(), 31 * 50);

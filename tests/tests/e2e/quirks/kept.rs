@@ -12,7 +12,7 @@ use model::{
 };
 use planner::clip::{ClipPlan, REFERENCE_WINDOW};
 
-use super::{SHAPE, halves, schedule, smallest, stage_folder, text_encoder, values};
+use super::{SHAPE, halves, schedule, smallest, text_encoder, values};
 
 fn golden(name: &str) -> Case {
     Case::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(name), DType::F32).unwrap()
@@ -99,7 +99,7 @@ fn quirk_kept_face_mask_is_weakened_to_0_6_in_phase_one() {
 /// Features of zero are what "without the speech" means, and yet move the picture: biases and norms see to that.
 #[test]
 fn quirk_kept_features_of_zero_are_neither_silence_nor_nothing() {
-    let encoder = AudioEncoder::open(&stage_folder("audio-encoder"), &Device::Cpu).unwrap();
+    let encoder = AudioEncoder::open(&crate::stack::tiny_models(), &model::checkpoint::Setup::default()).unwrap();
     let silence = values(&encoder.encode(&[0.0; 3200]).unwrap());
     assert!(silence.iter().map(|v| v.abs()).fold(0.0, f32::max) > 0.1, "silence has features");
 
@@ -159,7 +159,7 @@ fn quirk_kept_five_silent_frames_follow_long_speech() {
 
 #[test]
 fn quirk_kept_pixels_are_cut_off_not_rounded() {
-    let stage = VaeStage::open(&stage_folder("vae-decode"), &Device::Cpu).unwrap();
+    let stage = VaeStage::open(&crate::stack::tiny_models(), &model::checkpoint::Setup::default()).unwrap();
     let noise = gateway::sampler::noise(3, 16 * 2 * 4);
     let latents = Tensor::from_vec(noise, (16, 1, 2, 4), &Device::Cpu).unwrap();
     let mut bytes = Vec::new();
@@ -182,7 +182,7 @@ fn quirk_kept_the_template_before_the_prompt_is_cropped_with_its_bos() {
     assert_eq!(after, "<|eot_id|>\nThe person looks like<image>");
     assert_eq!((published.prompt_tokens, published.hidden_state_index), (256, -3));
 
-    let folder = stage_folder("text-encoder");
+    let folder = crate::stack::tiny_models().join("text-encoder");
     let config = std::fs::read(folder.join("config.json")).unwrap();
     let config: TextConfig = serde_json::from_slice(&config).unwrap();
     let tokens = PromptTokenizer::open(&folder.join("llava"), &config.llava, usize::MAX).unwrap();

@@ -3,10 +3,8 @@
 mod fixed;
 mod kept;
 
-use std::path::PathBuf;
-
-use candle_core::{Device, Tensor};
-use gateway::sampler::{FrameShape, Schedule, Setup, StepPlan};
+use candle_core::Tensor;
+use gateway::sampler::{FrameShape, Rounding, Schedule, Setup, StepPlan};
 use model::{image::Rgb8, text::TextEncoder};
 use planner::clip::ClipPlan;
 
@@ -20,15 +18,16 @@ const SHAPE: FrameShape = FrameShape { channels: 1, rows: 2, columns: 2 };
 
 /// One window of one latent frame.
 fn smallest(plan: StepPlan, round_to_bf16: bool) -> Setup {
-    Setup { plan, clip: ClipPlan::new(1, 1, 33), shape: SHAPE, round_to_bf16 }
+    Setup {
+        plan,
+        clip: ClipPlan::new(1, 1, 33),
+        shape: SHAPE,
+        rounding: if round_to_bf16 { Rounding::Windows } else { Rounding::Nowhere },
+    }
 }
 
 fn text_encoder() -> TextEncoder {
-    TextEncoder::open(&tiny_models().join("text-encoder"), &Device::Cpu).unwrap()
-}
-
-fn stage_folder(stage: &str) -> PathBuf {
-    tiny_models().join(stage)
+    TextEncoder::open(&tiny_models(), &model::checkpoint::Setup::default()).unwrap()
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {
