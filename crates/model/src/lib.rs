@@ -16,5 +16,7 @@ pub mod vae;
 pub mod weights;
 
 mod error;
+mod precision;
 
 pub use error::{Error, Result};
+pub use precision::Precision;
