@@ -2,6 +2,7 @@
 
 mod boundaries;
 mod cases;
+mod forms;
 mod generate;
 mod inputs;
 mod processes;
