@@ -5,7 +5,9 @@
 
 mod official;
 mod outputs;
+mod pickles;
 mod sheet;
+mod torch;
 
 use std::{fs, path::Path};
 
