@@ -21,5 +21,7 @@ pub mod weights;
 mod error;
 #[cfg(test)]
 mod golden;
+mod precision;
 
 pub use error::{Error, Result};
+pub use precision::Precision;

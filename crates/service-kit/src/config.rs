@@ -67,6 +67,18 @@ impl CommonFlags {
     }
 }
 
+/// The type of numbers in which a stage computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compute {
+    /// Single precision.
+    #[default]
+    F32,
+    /// The upper half of single precision.
+    Bf16,
+    /// Half precision.
+    F16,
+}
+
 /// The flags of every stage.
 #[derive(Debug, Clone, Args)]
 pub struct StageFlags {
@@ -79,6 +91,9 @@ pub struct StageFlags {
     /// Device to compute on: `cpu`.
     #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
+    /// Type to compute in: `f32`, `bf16` or `f16`. Sums are f32 in any case; 16 bits need less memory and are less exact.
+    #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE", default_value = "f32")]
+    pub compute: String,
     /// Requests that may wait for the device (1 to 1024); more are refused with RESOURCE_EXHAUSTED.
     #[arg(long, env = "AVATAR_QUEUE", value_name = "N", default_value = "16")]
     pub queue: String,
@@ -97,6 +112,8 @@ pub struct StageConfig {
     pub listen: SocketAddr,
     /// Folder of the models.
     pub models: PathBuf,
+    /// Type to compute in.
+    pub compute: Compute,
     /// Requests that may wait for the device.
     pub queue: usize,
     /// Largest tensor that a request may bring.
@@ -113,6 +130,7 @@ impl StageConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             models: models.into(),
+            compute: Compute::F32,
             queue: 16,
             max_tensor_bytes: 256 << 20,
             common: CommonConfig {
@@ -128,12 +146,14 @@ impl StageFlags {
     pub fn resolve(self, mistakes: &mut Mistakes) -> Option<StageConfig> {
         let listen = mistakes.check("--listen", &self.listen, parse_listen);
         mistakes.check("--device", &self.device, parse_device);
+        let compute = mistakes.check("--compute", &self.compute, parse_compute);
         let queue = mistakes.check("--queue", &self.queue, |text| parse_number(text, 1, 1024));
         let max_tensor_bytes = mistakes.check("--max-tensor-bytes", &self.max_tensor_bytes, parse_bytes);
         let common = self.common.resolve(mistakes);
         Some(StageConfig {
             listen: listen?,
             models: self.models,
+            compute: compute?,
             queue: queue?,
             max_tensor_bytes: max_tensor_bytes?,
             common: common?,
@@ -234,6 +254,16 @@ pub fn parse_device(text: &str) -> Result<(), String> {
     if text == "cpu" { Ok(()) } else { Err("not a device of this build; accepted is cpu".to_owned()) }
 }
 
+/// Reads the type to compute in.
+pub fn parse_compute(text: &str) -> Result<Compute, String> {
+    match text {
+        "f32" => Ok(Compute::F32),
+        "bf16" => Ok(Compute::Bf16),
+        "f16" => Ok(Compute::F16),
+        _ => Err("not a type to compute in; accepted are f32, bf16 and f16".to_owned()),
+    }
+}
+
 /// Reads a whole number within limits.
 pub fn parse_number(text: &str, least: usize, most: usize) -> Result<usize, String> {
     match text.parse::<usize>() {
@@ -313,12 +343,21 @@ mod tests {
 
     #[test]
     fn all_mistakes_are_reported_together() {
-        let arguments =
-            ["--listen", "here", "--device", "cuda:0", "--queue", "0", "--max-tensor-bytes", "lots", "--log", "a=b=c"];
+        let arguments = [
+            ["--listen", "here"],
+            ["--device", "cuda:0"],
+            ["--compute", "int4"],
+            ["--queue", "0"],
+            ["--max-tensor-bytes", "lots"],
+            ["--log", "a=b=c"],
+        ]
+        .concat();
         let Err(ConfigError::Mistakes(mistakes)) = parse(&arguments) else { panic!() };
         let text = mistakes.to_string();
-        assert_eq!(text.lines().count(), 5, "{text}");
-        for word in ["--listen \"here\"", "accepted is cpu", "1 to 1024", "\"lots\"", "--log \"a=b=c\""] {
+        assert_eq!(text.lines().count(), 6, "{text}");
+        for word in
+            ["--listen \"here\"", "accepted is cpu", "f32, bf16 and f16", "1 to 1024", "\"lots\"", "--log \"a=b=c\""]
+        {
             assert!(text.contains(word), "{word} in {text}");
         }
     }

@@ -22,7 +22,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     ServiceError,
-    config::StageConfig,
+    config::{Compute, StageConfig},
     device::{CancelToken, DeviceWorker, Pending},
     memory::StageMeter,
 };
@@ -37,7 +37,7 @@ pub trait StageModel: Send + Sized + 'static {
     /// Reads the stage's weights out of the folder of the models.
     ///
     /// Errors: [`ServiceError::FailedPrecondition`] that names the file and the tensor.
-    fn open(models: &Path) -> Result<Self, ServiceError>;
+    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError>;
 
     /// The files below `models` that decide what the stage computes; none where they cannot be found.
     fn files(models: &Path) -> Vec<PathBuf>;
@@ -56,6 +56,7 @@ pub trait StageModel: Send + Sized + 'static {
 /// One stage on its device. All work on the model happens on the device's thread, where it loads at the first need.
 pub struct StageHost<M> {
     models: PathBuf,
+    compute: Compute,
     device: DeviceWorker,
     meter: StageMeter,
     loaded: AtomicBool,
@@ -69,6 +70,7 @@ impl<M: StageModel> StageHost<M> {
     pub fn new(config: &StageConfig, device: DeviceWorker, shutdown: CancellationToken) -> Arc<Self> {
         Arc::new(Self {
             models: config.models.clone(),
+            compute: config.compute,
             device,
             meter: StageMeter::default(),
             loaded: AtomicBool::new(false),
@@ -107,7 +109,7 @@ impl<M: StageModel> StageHost<M> {
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
             tracing::info!(stage = M::NAME, models = %self.models.display(), "loading");
-            *slot = Some(self.meter.load(|| M::open(&self.models))?);
+            *slot = Some(self.meter.load(|| M::open(&self.models, self.compute))?);
             self.loaded.store(true, Relaxed);
             tracing::info!(stage = M::NAME, resident_bytes = self.meter.report().resident_bytes, "loaded");
         }
@@ -238,7 +240,7 @@ mod tests {
         const STAGE: Stage = Stage::VaeDecode;
         const NAME: &'static str = "vae-decode";
 
-        fn open(models: &Path) -> Result<Self, ServiceError> {
+        fn open(models: &Path, _: Compute) -> Result<Self, ServiceError> {
             let file = models.join("vae-decode/w.safetensors");
             std::fs::read(&file)
                 .map(Self)

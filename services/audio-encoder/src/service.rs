@@ -6,6 +6,7 @@ use std::{
 };
 
 use model::{
+    Precision,
     audio::AudioEncoder,
     checkpoint::{self, Setup},
 };
@@ -18,6 +19,7 @@ use proto::{
 };
 use service_kit::{
     ServiceError,
+    config::Compute,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, ReplyStream, RequestReader, reply},
 };
@@ -30,8 +32,8 @@ impl StageModel for Model {
     const STAGE: Stage = Stage::AudioEncoder;
     const NAME: &'static str = "audio-encoder";
 
-    fn open(models: &Path) -> Result<Self, ServiceError> {
-        AudioEncoder::open(models, &Setup::default())
+    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
+        AudioEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
@@ -89,6 +91,15 @@ fn split(message: EncodeAudioRequest) -> Item<EncodeAudioHeader> {
 
 fn wrap(part: TensorPart) -> EncodeAudioResponse {
     EncodeAudioResponse { body: Some(encode_audio_response::Body::Part(part)) }
+}
+
+fn setup(compute: Compute) -> Setup {
+    let precision = match compute {
+        Compute::F32 => Precision::F32,
+        Compute::Bf16 => Precision::Bf16,
+        Compute::F16 => Precision::F16,
+    };
+    Setup { precision, ..Setup::default() }
 }
 
 fn fault(error: model::Error) -> ServiceError {

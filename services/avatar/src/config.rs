@@ -14,6 +14,8 @@ use crate::weights::{
     verify::VerifyFlags,
 };
 
+use crate::compute::ComputeByStage;
+
 /// Makes a talking video of a picture, a speech recording and a sentence.
 #[derive(Debug, Parser)]
 #[command(name = "avatar", version)]
@@ -140,6 +142,9 @@ pub struct GenerateFlags {
     /// Folder of the models: one subfolder a stage, or the official download. `avatar weights synth` makes a small one.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,
+    /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
+    #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
+    pub compute: ComputeByStage,
     /// Seeds the noise; the same seed, inputs and models give the same video. Default 128.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,

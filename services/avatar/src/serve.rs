@@ -9,7 +9,7 @@ use service_kit::{
     server,
 };
 
-use crate::{failure::Failure, generate::models_folder, in_process};
+use crate::{compute::ComputeByStage, failure::Failure, generate::models_folder, in_process};
 
 /// Exit code: the settings are wrong.
 pub const EXIT_SETTINGS: u8 = EXIT_USAGE as u8;
@@ -20,6 +20,9 @@ pub struct ServeFlags {
     /// Folder of the models: one subfolder a stage, or the official download. `avatar weights synth` makes a small one.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,
+    /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
+    #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
+    pub compute: String,
     /// Address and port to serve gRPC on; port 0 takes a free one.
     #[arg(long, env = "AVATAR_GRPC", value_name = "ADDR:PORT", default_value = "127.0.0.1:50050")]
     pub grpc: String,
@@ -39,6 +42,8 @@ pub struct ServeFlags {
 pub struct ServeConfig {
     /// Folder of the models.
     pub models: PathBuf,
+    /// Type to compute in, by stage.
+    pub compute: ComputeByStage,
     /// Where to serve gRPC.
     pub grpc: SocketAddr,
     /// Where to serve REST.
@@ -60,13 +65,14 @@ impl ServeFlags {
             let advice = failure.advice.unwrap_or_default();
             mistakes.note(format!("--models: {failure}; {advice}"));
         }
+        let compute = mistakes.check("--compute", &self.compute, str::parse);
         let grpc = mistakes.check("--grpc", &self.grpc, parse_listen);
         let http = mistakes.check("--http", &self.http, parse_listen);
         let options = self.options.resolve(&mut mistakes);
         let common = self.common.resolve(&mut mistakes);
-        match (models, grpc, http, options, common) {
-            (Ok(models), Some(grpc), Some(http), Some(options), Some(common)) if mistakes.is_empty() => {
-                Ok(ServeConfig { models, grpc, http, options, common })
+        match (models, compute, grpc, http, options, common) {
+            (Ok(models), Some(compute), Some(grpc), Some(http), Some(options), Some(common)) if mistakes.is_empty() => {
+                Ok(ServeConfig { models, compute, grpc, http, options, common })
             }
             _ => Err(mistakes),
         }
@@ -81,7 +87,7 @@ pub async fn serve(config: ServeConfig) -> Result<(), Failure> {
     let shutdown = server::shutdown_signal().map_err(failed("cannot catch signals"))?;
     let (grpc, grpc_address) = server::bind(config.grpc).await.map_err(failed("--grpc"))?;
     let (http, http_address) = server::bind(config.http).await.map_err(failed("--http"))?;
-    let system = in_process(&config.models, &config.options).await?;
+    let system = in_process(&config.models, config.compute, &config.options).await?;
     // Both sockets listen: whoever connects now is answered.
     server::announce(&[("grpc", grpc_address), ("http", http_address)]);
     let listeners = Listeners { grpc, http };

@@ -14,7 +14,7 @@ use service_kit::{
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use crate::failure::Failure;
+use crate::{compute::ComputeByStage, failure::Failure};
 
 /// A running system: the same servers as six processes, without sockets.
 ///
@@ -31,25 +31,26 @@ pub struct InProcess {
 /// within a tokio runtime, which must live on as long as the system.
 ///
 /// Errors: the device's thread or the gateway's folder cannot be made.
-pub async fn in_process(models: &Path, options: &Options) -> Result<InProcess, Failure> {
+pub async fn in_process(models: &Path, compute: ComputeByStage, options: &Options) -> Result<InProcess, Failure> {
     let config = StageConfig::local(models);
+    let of = |stage| StageConfig { compute: compute.of(stage), ..config.clone() };
     let device = DeviceWorker::spawn("cpu", config.queue).map_err(|e| Failure::local("cannot start the device", e))?;
     let shutdown = CancellationToken::new();
     let stages = Stages {
         audio_encoder: stage("audio-encoder", |incoming| {
-            audio_encoder::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+            audio_encoder::serve_on(of("audio-encoder"), device.clone(), incoming, shutdown.clone())
         }),
         text_encoder: stage("text-encoder", |incoming| {
-            text_encoder::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+            text_encoder::serve_on(of("text-encoder"), device.clone(), incoming, shutdown.clone())
         }),
         image_encoder: stage("image-encoder", |incoming| {
-            image_encoder::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+            image_encoder::serve_on(of("image-encoder"), device.clone(), incoming, shutdown.clone())
         }),
         diffusion: stage("diffusion", |incoming| {
-            diffusion::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+            diffusion::serve_on(of("diffusion"), device.clone(), incoming, shutdown.clone())
         }),
         vae_decode: stage("vae-decode", |incoming| {
-            vae_decode::serve_on(config.clone(), device.clone(), incoming, shutdown.clone())
+            vae_decode::serve_on(of("vae-decode"), device.clone(), incoming, shutdown.clone())
         }),
     };
     let gateway = Gateway::new(options, stages).map_err(|e| Failure::local("cannot start the gateway", e))?;

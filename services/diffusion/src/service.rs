@@ -9,6 +9,7 @@ use std::{
 
 use candle_core::Device;
 use model::{
+    Precision,
     checkpoint::{self, Setup},
     diffusion::DiffusionStage,
 };
@@ -23,6 +24,7 @@ use proto::{
 };
 use service_kit::{
     ServiceError,
+    config::Compute,
     device::CancelToken,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
@@ -48,8 +50,8 @@ impl StageModel for Model {
     const STAGE: Stage = Stage::Diffusion;
     const NAME: &'static str = "diffusion";
 
-    fn open(models: &Path) -> Result<Self, ServiceError> {
-        DiffusionStage::open(models, &Setup::default())
+    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
+        DiffusionStage::open(models, &setup(compute))
             .map(|stage| Self { stage, sessions: HashMap::new() })
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
@@ -276,6 +278,15 @@ fn split_predict(message: PredictRequest) -> Item<PredictHeader> {
 
 fn wrap(part: TensorPart) -> PredictResponse {
     PredictResponse { body: Some(predict_response::Body::Part(part)) }
+}
+
+fn setup(compute: Compute) -> Setup {
+    let precision = match compute {
+        Compute::F32 => Precision::F32,
+        Compute::Bf16 => Precision::Bf16,
+        Compute::F16 => Precision::F16,
+    };
+    Setup { precision, ..Setup::default() }
 }
 
 fn fault(error: model::Error) -> ServiceError {

@@ -47,6 +47,7 @@ pub(crate) struct Session {
     fps: f32,
     caches: [FeatureCache; 2],
     cached: HashSet<(usize, usize)>,
+    /// Bytes that the tokens of one latent frame take.
     token_bytes: u64,
     bytes: u64,
     used: Instant,
@@ -113,7 +114,7 @@ impl Session {
             fps: header.fps,
             caches: [FeatureCache::new(), FeatureCache::new()],
             cached: HashSet::new(),
-            token_bytes: (h / 2 * (w / 2) * widths.hidden * 4) as u64,
+            token_bytes: 0,
             bytes: tensors.iter().map(|t| t.data().len() as u64).sum(),
             used: Instant::now(),
         })
@@ -164,13 +165,15 @@ impl Session {
         &self.caches[slot(item)]
     }
 
-    /// Keeps a full pass's features.
+    /// Keeps a full pass's features, in the type in which they were computed.
     pub(crate) fn keep(
         &mut self,
         item: &PredictItem,
         features: model::diffusion::Features,
     ) -> Result<(), ServiceError> {
         let frames = clip_frames(item);
+        let size = features.reference.elem_count() * features.reference.dtype().size_in_bytes();
+        self.token_bytes = size as u64;
         self.caches[slot(item)].store(&frames, features).map_err(ServiceError::internal)?;
         self.cached.extend(frames.into_iter().map(|frame| (slot(item), frame)));
         Ok(())

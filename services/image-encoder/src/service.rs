@@ -6,6 +6,7 @@ use std::{
 };
 
 use model::{
+    Precision,
     checkpoint::{self, Setup},
     image::{ImageEncoder, Rgb8, face},
 };
@@ -19,6 +20,7 @@ use proto::{
 };
 use service_kit::{
     ServiceError,
+    config::Compute,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, ReplyStream, RequestReader, reply},
 };
@@ -34,8 +36,8 @@ impl StageModel for Model {
     const STAGE: Stage = Stage::ImageEncoder;
     const NAME: &'static str = "image-encoder";
 
-    fn open(models: &Path) -> Result<Self, ServiceError> {
-        ImageEncoder::open(models, &Setup::default())
+    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
+        ImageEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
@@ -118,6 +120,15 @@ fn picture_of(tensor: HostTensor) -> Result<Rgb8, ServiceError> {
         }
         _ => Err(tensor.mismatch("U8 (H, W, 3)").into()),
     }
+}
+
+fn setup(compute: Compute) -> Setup {
+    let precision = match compute {
+        Compute::F32 => Precision::F32,
+        Compute::Bf16 => Precision::Bf16,
+        Compute::F16 => Precision::F16,
+    };
+    Setup { precision, ..Setup::default() }
 }
 
 fn fault(error: model::Error) -> ServiceError {

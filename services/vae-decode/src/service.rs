@@ -7,6 +7,7 @@ use std::{
 
 use candle_core::Device;
 use model::{
+    Precision,
     checkpoint::{self, Setup},
     vae::VaeStage,
 };
@@ -19,6 +20,7 @@ use proto::{
 };
 use service_kit::{
     ServiceError,
+    config::Compute,
     device::CancelToken,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
@@ -35,10 +37,8 @@ impl StageModel for Model {
     const STAGE: Stage = Stage::VaeDecode;
     const NAME: &'static str = "vae-decode";
 
-    fn open(models: &Path) -> Result<Self, ServiceError> {
-        VaeStage::open(models, &Setup::default())
-            .map(Self)
-            .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
+        VaeStage::open(models, &setup(compute)).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
 
     fn files(models: &Path) -> Vec<PathBuf> {
@@ -123,6 +123,15 @@ fn split(message: DecodeLatentsRequest) -> Item<DecodeLatentsHeader> {
 
 fn wrap(part: TensorPart) -> DecodeLatentsResponse {
     DecodeLatentsResponse { body: Some(decode_latents_response::Body::Part(part)) }
+}
+
+fn setup(compute: Compute) -> Setup {
+    let precision = match compute {
+        Compute::F32 => Precision::F32,
+        Compute::Bf16 => Precision::Bf16,
+        Compute::F16 => Precision::F16,
+    };
+    Setup { precision, ..Setup::default() }
 }
 
 fn fault(error: model::Error) -> ServiceError {

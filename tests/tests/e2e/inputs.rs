@@ -75,7 +75,8 @@ pub fn bad_recordings() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-fn crc32(bytes: &[u8]) -> u32 {
+/// CRC-32 as PNG and zip have it.
+pub fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0u32, |crc, &byte| {
         (0..8).fold(crc ^ u32::from(byte), |c, _| if c & 1 == 1 { (c >> 1) ^ 0xedb8_8320 } else { c >> 1 })
     })

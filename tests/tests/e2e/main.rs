@@ -3,6 +3,7 @@
 mod boundaries;
 mod cases;
 mod fetch;
+mod forms;
 mod generate;
 mod hub;
 mod inputs;

@@ -1,6 +1,6 @@
 //! Whisper's encoder, with the outputs of every layer.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::{
     Result,
@@ -23,7 +23,7 @@ pub struct WhisperEncoder {
     mels: usize,
 }
 
-/// Convolution of three columns.
+/// Convolution of three columns, in f32: there are two, before all else.
 #[derive(Debug)]
 struct Conv {
     weight: Tensor,
@@ -105,10 +105,11 @@ impl WhisperEncoder {
             let reason = format!("shape {:?}, expected {expected:?}", mel.dims());
             return Err(crate::Error::input("mel", reason));
         }
-        let mel = mel.to_device(self.positions.device())?.to_dtype(self.positions.dtype())?;
+        let mel = mel.to_device(self.positions.device())?.to_dtype(DType::F32)?;
         let x = self.conv1.forward(&mel.unsqueeze(0)?)?.gelu_erf()?; // (1, width, 2·positions)
         let x = self.conv2.forward(&x)?.gelu_erf()?; //                 (1, width, positions)
-        let mut x = x.transpose(1, 2)?.broadcast_add(&self.positions)?;
+        let x = x.transpose(1, 2)?.contiguous()?.broadcast_add(&self.positions.to_dtype(DType::F32)?)?;
+        let mut x = x.to_dtype(self.positions.dtype())?;
         let mut states = vec![x.squeeze(0)?];
         for layer in &self.layers {
             x = layer.forward(&x)?;
@@ -123,8 +124,8 @@ impl WhisperEncoder {
 
 impl Conv {
     fn load(weights: &Weights, (inp, out): (usize, usize), stride: usize) -> Result<Self> {
-        let weight = weights.get(&[out, inp, 3], "weight")?;
-        Ok(Self { weight, bias: weights.get(&[out], "bias")?.reshape((1, out, 1))?, stride })
+        let weight = weights.get_as(&[out, inp, 3], "weight", DType::F32)?;
+        Ok(Self { weight, bias: weights.get_as(&[out], "bias", DType::F32)?.reshape((1, out, 1))?, stride })
     }
 
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {

@@ -6,7 +6,7 @@ mod transform;
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 pub use encoder::WhisperEncoder;
@@ -114,7 +114,7 @@ impl AudioEncoder {
             .chunks(CHUNK_SAMPLES)
             .map(|chunk| {
                 let states = self.encoder.hidden_states(&log_mel(chunk)?)?;
-                Ok(states.narrow(0, 0, chunk.len().div_ceil(SAMPLES_PER_POSITION))?)
+                Ok(states.narrow(0, 0, chunk.len().div_ceil(SAMPLES_PER_POSITION))?.to_dtype(DType::F32)?)
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&chunks, 0)?.contiguous()?)

@@ -12,10 +12,10 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 
 pub use self::names::network_name;
-use crate::{Error, Result, weights::Weights};
+use crate::{Error, Precision, Result, weights::Weights};
 
 /// A part of the system with weights of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -125,14 +125,16 @@ pub enum Choice {
 pub struct Setup {
     /// Where its networks run.
     pub device: Device,
+    /// The type in which they compute.
+    pub precision: Precision,
     /// Which of several files is taken.
     pub choice: Choice,
 }
 
 impl Default for Setup {
-    /// The CPU, and whatever is there.
+    /// The CPU, f32, and whatever is there.
     fn default() -> Self {
-        Self { device: Device::Cpu, choice: Choice::Auto }
+        Self { device: Device::Cpu, precision: Precision::F32, choice: Choice::Auto }
     }
 }
 
@@ -151,7 +153,7 @@ impl Source {
     /// Opens the tensors under the network's own names.
     pub fn open(&self, setup: &Setup) -> Result<Weights> {
         let rename = |name: &str| network_name(self.network, name);
-        Weights::open_files(&self.folder, &self.files, &rename, DType::F32, &setup.device)
+        Weights::open_files(&self.folder, &self.files, &rename, setup.precision.dtype(), &setup.device)
     }
 }
 

@@ -76,14 +76,14 @@ impl Embedder {
 #[derive(Debug, Clone)]
 pub struct TimeEmbedder {
     mlp: Embedder,
-    like: Tensor,
+    device: Device,
 }
 
 impl TimeEmbedder {
     /// Reads `mlp.0` and `mlp.2`.
     pub fn load(weights: &Weights) -> Result<Self> {
         let mlp = Embedder::load(weights, "mlp.0", "mlp.2")?;
-        Ok(Self { mlp, like: Tensor::zeros(1, weights.dtype(), weights.device())? })
+        Ok(Self { mlp, device: weights.device().clone() })
     }
 
     /// Width of a vector.
@@ -92,10 +92,9 @@ impl TimeEmbedder {
         self.mlp.out()
     }
 
-    /// - returns: `(t.len(), out)`
+    /// - returns: `(t.len(), out)`, f32 whatever the weights' type
     pub fn forward(&self, t: &[f32]) -> Result<Tensor> {
-        let embedding = timestep_embedding(t, self.mlp.inp(), self.like.device())?;
-        Ok(self.mlp.forward(&embedding.to_dtype(self.like.dtype())?)?)
+        Ok(self.mlp.forward(&timestep_embedding(t, self.mlp.inp(), &self.device)?)?)
     }
 }
 

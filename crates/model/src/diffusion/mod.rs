@@ -326,7 +326,7 @@ impl Transformer {
         Ok(Pass { velocity: self.finish(&x, &vec, grid, &mut taps)?, features })
     }
 
-    /// The conditioning vector `(1, H)`.
+    /// The conditioning vector `(1, H)`, f32: what shifts, scales and gates every token is not rounded.
     fn vector(&self, timestep: f32, given: &Conditioning<'_>, taps: &mut Taps<'_, '_>) -> Result<Tensor> {
         let (hidden, pooled) = (self.img_in.hidden(), self.vector_in.inp());
         if given.pooled.dims() != [pooled] {
@@ -336,7 +336,8 @@ impl Transformer {
         let exp = self.motion_exp.forward(&given.motion_exp)?; // (4, H/4)
         let pose = self.motion_pose.forward(&given.motion_pose)?; // (4, H/4)
         let fps = self.fps_proj.forward(&[given.fps])?; // (1, H)
-        let text = self.vector_in.forward(&self.own(&given.pooled)?.unsqueeze(0)?)?; // (1, H)
+        let pooled = given.pooled.to_device(&self.device)?.to_dtype(DType::F32)?;
+        let text = self.vector_in.forward(&pooled.unsqueeze(0)?)?; // (1, H)
         taps.give(&time.squeeze(0)?, format_args!("time_in"));
         taps.give(&exp, format_args!("motion_exp"));
         taps.give(&pose, format_args!("motion_pose"));
@@ -392,9 +393,10 @@ impl Transformer {
     /// - returns: `(C, T, h, w)`, f32
     fn finish(&self, x: &Tensor, vec: &Tensor, grid: Grid, taps: &mut Taps<'_, '_>) -> Result<Tensor> {
         let frames = x.narrow(0, grid.per_frame(), grid.tokens())?;
-        let patches = self.final_layer.forward(&frames, vec)?;
+        // The last layer gives the result itself, which is f32.
+        let patches = self.final_layer.forward(&frames.to_dtype(DType::F32)?, vec)?;
         taps.give(&patches, format_args!("final_layer"));
-        Ok(unpatchify(&patches, grid)?.to_dtype(DType::F32)?)
+        Ok(unpatchify(&patches, grid)?)
     }
 
     fn own(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {

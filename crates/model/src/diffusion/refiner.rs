@@ -82,8 +82,7 @@ impl TokenRefiner {
                 (mean, Some(see(mask, states)?))
             }
         };
-        let mean = mean.to_dtype(states.dtype())?.unsqueeze(0)?;
-        let condition = (self.time.forward(&[t])? + self.context.forward(&mean)?)?.silu()?; // (1, H)
+        let condition = (self.time.forward(&[t])? + self.context.forward(&mean.unsqueeze(0)?)?)?.silu()?; // (1, H), f32
         let mut x = self.input.forward(states)?;
         for block in &self.blocks {
             x = block.forward(&x, &condition, scores.as_ref())?;

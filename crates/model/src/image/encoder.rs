@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::{Rgb8, face, face::FaceBox, resize_lanczos, vae_pixels};
 use crate::{
@@ -77,7 +77,7 @@ impl ImageEncoder {
         let mask = face::latent_mask(&face::mask(chosen.as_ref(), width, height), width, height);
         let moments = self.encoder.encode_tiled(&vae_pixels(&resized, &self.device)?)?;
         let shift = self.config.shift_factor.unwrap_or(0.0);
-        let latents = ((moments.mean.squeeze(0)? - shift)? * self.config.scaling_factor)?; // (C, 1, h, w)
+        let latents = ((moments.mean.squeeze(0)?.to_dtype(DType::F32)? - shift)? * self.config.scaling_factor)?; // (C, 1, h, w)
         let (h, w) = (latents.dim(2)?, latents.dim(3)?);
         if h * w != mask.len() {
             let reason = format!("{h}x{w} latents of {height}x{width} pixels, one for 8x8 pixels is needed");

@@ -6,12 +6,17 @@ use super::{
     block::{ClipBlock, EPS},
     config::LlavaConfig,
 };
-use crate::{Error, Result, nn::LayerNorm, weights::Weights};
+use crate::{
+    Error, Result,
+    nn::{LayerNorm, Linear},
+    weights::{Matrix, Weights},
+};
 
 /// The vision tower. Layers after the hidden state that is taken are not read.
 #[derive(Debug)]
 pub struct VisionTower {
-    patch: Tensor,
+    patch: Linear,
+    channels: usize,
     patch_side: usize,
     grid: usize,
     class: Tensor,
@@ -36,7 +41,8 @@ impl VisionTower {
         let needed = layers_for(config.vision_hidden_state_index, config.vision_layers.unwrap_or(found))
             .map_err(|reason| layers.fault("0.self_attn.q_proj.weight", reason))?;
         Ok(Self {
-            patch: patch.reshape((width, ()))?.t()?,
+            patch: Linear::new(Matrix::new(&patch.reshape((width, ()))?)?, None),
+            channels,
             patch_side,
             grid,
             class: embeddings.get(&[width], "class_embedding")?.reshape((1, width))?,
@@ -68,18 +74,18 @@ impl VisionTower {
     /// Errors: a picture of another shape.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let (p, g) = (self.patch_side, self.grid);
-        let channels = self.patch.dim(0)? / (p * p);
+        let channels = self.channels;
         let expected = [channels, self.side(), self.side()];
         if pixels.dims() != expected {
             return Err(Error::input("pixels", format!("shape {:?}, expected {expected:?}", pixels.dims())));
         }
         let x = pixels
-            .to_device(self.patch.device())?
-            .to_dtype(self.patch.dtype())?
+            .to_device(self.positions.device())?
+            .to_dtype(self.positions.dtype())?
             .reshape(&[channels, g, p, g, p])?
             .permute([1, 3, 0, 2, 4])? //            (g, g, channels, p, p)
-            .reshape((g * g, channels * p * p))?
-            .matmul(&self.patch)?; //                (patches, width)
+            .reshape((g * g, channels * p * p))?;
+        let x = self.patch.forward(&x)?; //          (patches, width)
         let x = (Tensor::cat(&[&self.class, &x], 0)? + &self.positions)?;
         let mut x = self.norm.forward(&x)?.unsqueeze(0)?;
         for block in &self.blocks {

@@ -1,4 +1,4 @@
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::{
     CausalConv3d, GroupNorm, MidBlock, Resnet, Step, Tap, VaeConfig,
@@ -23,6 +23,7 @@ pub struct VaeDecoder {
     conv_out: CausalConv3d,
     tiling: Tiling,
     latent_channels: usize,
+    dtype: DType,
 }
 
 impl VaeDecoder {
@@ -50,13 +51,13 @@ impl VaeDecoder {
         let norm = GroupNorm::load(&decoder.pp("conv_norm_out"), config.norm_num_groups)?;
         let conv_out = CausalConv3d::load(&decoder.pp("conv_out.conv"), norm.channels(), [1; 3])?;
         let tiling = Tiling::decode(config);
-        Ok(Self { post_quant, conv_in, mid, blocks, norm, conv_out, tiling, latent_channels })
+        Ok(Self { post_quant, conv_in, mid, blocks, norm, conv_out, tiling, latent_channels, dtype: weights.dtype() })
     }
 
     /// Decodes in one piece.
     ///
     /// - `z`: `(B, C, T, h, w)`, not scaled
-    /// - returns: `(B, 3, 4T - 3, 8h, 8w)`, about -1..1
+    /// - returns: `(B, 3, 4T - 3, 8h, 8w)`, about -1..1, in the weights' type
     pub fn decode(&self, z: &Tensor) -> Result<Tensor> {
         self.decode_tapped(z, &mut |_, _| ())
     }
@@ -64,7 +65,7 @@ impl VaeDecoder {
     /// As [`decode`](Self::decode); the tap sees `conv_in`, `mid_attn_tokens`, `mid_block`, `up_blocks.N`.
     pub fn decode_tapped(&self, z: &Tensor, tap: Tap<'_>) -> Result<Tensor> {
         self.check(z)?;
-        let mut x = self.conv_in.forward(&self.post_quant.forward(z)?)?;
+        let mut x = self.conv_in.forward(&self.post_quant.forward(&z.to_dtype(self.dtype)?)?)?;
         tap("conv_in", &x);
         x = self.mid.forward(x, tap)?;
         for (i, block) in self.blocks.iter().enumerate() {

@@ -1,4 +1,4 @@
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::{
     CausalConv3d, GroupNorm, MidBlock, Resnet, Tap, VaeConfig,
@@ -43,6 +43,7 @@ pub struct VaeEncoder {
     conv_out: CausalConv3d,
     quant: CausalConv3d,
     tiling: Tiling,
+    dtype: DType,
 }
 
 impl VaeEncoder {
@@ -73,13 +74,13 @@ impl VaeEncoder {
             let reason = format!("{}, but quant_conv gives {} channels", config.latent_channels, quant.out());
             return Err(Error::input("latent_channels", reason));
         }
-        Ok(Self { conv_in, blocks, mid, norm, conv_out, quant, tiling: Tiling::encode(config) })
+        Ok(Self { conv_in, blocks, mid, norm, conv_out, quant, tiling: Tiling::encode(config), dtype: weights.dtype() })
     }
 
     /// Encodes in one piece.
     ///
     /// - `x`: `(B, 3, F, H, W)`, -1..1
-    /// - returns: moments `(B, C, T, h, w)`, `T = (F - 1) / 4 + 1`
+    /// - returns: moments `(B, C, T, h, w)`, `T = (F - 1) / 4 + 1`, in the weights' type
     pub fn encode(&self, x: &Tensor) -> Result<Moments> {
         self.encode_tapped(x, &mut |_, _| ())
     }
@@ -111,7 +112,7 @@ impl VaeEncoder {
     }
 
     fn moments(&self, x: &Tensor, tap: Tap<'_>) -> Result<Tensor> {
-        let mut x = self.conv_in.forward(x)?;
+        let mut x = self.conv_in.forward(&x.to_dtype(self.dtype)?)?;
         tap("conv_in", &x);
         for (i, block) in self.blocks.iter().enumerate() {
             for resnet in &block.resnets {

@@ -3,7 +3,7 @@
 //! A seam goes linearly from the earlier tile to the later one. Tiles are blended in order, each with its
 //! neighbour as that one was after its own blending.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::VaeConfig;
 use crate::Result;
@@ -133,11 +133,11 @@ fn blend(a: &Tensor, b: &Tensor, dim: usize, extent: usize) -> Result<Tensor> {
         let weights: Vec<f32> = (0..length).map(|k| f(k as f64 / length as f64) as f32).collect();
         let mut shape = vec![1; b.rank()];
         shape[dim] = length;
-        Tensor::from_vec(weights, shape, b.device())?.to_dtype(b.dtype())
+        Tensor::from_vec(weights, shape, b.device())
     };
-    let old = a.narrow(dim, a.dim(dim)? - length, length)?.broadcast_mul(&ramp(&|w| 1.0 - w)?)?;
-    let new = b.narrow(dim, 0, length)?.broadcast_mul(&ramp(&|w| w)?)?;
-    let seam = (old + new)?;
+    let old = a.narrow(dim, a.dim(dim)? - length, length)?.to_dtype(DType::F32)?;
+    let new = b.narrow(dim, 0, length)?.to_dtype(DType::F32)?;
+    let seam = (old.broadcast_mul(&ramp(&|w| 1.0 - w)?)? + new.broadcast_mul(&ramp(&|w| w)?)?)?.to_dtype(b.dtype())?;
     if length == total {
         return Ok(seam);
     }
