@@ -2,7 +2,10 @@
 
 use proto::{
     tensor::HostTensor,
-    v1::{EncodeAudioHeader, EncodePromptHeader, EncodePromptSummary, EncodeReferenceHeader, EncodeReferenceSummary, FaceBox, Stage},
+    v1::{
+        EncodeAudioHeader, EncodePromptHeader, EncodePromptSummary, EncodeReferenceHeader, EncodeReferenceSummary,
+        FaceBox, Stage,
+    },
 };
 
 use super::{prepare::Prepared, run::Run};

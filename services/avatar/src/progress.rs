@@ -7,8 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use gateway::api::video::Face;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use proto::v1::{GenerationEvent, GenerationState, Outcome, Stage};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
