@@ -17,6 +17,8 @@ use crate::{
 
 /// Values that one thread converts at a time.
 const PANEL: usize = 1 << 18;
+/// Panels of a batch, at most.
+const MOST_PANELS: usize = 64;
 /// Longest row: one is converted as a whole.
 const LONGEST_ROW: usize = 1 << 25;
 
@@ -196,8 +198,9 @@ fn convert<R: Rows>(
     };
     let mut row_scales: Vec<f32> = Vec::new();
     let stride = job.encoding.bytes(width).unwrap_or(0) as u64;
-    // Enough for every thread, twice, so that none waits for the slowest of a batch for long.
-    for batch in panels.chunks(2 * rayon::current_num_threads()) {
+    // Enough for every thread, twice, so that none waits for the slowest of a batch for long; but three batches are
+    // in memory at once: one is made, one waits and one is written.
+    for batch in panels.chunks((2 * rayon::current_num_threads()).min(MOST_PANELS)) {
         let made: Vec<Result<(Vec<u8>, Vec<f32>)>> = batch
             .par_iter()
             .map(|rows| {
