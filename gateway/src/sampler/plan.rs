@@ -226,7 +226,9 @@ mod tests {
         for steps in 1..=200 {
             for shift in [0.1, 1.0, 5.0, 7.0, 20.0] {
                 let plan = StepPlan::scaled(of(steps, shift));
-                assert_eq!((plan.sigmas()[0], plan.sigmas()[steps]), (1.0, 0.0), "{steps} steps, shift {shift}");
+                // `shift·1 / (1 + (shift - 1)·1)` in f32 need not be 1 to the last bit.
+                assert!((plan.sigmas()[0] - 1.0).abs() < 1e-6, "{steps} steps, shift {shift}");
+                assert_eq!(plan.sigmas()[steps], 0.0, "{steps} steps, shift {shift}");
                 assert!(plan.steps().iter().all(|s| s.sigma_change < 0.0), "{steps} steps, shift {shift}");
                 let whole: f64 = plan.steps().iter().map(|s| f64::from(s.sigma_change)).sum();
                 assert!((whole + 1.0).abs() < 1e-6, "{steps} steps, shift {shift}: {whole}");

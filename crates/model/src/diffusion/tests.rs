@@ -21,7 +21,10 @@ fn mask(case: &Golden, b: usize) -> Vec<i64> {
 }
 
 fn conditioning<'a>(case: &Golden, b: usize, mask: &'a [i64]) -> Conditioning<'a> {
-    let four = |name: &str| case.item(name, b).to_vec1::<f32>().unwrap().try_into().unwrap();
+    let four = |name: &str| {
+        let values = case.item(name, b).to_dtype(candle_core::DType::F32).unwrap();
+        values.to_vec1::<f32>().unwrap().try_into().unwrap()
+    };
     Conditioning {
         reference_latents: case.item("ref_latents", b),
         face_mask: case.item("face_mask", b),
@@ -29,7 +32,7 @@ fn conditioning<'a>(case: &Golden, b: usize, mask: &'a [i64]) -> Conditioning<'a
         text_mask: mask,
         pooled: case.item("text_states_2", b),
         audio: case.item("audio_prompts", b),
-        fps: case.item("fps", b).to_scalar().unwrap(),
+        fps: case.item("fps", b).to_dtype(candle_core::DType::F32).unwrap().to_scalar().unwrap(),
         motion_exp: four("motion_exp"),
         motion_pose: four("motion_pose"),
     }
