@@ -59,7 +59,8 @@ fn error(encoding: Encoding, before: &[f32], after: &[f32], columns: usize) -> f
     before.chunks(piece).zip(after.chunks(piece)).map(worst).fold(0.0, f32::max)
 }
 
-/// What half a step of each encoding is by the largest value beside it, with what the rounding of scales adds.
+/// How far a value may move, by the largest value beside it: half a step of the encoding where nothing else is said,
+/// with what the rounding of scales adds.
 fn bound(encoding: Encoding) -> f32 {
     match encoding {
         Encoding::F32 => 0.0,
@@ -69,14 +70,15 @@ fn bound(encoding: Encoding) -> f32 {
         Encoding::F8E4M3 => 1.0 / 25.0,
         // 1 of 254, and half precision's rounding of the scale.
         Encoding::I8 | Encoding::Q8_0 => 1.0 / 220.0,
-        // 1 of 15 for the level, and 1 of 126 each for 15 scales and the minimum.
-        Encoding::Q4K => 1.0 / 9.0,
+        // The scales are chosen for the least squared error, so a value at an end may be a whole step away: 2 of 15,
+        // and what the rounding of scale and minimum to 6 bits adds.
+        Encoding::Q4K => 1.0 / 6.0,
         other => panic!("{} is not written", other.name()),
     }
 }
 
 #[test]
-fn every_precision_keeps_the_values_within_half_a_step() {
+fn every_precision_keeps_the_values_within_its_step() {
     let models = tiny();
     let before = open(models.path(), &Stage::ALL);
     for storage in Storage::ALL {
@@ -296,7 +298,7 @@ fn a_full_width_transformer_converts_and_loads() {
     assert_eq!(results[0].1[0].fallbacks, []);
     let source = &open(out.path(), &[Stage::Diffusion])[0];
     assert_eq!(inspect::structure(&source.parts[0]), []);
-    // A row across both conversions: half a step of fp8 and of 16 levels.
+    // One row, from fp8 to 16 levels.
     let name = "single_blocks.0.linear2.weight";
     let row = |models: &Path| {
         let source = &open(models, &[Stage::Diffusion])[0];
