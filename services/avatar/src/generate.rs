@@ -133,9 +133,15 @@ async fn run(system: &InProcess, inputs: Inputs, progress: &mut Progress) -> Res
             Some(generate_response::Body::Event(event)) => {
                 match event.state() {
                     GenerationState::Denoising if facts.is_none() => {
-                        facts = Some(ask(system.client(), &event.generation_id).await?);
+                        // A generation that has failed meanwhile is gone; the stream says why.
+                        facts = ask(system.client(), &event.generation_id).await.ok();
                     }
-                    GenerationState::Completed => outcome = event.outcome.clone(),
+                    GenerationState::Completed => {
+                        if facts.is_none() {
+                            facts = Some(ask(system.client(), &event.generation_id).await?);
+                        }
+                        outcome = event.outcome.clone();
+                    }
                     _ => {}
                 }
                 if event.outcome.is_none() && event.failure.is_none() {
