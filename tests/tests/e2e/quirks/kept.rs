@@ -163,7 +163,12 @@ fn quirk_kept_pixels_are_cut_off_not_rounded() {
     let noise = gateway::sampler::noise(3, 16 * 2 * 4);
     let latents = Tensor::from_vec(noise, (16, 1, 2, 4), &Device::Cpu).unwrap();
     let mut bytes = Vec::new();
-    stage.decode_frames(&latents, None, &mut |_, frames| Ok(bytes.extend(frames))).unwrap();
+    stage
+        .decode_frames(&latents, None, &mut |_, frames| {
+            bytes.extend(frames);
+            Ok(())
+        })
+        .unwrap();
     let z = (latents.unsqueeze(0).unwrap() / stage.config.scaling_factor).unwrap();
     let pixels = stage.decoder.decode_tiled(&z).unwrap().squeeze(0).unwrap().permute((1, 2, 3, 0)).unwrap();
     let levels = values(&pixels.contiguous().unwrap()).into_iter().map(|v| (v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0);
