@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     host::{self, Shared},
+    product::{Left, View},
     simd::{self, exp, vectorised},
 };
 
@@ -118,6 +119,10 @@ struct Room {
     /// Largest score and sum of exponentials so far, for each query.
     most: Vec<f32>,
     total: Vec<f32>,
+    /// Packed operands.
+    queries: Vec<f32>,
+    weights: Vec<f32>,
+    packed: Vec<f32>,
 }
 
 impl Room {
@@ -135,17 +140,13 @@ impl Room {
         self.most.resize(rows, f32::NEG_INFINITY);
         self.total.clear();
         self.total.resize(rows, 0.0);
+        let left = Left::new(View::rows(q, d), rows, d, std::mem::take(&mut self.queries));
         for first in (0..keys).step_by(KEYS) {
             let count = KEYS.min(keys - first);
             self.scores.resize(rows * count, 0.0);
-            product(
-                (rows, count, d),
-                &mut self.scores,
-                (q, d as isize, 1),
-                (&k[first * d..], 1, d as isize),
-                scale,
-                false,
-            );
+            let k = View::columns(&k[first * d..][..count * d], d);
+            // SAFETY: the scores are this thread's, and there are `rows · count` of them.
+            unsafe { left.times(k, count, (self.scores.as_mut_ptr(), count), (scale, false), &mut self.packed) };
             for row in 0..rows {
                 let line = &mut self.scores[row * count..][..count];
                 if let Some((mask, stride, _)) = mask {
@@ -154,9 +155,13 @@ impl Room {
                 let sum = &mut self.sum[row * dv..][..dv];
                 soften(line, sum, &mut self.most[row], &mut self.total[row]);
             }
-            let v = (&v[first * dv..], dv as isize, 1);
-            product((rows, dv, count), &mut self.sum, (&self.scores, count as isize, 1), v, 1.0, true);
+            let v = View::rows(&v[first * dv..][..count * dv], dv);
+            let weights = Left::new(View::rows(&self.scores, count), rows, count, std::mem::take(&mut self.weights));
+            // SAFETY: the sums are this thread's, and there are `rows · dv` of them.
+            unsafe { weights.times(v, dv, (self.sum.as_mut_ptr(), dv), (1.0, true), &mut self.packed) };
+            self.weights = weights.into_room();
         }
+        self.queries = left.into_room();
         for (sum, total) in self.sum.chunks_mut(dv.max(1)).zip(&self.total) {
             let scale = 1.0 / total;
             sum.iter_mut().for_each(|v| *v *= scale);
@@ -181,41 +186,5 @@ vectorised! {
         }
         line.iter_mut().for_each(|v| *v = exp::<FMA>(*v - now));
         *total += simd::sum(line, |v| v);
-    }
-}
-
-/// `out = scale·a·b`, or that added to `out`: `a` `(m, k)` and `b` `(k, n)` with row and column strides, `out` `(m, n)`.
-fn product(
-    (m, n, k): (usize, usize, usize),
-    out: &mut [f32],
-    (a, a_row, a_column): (&[f32], isize, isize),
-    (b, b_row, b_column): (&[f32], isize, isize),
-    scale: f32,
-    add: bool,
-) {
-    assert!(out.len() >= m * n && a.len() >= m * k && b.len() >= k * n, "operands of a product");
-    // SAFETY: both operands are dense in one of their two directions, so their sizes bound what is read.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            1,
-            n as isize,
-            add,
-            a.as_ptr(),
-            a_column,
-            a_row,
-            b.as_ptr(),
-            b_column,
-            b_row,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
     }
 }

@@ -6,15 +6,13 @@ use rayon::prelude::*;
 use super::{
     Activation,
     host::{self, Shared},
+    product::{Left, View},
     simd::vectorised,
 };
 use crate::weights::Matrix;
 
 /// Weights that one thread decodes at once (f32: 1 MiB), so that they stay in its cache while they are used.
 const PANEL: usize = 256 << 10;
-
-/// Rows of the input that one thread takes at once: enough that decoding the weights is little beside the product.
-const ROWS: usize = 1024;
 
 /// The residual connection around a layer: `residual + gate·y`.
 #[derive(Debug, Clone, Copy)]
@@ -106,43 +104,21 @@ impl Product<'_> {
     fn run(&self, x: &[f32], column: usize, last: bool, residual: Option<&[f32]>, y: &mut [f32]) {
         let (out, columns) = (self.weight.rows(), self.weight.columns());
         let width = x.len().checked_div(self.rows).unwrap_or(0);
-        let panel = (PANEL / columns.max(1)).next_multiple_of(16).clamp(16, 512);
-        let tasks: Vec<(usize, usize)> =
-            (0..out).step_by(panel).flat_map(|at| (0..self.rows).step_by(ROWS).map(move |row| (at, row))).collect();
+        let panel = (PANEL / columns.max(1)).next_multiple_of(32).clamp(32, 512);
+        let left = Left::new_threaded(View::rows(x, width), self.rows, width);
         let y = Shared::new(y);
-        tasks.into_par_iter().for_each_init(Vec::new, |room, (at, row)| {
-            let (outs, rows) = (panel.min(out - at), ROWS.min(self.rows - row));
+        let panels: Vec<usize> = (0..out).step_by(panel).collect();
+        panels.into_par_iter().for_each_init(Default::default, |(room, packed): &mut (Vec<f32>, Vec<f32>), at| {
+            let outs = panel.min(out - at);
             let weight = self.weight.panel(at..at + outs, room);
-            assert!(weight.len() == outs * columns && column + width <= columns && x.len() >= (row + rows) * width);
-            // SAFETY: the product reads `rows` lines of `x` and `outs` lines of the weight, both within their slices,
-            // and writes `outs` columns of `rows` lines of `y`, which no other task has.
-            unsafe {
-                gemm::gemm(
-                    rows,
-                    outs,
-                    width,
-                    y.pointer(row * out + at),
-                    1,
-                    out as isize,
-                    column > 0,
-                    x.as_ptr().add(row * width),
-                    1,
-                    width as isize,
-                    weight.as_ptr().add(column),
-                    columns as isize,
-                    1,
-                    1.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
-            }
+            assert!(weight.len() == outs * columns && column + width <= columns, "rows of the weight");
+            let right = View { values: weight.get(column..).unwrap_or_default(), row: 1, column: columns };
+            // SAFETY: `outs` columns of all lines of `y`, which no other task has.
+            unsafe { left.times(right, outs, (y.pointer(at), out), (1.0, column > 0), packed) };
             if !last {
                 return;
             }
-            for r in row..row + rows {
+            for r in 0..self.rows {
                 // SAFETY: these columns of this line are this task's alone.
                 let line = unsafe { y.slice(r * out + at, outs) };
                 if let Some(bias) = &self.bias {

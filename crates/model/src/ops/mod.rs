@@ -13,6 +13,7 @@ mod attention;
 pub(crate) mod host;
 mod linear;
 mod norm;
+pub(crate) mod product;
 mod rotary;
 mod simd;
 #[cfg(test)]

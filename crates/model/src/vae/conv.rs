@@ -1,7 +1,14 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use crate::{Error, Result, ops::host, weights::Weights};
+use crate::{
+    Error, Result,
+    ops::{
+        host,
+        product::{Left, View},
+    },
+    weights::Weights,
+};
 
 /// Values of the unfolded input that one thread holds at once (f32: 512 KiB), so that they stay in its L2 cache: a
 /// product with few output channels does too little arithmetic to fetch them from further away.
@@ -107,41 +114,25 @@ impl CausalConv3d {
         let step = (UNFOLDED / depth).max(POSITIONS).div_ceil(wo).min(rows);
         let tiles: Vec<usize> = (0..rows).step_by(step).collect();
         let y = Shared(y.as_mut_ptr());
-        tiles.into_par_iter().for_each_init(Vec::new, |unfolded: &mut Vec<f32>, first| {
-            let last = (first + step).min(rows);
-            let positions = (last - first) * wo;
-            unfolded.resize(depth * positions, 0.0);
-            for (k, line) in unfolded.chunks_exact_mut(positions).enumerate() {
-                axes.unfold(x, k, first..last, line);
-            }
-            let y: &Shared = &y;
-            // SAFETY: the product reads `out x depth` weights and `depth x positions` unfolded values, both exactly
-            // as long, and writes columns `first·wo ..` of the `out` lines of `y`, which lie within it; no two
-            // tiles have a column in common.
-            unsafe {
-                gemm::gemm(
-                    self.out,
-                    positions,
-                    depth,
-                    y.0.add(first * wo),
-                    1,
-                    volume as isize,
-                    false,
-                    weight.as_ptr(),
-                    1,
-                    depth as isize,
-                    unfolded.as_ptr(),
-                    1,
-                    positions as isize,
-                    0.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
-            }
-        });
+        let left = Left::new_threaded(View::rows(weight, depth), self.out, depth);
+        tiles.into_par_iter().for_each_init(
+            Default::default,
+            |(unfolded, packed): &mut (Vec<f32>, Vec<f32>), first| {
+                let last = (first + step).min(rows);
+                let positions = (last - first) * wo;
+                unfolded.resize(depth * positions, 0.0);
+                for (k, line) in unfolded.chunks_exact_mut(positions).enumerate() {
+                    axes.unfold(x, k, first..last, line);
+                }
+                let y: &Shared = &y;
+                // SAFETY: columns `first·wo ..` of the `out` lines of `y`, which lie within it; no two tiles have a
+                // column in common.
+                unsafe {
+                    let to = (y.0.add(first * wo), volume);
+                    left.times(View::rows(unfolded, positions), positions, to, (1.0, false), packed);
+                }
+            },
+        );
     }
 
     /// The same with candle's operations only, on any device and in any type: one two-dimensional convolution
