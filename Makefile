@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV):$(PATH)
 DEMO_MODELS := target/demo-models
 PROMPT := A person speaks calmly to the camera.
 
-.PHONY: help demo test setup fmt lint proto-lint build rust python parity
+.PHONY: help demo test setup fmt lint proto-lint build rust fuzz python parity
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,10 @@ build: ## Builds everything that the tests use
 
 rust: build ## Runs the Rust tests
 	cargo nextest run --workspace --locked
+
+fuzz: build ## Runs the crates' tests with other cases of the properties, until one fails
+	for ((seed = 2; ; seed++)); do \
+	  echo "PROPTEST_RNG_SEED=$$seed"; PROPTEST_RNG_SEED=$$seed cargo nextest run --workspace --lib --locked || exit; done
 
 python: setup build ## Runs the clients and the chart's tests in Python
 	$(VENV)/python -m pytest -q tests/python

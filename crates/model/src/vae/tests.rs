@@ -3,22 +3,8 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::*;
-pub(super) use crate::golden::worst;
+pub(super) use crate::golden::{noise, worst};
 use crate::{Error, golden::Golden};
-
-/// Deterministic values in -1..1.
-pub(super) fn noise(shape: &[usize], seed: u64) -> Tensor {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let values: Vec<f32> = (0..shape.iter().product())
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-}
 
 fn config(case: &Golden) -> VaeConfig {
     serde_json::from_value(case.config.clone()).unwrap()
