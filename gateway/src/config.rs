@@ -1,12 +1,12 @@
 //! The gateway's flags.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser};
 use http::Uri;
 use service_kit::config::{CommonConfig, CommonFlags, Mistakes, Settings, parse_listen, parse_number};
 
-use crate::stages::StageUris;
+use crate::{stages::StageUris, validate::MOST_AUDIO_SECONDS};
 
 /// Takes pictures, recordings and sentences, and makes talking videos with the five stages.
 #[derive(Debug, Parser)]
@@ -44,15 +44,19 @@ pub struct Flags {
 /// The flags about generations; shared by every program that has a gateway inside.
 #[derive(Debug, Clone, Args)]
 pub struct OptionFlags {
-    /// Folder for the videos, made if missing. Without it they lie in a temporary folder that is removed at the end.
-    #[arg(long, env = "AVATAR_DATA_DIR", value_name = "DIR")]
-    pub data_dir: Option<PathBuf>,
+    /// Folder for records, inputs, work in progress and videos, made if missing; a restart goes on from there. One
+    /// gateway at a time uses it.
+    #[arg(long, env = "AVATAR_DATA_DIR", value_name = "DIR", default_value = "avatar-data")]
+    pub data_dir: PathBuf,
     /// Generations that may wait (0 to 10000) behind those that run; more are refused with RESOURCE_EXHAUSTED.
     #[arg(long, env = "AVATAR_QUEUE", value_name = "N", default_value = "16")]
     pub queue: String,
     /// Generations that run at the same time (1 to 64).
     #[arg(long, env = "AVATAR_CONCURRENT", value_name = "N", default_value = "1")]
     pub concurrent: String,
+    /// Seconds (0 to 86400) that a stage may stay away before a generation that needs it fails.
+    #[arg(long, env = "AVATAR_STAGE_PATIENCE", value_name = "SECONDS", default_value = "600")]
+    pub stage_patience: String,
     /// Longest recording in seconds (1 to 600).
     #[arg(long, env = "AVATAR_MAX_AUDIO_SECONDS", value_name = "SECONDS", default_value = "600")]
     pub max_audio_seconds: String,
@@ -64,12 +68,14 @@ pub struct OptionFlags {
 /// What [`OptionFlags`] say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// Folder for the videos; `None` for a temporary one.
-    pub data_dir: Option<PathBuf>,
+    /// Folder for all that outlives the process.
+    pub data_dir: PathBuf,
     /// Generations that may wait behind those that run.
     pub queue: usize,
     /// Generations that run at the same time.
     pub concurrent: usize,
+    /// How long a stage may stay away.
+    pub stage_patience: Duration,
     /// Longest recording in seconds.
     pub max_audio_seconds: u32,
     /// The program that writes the video.
@@ -78,7 +84,14 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { data_dir: None, queue: 16, concurrent: 1, max_audio_seconds: 600, ffmpeg: "ffmpeg".into() }
+        Self {
+            data_dir: "avatar-data".into(),
+            queue: 16,
+            concurrent: 1,
+            stage_patience: Duration::from_secs(600),
+            max_audio_seconds: MOST_AUDIO_SECONDS,
+            ffmpeg: "ffmpeg".into(),
+        }
     }
 }
 
@@ -87,8 +100,11 @@ impl OptionFlags {
     pub fn resolve(self, mistakes: &mut Mistakes) -> Option<Options> {
         let queue = mistakes.check("--queue", &self.queue, |text| parse_number(text, 0, 10_000));
         let concurrent = mistakes.check("--concurrent", &self.concurrent, |text| parse_number(text, 1, 64));
-        let max_audio_seconds =
-            mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| parse_number(text, 1, 600));
+        let stage_patience =
+            mistakes.check("--stage-patience", &self.stage_patience, |text| parse_number(text, 0, 86_400));
+        let max_audio_seconds = mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| {
+            parse_number(text, 1, MOST_AUDIO_SECONDS as usize)
+        });
         if self.ffmpeg.as_os_str().is_empty() {
             mistakes.note("--ffmpeg: the name of a program is needed");
         }
@@ -96,6 +112,7 @@ impl OptionFlags {
             data_dir: self.data_dir,
             queue: queue?,
             concurrent: concurrent?,
+            stage_patience: Duration::from_secs(stage_patience? as u64),
             max_audio_seconds: max_audio_seconds? as u32,
             ffmpeg: self.ffmpeg,
         })

@@ -41,6 +41,14 @@ pub(crate) struct Script {
     pub(crate) sessions: Mutex<HashMap<String, usize>>,
     /// How often a session was opened.
     pub(crate) opened: AtomicUsize,
+    /// Calls of the encoders that were answered.
+    pub(crate) encoded: AtomicUsize,
+    /// Predict call from which on the stage cannot be reached, and how many calls that lasts.
+    pub(crate) away_at: Option<(usize, usize)>,
+    /// Decode calls that the stage cannot be reached for.
+    pub(crate) decoder_away: AtomicUsize,
+    /// What the stages say that they are.
+    pub(crate) identity: Mutex<String>,
     /// The text encoder refuses the prompt.
     pub(crate) refuse_prompt: bool,
     /// Faces that the image encoder finds, the largest first.
@@ -49,6 +57,8 @@ pub(crate) struct Script {
     pub(crate) samples: AtomicUsize,
     /// Frames of speech of the last session.
     pub(crate) heard: AtomicUsize,
+    /// Latents of every Decode call.
+    pub(crate) decoded: Mutex<Vec<Vec<f32>>>,
     /// Every Predict call with the latents of its items.
     pub(crate) passes: Mutex<Vec<(v1::PredictHeader, Vec<Vec<f32>>)>>,
 }
@@ -65,7 +75,8 @@ pub(crate) fn start(script: &Arc<Script>) -> Stages {
             .add_service(v1::text_encoder_service_server::TextEncoderServiceServer::new(fake.clone()))
             .add_service(v1::image_encoder_service_server::ImageEncoderServiceServer::new(fake.clone()))
             .add_service(v1::diffusion_service_server::DiffusionServiceServer::new(fake.clone()))
-            .add_service(v1::vae_decode_service_server::VaeDecodeServiceServer::new(fake));
+            .add_service(v1::vae_decode_service_server::VaeDecodeServiceServer::new(fake.clone()))
+            .add_service(v1::stage_service_server::StageServiceServer::new(fake));
     let lifetime = Lifetime { shutdown: CancellationToken::new(), drain: Duration::ZERO };
     tokio::spawn(async move { server::serve(routes, &[], incoming, lifetime).await });
     Stages {
@@ -120,6 +131,7 @@ impl v1::audio_encoder_service_server::AudioEncoderService for Fake {
     ) -> Result<Response<Self::EncodeAudioStream>, Status> {
         use v1::encode_audio_response::Body as Out;
         let (_, tensors) = read!(request, v1::encode_audio_request::Body);
+        self.0.encoded.fetch_add(1, Ordering::SeqCst);
         self.0.samples.store(tensors[0].shape()[0], Ordering::SeqCst);
         let features = constant("features", &[tensors[0].shape()[0].div_ceil(320), 5, 8]);
         let message = |body| v1::EncodeAudioResponse { body: Some(body) };
@@ -142,6 +154,7 @@ impl v1::text_encoder_service_server::TextEncoderService for Fake {
         if self.0.refuse_prompt {
             return Err(ServiceError::invalid("prompt", "300 tokens; the limit is 249").into());
         }
+        self.0.encoded.fetch_add(1, Ordering::SeqCst);
         let mut tensors = Vec::new();
         for side in ["positive", "negative"] {
             tensors.push(constant(&format!("{side}.states"), &[4, 8]));
@@ -164,6 +177,7 @@ impl v1::image_encoder_service_server::ImageEncoderService for Fake {
     ) -> Result<Response<Self::EncodeReferenceStream>, Status> {
         use v1::encode_reference_response::Body as Out;
         let (header, _) = read!(request, v1::encode_reference_request::Body);
+        self.0.encoded.fetch_add(1, Ordering::SeqCst);
         let (h, w) = (header.height as usize / 8, header.width as usize / 8);
         let tensors = vec![constant("reference_latents", &[2, 1, h, w]), constant("face_mask", &[1, 1, h, w])];
         let message = |body| v1::EncodeReferenceResponse { body: Some(body) };
@@ -196,6 +210,9 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         let (header, tensors) = read!(request, v1::predict_request::Body);
         tokio::time::sleep(self.0.predict_time).await;
         let call = self.0.predicted.fetch_add(1, Ordering::SeqCst);
+        if self.0.away_at.is_some_and(|(first, calls)| (first..first.saturating_add(calls)).contains(&call)) {
+            return Err(ServiceError::unavailable("nobody is there").into());
+        }
         let mut sessions = self.0.sessions.lock().unwrap();
         if self.0.lose_session_at == Some(call) {
             sessions.clear();
@@ -207,7 +224,9 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         self.0.passes.lock().unwrap().push((header, latents));
         let bad = self.0.not_finite_at == Some(call);
         let velocity = |(i, latents): (usize, &HostTensor)| {
-            let values = vec![if bad { f32::NAN } else { 0.25 }; latents.shape().iter().product()];
+            // Of the latents themselves, so that a step that is left out or taken twice shows.
+            let value = |x: f32| if bad { f32::NAN } else { x.sin() };
+            let values: Vec<f32> = latents.to_f32().unwrap().into_iter().map(value).collect();
             HostTensor::from_f32(format!("velocity.{i}"), latents.shape(), &values).unwrap()
         };
         let velocities = tensors.iter().enumerate().map(velocity).collect();
@@ -235,10 +254,40 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
     ) -> Result<Response<Self::DecodeLatentsStream>, Status> {
         use v1::decode_latents_response::Body as Out;
         let (header, tensors) = read!(request, v1::decode_latents_request::Body);
+        let away = |calls: usize| calls.checked_sub(1);
+        if self.0.decoder_away.fetch_update(Ordering::SeqCst, Ordering::SeqCst, away).is_ok() {
+            return Err(ServiceError::unavailable("nobody is there").into());
+        }
+        self.0.decoded.lock().unwrap().push(tensors[0].to_f32().unwrap());
         let (n, h, w) = (header.frame_limit as usize, 8 * tensors[0].shape()[2], 8 * tensors[0].shape()[3]);
         let frames = HostTensor::from_u8("frames", &[n, h, w, 3], vec![128; n * h * w * 3]).unwrap();
         let message = |body| v1::DecodeLatentsResponse { body: Some(body) };
         let summary = message(Out::Summary(v1::DecodeLatentsSummary { frames: n as u32, memory: None }));
         Ok(answer(vec![frames], move |part| message(Out::Part(part)), summary))
+    }
+}
+
+#[tonic::async_trait]
+impl v1::stage_service_server::StageService for Fake {
+    type WatchMemoryStream = Answers<v1::WatchMemoryResponse>;
+
+    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
+        let checkpoint_digest = self.0.identity.lock().unwrap().clone();
+        Ok(Response::new(v1::DescribeResponse { checkpoint_digest, ..Default::default() }))
+    }
+
+    async fn load(&self, _: Request<v1::LoadRequest>) -> Result<Response<v1::LoadResponse>, Status> {
+        Ok(Response::new(v1::LoadResponse::default()))
+    }
+
+    async fn unload(&self, _: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
+        Ok(Response::new(v1::UnloadResponse::default()))
+    }
+
+    async fn watch_memory(
+        &self,
+        _: Request<v1::WatchMemoryRequest>,
+    ) -> Result<Response<Self::WatchMemoryStream>, Status> {
+        Ok(Response::new(Box::pin(stream::empty())))
     }
 }

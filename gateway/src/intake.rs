@@ -16,7 +16,26 @@ pub struct Upload {
     pub picture: Vec<u8>,
     /// The recording's file.
     pub audio: Vec<u8>,
+    /// The caller's key for this request, so that sending it again makes no second generation; empty for none.
+    pub idempotency_key: String,
 }
+
+/// Checks a caller's key for a request.
+///
+/// Errors: it has more than 255 characters, or others than visible ASCII.
+pub fn check_key(key: &str) -> Result<(), Fault> {
+    let problem = if key.len() > KEY_BYTES {
+        format!("{} bytes; the limit is {KEY_BYTES}", key.len())
+    } else if let Some(at) = key.bytes().position(|byte| !byte.is_ascii_graphic()) {
+        format!("byte {at} is no visible ASCII character")
+    } else {
+        return Ok(());
+    };
+    Err(Fault::invalid("idempotency_key", problem))
+}
+
+/// Most bytes of a caller's key.
+const KEY_BYTES: usize = 255;
 
 /// One file of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,10 +105,10 @@ impl Intake {
         Ok(())
     }
 
-    /// Ends the upload.
+    /// Ends the upload, which the caller named by a key (empty for none).
     ///
     /// Errors: the specification or a file is missing; both missing files are reported together.
-    pub fn finish(self) -> Result<Upload, Fault> {
+    pub fn finish(self, idempotency_key: String) -> Result<Upload, Fault> {
         let Some(spec) = self.spec else {
             return Err(Fault::new(Kind::Invalid, "the request has no specification; it must be the first message"));
         };
@@ -101,7 +120,7 @@ impl Intake {
         if !empty.is_empty() {
             return Err(Fault::of_violations(Kind::Invalid, empty));
         }
-        Ok(Upload { spec, picture: self.picture, audio: self.audio })
+        Ok(Upload { spec, picture: self.picture, audio: self.audio, idempotency_key })
     }
 }
 
@@ -129,13 +148,23 @@ mod tests {
     }
 
     #[test]
+    fn a_key_is_short_and_visible() {
+        for key in ["", "a", "0190163d-8694-739b-aea5-966c26f8ad91", &"k".repeat(255)] {
+            check_key(key).unwrap();
+        }
+        for key in ["a b", "é", "\n", &"k".repeat(256)] {
+            assert_eq!(check_key(key).unwrap_err().field(), Some("idempotency_key"), "{key:?}");
+        }
+    }
+
+    #[test]
     fn order_and_completeness_are_checked() {
         assert!(Intake::default().bytes(File::Audio, b"x").is_err(), "bytes before the specification");
-        assert!(Intake::default().finish().is_err(), "nothing at all");
+        assert!(Intake::default().finish(String::new()).is_err(), "nothing at all");
         let mut intake = Intake::default();
         intake.spec(GenerationSpec::default()).unwrap();
         assert!(intake.spec(GenerationSpec::default()).is_err(), "twice");
-        let fault = intake.finish().unwrap_err();
+        let fault = intake.finish(String::new()).unwrap_err();
         assert_eq!(fault.violations.len(), 2);
     }
 }

@@ -1,28 +1,30 @@
 //! Who may come in, and whose turn it is.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
-use proto::v1::GenerationDefaults;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use proto::v1::{Generation, GenerationDefaults};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     config::Options,
     fault::{Fault, Kind},
-    intake::Upload,
+    intake::{Upload, check_key},
     runner::{self, Workshop, prepare::Prepared},
     stages::Stages,
-    store::{Change, Record, Store, StoreError},
+    store::{Accepted, Store, StoreError, request_hash},
     validate,
 };
 
 /// When to try again after the queue was full. Generations take minutes.
 const FULL_RETRY: Duration = Duration::from_secs(5);
-/// How long cancelled generations may take to end.
-const CANCEL_TIME: Duration = Duration::from_secs(10);
+/// How long generations may take to be let go.
+const STOP_TIME: Duration = Duration::from_secs(10);
 
 /// The gateway. Clones are the same gateway.
 #[derive(Debug, Clone)]
@@ -35,39 +37,50 @@ struct Inner {
     store: Store,
     stages: Stages,
     options: Options,
-    /// One permit for each generation that waits or runs, from its first byte on.
-    places: Arc<Semaphore>,
-    /// One permit for each that runs; handed out in the order of coming.
-    turns: Arc<Semaphore>,
+    /// Requests whose bytes are being read.
+    uploads: AtomicU64,
     tasks: TaskTracker,
+    /// Nothing is accepted or begun any more.
     closing: CancellationToken,
+    /// What runs is let go as it is.
+    stopping: CancellationToken,
     /// What the diffusion stage said last, for when it does not answer.
     defaults: Mutex<Option<GenerationDefaults>>,
 }
 
-/// A place in the queue, held until the generation has ended.
+/// A place in the queue, held until the generation is kept.
 #[derive(Debug)]
 pub struct Place {
-    /// Given back when the place goes.
-    _permit: OwnedSemaphorePermit,
+    inner: Arc<Inner>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.inner.uploads.fetch_sub(1, SeqCst);
+    }
 }
 
 impl Gateway {
-    /// A gateway on the given stages. Call it inside a tokio runtime.
+    /// A gateway on the given stages; it goes on with what an earlier process left unfinished in the data folder. Call
+    /// it inside a tokio runtime.
     ///
-    /// Errors: the folder for the videos cannot be used.
-    pub fn new(options: &Options, stages: Stages) -> Result<Self, StoreError> {
+    /// Errors: the data folder cannot be used.
+    pub async fn new(options: &Options, stages: Stages) -> Result<Self, StoreError> {
         let inner = Inner {
-            store: Store::open(options.data_dir.as_deref())?,
+            store: Store::open(&options.data_dir).await?,
             stages,
-            places: Arc::new(Semaphore::new(options.queue + options.concurrent)),
-            turns: Arc::new(Semaphore::new(options.concurrent)),
             options: options.clone(),
+            uploads: AtomicU64::new(0),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
+            stopping: CancellationToken::new(),
             defaults: Mutex::new(None),
         };
-        Ok(Self { inner: Arc::new(inner) })
+        let gateway = Self { inner: Arc::new(inner) };
+        for _ in 0..options.concurrent {
+            gateway.inner.tasks.spawn(gateway.clone().work());
+        }
+        Ok(gateway)
     }
 
     /// The public gRPC service, without health and reflection.
@@ -87,89 +100,87 @@ impl Gateway {
         &self.inner.store
     }
 
-    /// Takes a place in the queue. Ask for it before a request's bytes are read: the places bound the memory.
+    /// Takes a place in the queue. Ask for it before a request's bytes are read: the places bound the memory. A request
+    /// that was accepted before, which its key tells, needs none.
     ///
     /// Errors: the queue is full, or the gateway is shutting down.
-    pub fn admit(&self) -> Result<Place, Fault> {
+    pub async fn admit(&self, idempotency_key: &str) -> Result<Place, Fault> {
+        check_key(idempotency_key)?;
         if self.inner.closing.is_cancelled() {
-            return Err(Fault::new(Kind::Unavailable, "the gateway is shutting down"));
+            return Err(shutting_down());
         }
-        Arc::clone(&self.inner.places).try_acquire_owned().map(|permit| Place { _permit: permit }).map_err(|_| {
-            let (running, waiting) = (self.inner.options.concurrent, self.inner.options.queue);
-            let message = format!("the queue is full: {running} may run and {waiting} may wait");
-            Fault::new(Kind::Busy { retry_after: FULL_RETRY }, message)
-        })
+        let place = Place { inner: Arc::clone(&self.inner) };
+        let uploads = self.inner.uploads.fetch_add(1, SeqCst) + 1;
+        let (running, waiting) = (self.inner.options.concurrent, self.inner.options.queue);
+        if self.inner.store.unfinished().await? + uploads > (running + waiting) as u64 {
+            let known = !idempotency_key.is_empty() && self.inner.store.has_key(idempotency_key).await?;
+            if !known {
+                let message = format!("the queue is full: {running} may run and {waiting} may wait");
+                return Err(Fault::new(Kind::Busy { retry_after: FULL_RETRY }, message));
+            }
+        }
+        Ok(place)
     }
 
-    /// Accepts a generation: checks all of it, keeps it, and starts it when its turn comes.
-    pub async fn accept(&self, upload: Upload, place: Place) -> Result<Arc<Record>, Fault> {
+    /// Accepts a generation: checks all of it and keeps it. Its turn comes by itself; once this has returned, also in
+    /// a later process, unless it is `attached` to the call that made it.
+    pub async fn accept(&self, upload: Upload, place: Place, attached: bool) -> Result<Generation, Fault> {
         validate::check(&upload.spec)?;
         let defaults =
             if validate::needs_defaults(&upload.spec) { self.defaults().await? } else { GenerationDefaults::default() };
         let settings = validate::resolve(upload.spec.clone(), &defaults)?;
         let limit = self.inner.options.max_audio_seconds;
-        let prepared = tokio::task::spawn_blocking(move || Prepared::read(upload, settings, limit))
+        let read = move || {
+            let prepared = Prepared::read(&upload, settings, limit)?;
+            let request_hash = request_hash(&upload.spec, &upload.picture, &upload.audio);
+            let Upload { picture, audio, idempotency_key, .. } = upload;
+            let generation = prepared.generation();
+            Ok::<_, Fault>(Accepted { generation, picture, audio, idempotency_key, request_hash, attached })
+        };
+        let accepted = tokio::task::spawn_blocking(read)
             .await
             .map_err(|error| Fault::internal("the files could not be read", &error))??;
         if self.inner.closing.is_cancelled() {
-            return Err(Fault::new(Kind::Unavailable, "the gateway is shutting down"));
+            return Err(shutting_down());
         }
-        let record = Arc::new(Record::new(prepared.generation()));
-        self.inner.store.insert(Arc::clone(&record));
+        let generation = self.inner.store.create(accepted).await?;
+        drop(place);
         tracing::info!(
-            generation_id = %record.id(),
-            frames = prepared.plan.frames,
-            size = %prepared.size,
-            steps = prepared.settings.steps,
+            generation_id = generation.generation_id,
+            frames = generation.frames,
+            width = generation.width,
+            height = generation.height,
             "accepted"
         );
-        self.inner.tasks.spawn(self.clone().work(Arc::clone(&record), prepared, place));
-        Ok(record)
+        Ok(generation)
     }
 
-    /// Waits for the turn and runs the generation.
-    async fn work(self, record: Arc<Record>, prepared: Prepared, place: Place) {
-        let turns = Arc::clone(&self.inner.turns);
-        let turn = tokio::select! {
-            biased;
-            () = record.cancel_token().cancelled() => None,
-            turn = turns.acquire_owned() => turn.ok(),
+    /// Runs one generation after the other.
+    async fn work(self) {
+        let workshop = Workshop {
+            stages: self.inner.stages.clone(),
+            ffmpeg: self.inner.options.ffmpeg.clone(),
+            directory: self.inner.store.work_dir(),
+            patience: self.inner.options.stage_patience,
+            stopping: self.inner.stopping.clone(),
         };
-        match turn {
-            Some(turn) => {
-                let workshop = Workshop {
-                    stages: self.inner.stages.clone(),
-                    ffmpeg: self.inner.options.ffmpeg.clone(),
-                    directory: self.inner.store.dir().to_path_buf(),
-                    file: self.inner.store.video_path(record.id()),
-                };
-                runner::run(Arc::clone(&record), prepared, workshop).await;
-                drop(turn);
-            }
-            None => record.publish(Change::cancelled("cancelled before its turn came")),
+        let closing = self.inner.closing.clone();
+        while let Some(lease) = closing.run_until_cancelled(self.inner.store.next()).await {
+            runner::run(lease, workshop.clone()).await;
         }
-        if record.is_removed() || !record.completed() {
-            // Nobody can ask for it any more.
-            if let Err(fault) = self.inner.store.remove_video(record.id()).await {
-                tracing::warn!(generation_id = %record.id(), %fault, "the video stays behind");
-            }
-        }
-        drop(place);
     }
 
-    /// Accepts nothing more, waits for what was accepted, cancels at the deadline what is left.
+    /// Accepts and begins nothing more, waits for what runs, and lets go at the deadline of what is left: a later
+    /// process goes on with it.
     pub async fn drain(&self, deadline: Duration) {
         self.inner.closing.cancel();
         self.inner.tasks.close();
         if tokio::time::timeout(deadline, self.inner.tasks.wait()).await.is_ok() {
             return;
         }
-        for record in self.inner.store.running() {
-            tracing::warn!(generation_id = %record.id(), "cancelled: the gateway shuts down");
-            record.cancel_token().cancel();
-        }
-        if tokio::time::timeout(CANCEL_TIME, self.inner.tasks.wait()).await.is_err() {
-            tracing::error!("some generations did not end");
+        self.inner.stopping.cancel();
+        if tokio::time::timeout(STOP_TIME, self.inner.tasks.wait()).await.is_err() {
+            tracing::error!("some generations were not let go in time");
         }
     }
 
@@ -182,4 +193,8 @@ impl Gateway {
             Err(fault) => known.ok_or(fault),
         }
     }
+}
+
+fn shutting_down() -> Fault {
+    Fault::new(Kind::Unavailable, "the gateway is shutting down")
 }

@@ -1,6 +1,6 @@
 //! The public gRPC service.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
@@ -11,12 +11,13 @@ use proto::v1::{
 use tokio::io::AsyncSeekExt as _;
 use tokio_util::io::ReaderStream;
 use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataMap};
+use uuid::Uuid;
 
 use crate::{
     fault::{Fault, Kind},
     intake::{File, Intake, Upload},
-    scheduler::Gateway,
-    store::Record,
+    scheduler::{Gateway, Place},
+    store::Store,
 };
 
 /// Most bytes of one message that comes in: more than any allowed one, so that the refusal can name the field.
@@ -70,20 +71,50 @@ impl From<GenerateRequest> for Piece {
     }
 }
 
-/// Reads a whole upload, within the limits.
-async fn receive<M: Into<Piece>>(mut messages: Streaming<M>) -> Result<Upload, Fault> {
+/// Takes a place in the queue and reads a whole upload, within the limits.
+async fn receive<M: Into<Piece> + Keyed>(
+    gateway: &Gateway,
+    mut messages: Streaming<M>,
+) -> Result<(Upload, Place), Fault> {
     let mut intake = Intake::default();
+    let mut message = next(&mut messages).await?;
+    let key = message.as_mut().map(Keyed::take_key).unwrap_or_default();
+    let place = gateway.admit(&key).await?;
     loop {
-        let message = tokio::time::timeout(UPLOAD_SILENCE, messages.message()).await.map_err(|_| {
-            let message = format!("nothing came for {} s in the middle of the request", UPLOAD_SILENCE.as_secs());
-            Fault::new(Kind::Deadline, message)
-        })?;
-        match message.map_err(|status| unreadable(&status))?.map(Into::into) {
+        match message.map(Into::into) {
             Some(Piece::Spec(spec)) => intake.spec(spec)?,
             Some(Piece::Bytes(file, bytes)) => intake.bytes(file, &bytes)?,
             Some(Piece::Empty) => return Err(Fault::new(Kind::Invalid, "a message of the request is empty")),
-            None => return intake.finish(),
+            None => return Ok((intake.finish(key)?, place)),
         }
+        message = next(&mut messages).await?;
+    }
+}
+
+/// The next message of an upload.
+async fn next<M>(messages: &mut Streaming<M>) -> Result<Option<M>, Fault> {
+    let message = tokio::time::timeout(UPLOAD_SILENCE, messages.message()).await.map_err(|_| {
+        let message = format!("nothing came for {} s in the middle of the request", UPLOAD_SILENCE.as_secs());
+        Fault::new(Kind::Deadline, message)
+    })?;
+    message.map_err(|status| unreadable(&status))
+}
+
+/// A message that may bear the caller's key for the request.
+trait Keyed {
+    fn take_key(&mut self) -> String;
+}
+
+impl Keyed for CreateGenerationRequest {
+    fn take_key(&mut self) -> String {
+        std::mem::take(&mut self.idempotency_key)
+    }
+}
+
+impl Keyed for GenerateRequest {
+    /// The generation of this call ends with it, so there is nothing to be found again.
+    fn take_key(&mut self) -> String {
+        String::new()
     }
 }
 
@@ -123,16 +154,20 @@ fn deadline(metadata: &MetadataMap) -> Option<Duration> {
 #[derive(Debug)]
 struct Owned {
     gateway: Gateway,
-    record: Arc<Record>,
+    id: Uuid,
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        self.gateway.store().forget(&self.record);
-        let (gateway, id) = (self.gateway.clone(), self.record.id());
-        // A stream can be dropped outside the runtime only when the process ends, and the folder with it.
+        let (gateway, id) = (self.gateway.clone(), self.id.to_string());
+        // A stream can be dropped outside the runtime only when the process ends; the next one removes what belonged
+        // to its calls.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { gateway.store().remove_video(id).await });
+            runtime.spawn(async move {
+                if let Err(fault) = gateway.store().remove(&id).await {
+                    tracing::warn!(generation_id = id, %fault, "a generation whose call has ended stays behind");
+                }
+            });
         }
     }
 }
@@ -140,17 +175,20 @@ impl Drop for Owned {
 /// The events of a call's generation, then its video.
 fn answers(owned: Owned, until: Option<tokio::time::Instant>) -> Answers<GenerateResponse> {
     use v1::generate_response::Body;
-    let record = Arc::clone(&owned.record);
-    let events = Arc::clone(&record).events(1).map(|event| Ok(GenerateResponse { body: Some(Body::Event(event)) }));
-    let path = owned.gateway.store().video_path(record.id());
+    let (store, id) = (owned.gateway.store().clone(), owned.id);
+    let events = store.events(id, 1).map(|event| match event {
+        Ok(event) => Ok(GenerateResponse { body: Some(Body::Event(event)) }),
+        Err(fault) => Err(fault.to_status()),
+    });
     let video = stream::once(async move {
-        let generation = record.generation();
-        match generation.state() {
-            GenerationState::Completed => open_video(&path, 0).await.map(|(file, _)| video_chunks(file)),
-            GenerationState::Failed => Err(failed(&record)),
+        let generation = store.get(&id.to_string()).await.map_err(|fault| fault.to_status())?;
+        match (generation.state(), &generation.failure) {
+            (GenerationState::Completed, _) => open_video(&store, &generation.generation_id, 0).await,
+            (GenerationState::Failed, Some(failure)) => Err(Fault::from_failure(failure).to_status()),
             _ => Err(Fault::new(Kind::Cancelled, "the generation was cancelled").to_status()),
         }
     })
+    .map_ok(|(file, _)| video_chunks(file))
     .try_flatten()
     .map_ok(|data| GenerateResponse { body: Some(Body::VideoChunk(data.to_vec())) });
     let all = Box::pin(events.chain(video));
@@ -177,24 +215,17 @@ fn answers(owned: Owned, until: Option<tokio::time::Instant>) -> Answers<Generat
     }))
 }
 
-/// The status of a failed generation's call: its own fault if the record kept enough of it.
-fn failed(record: &Record) -> Status {
-    match record.fault() {
-        Some(fault) => fault.to_status(),
-        None => Fault::new(Kind::Internal, "the generation failed").to_status(),
-    }
-}
-
-async fn open_video(path: &std::path::Path, offset: u64) -> Result<(tokio::fs::File, u64), Status> {
-    let missing = |error: std::io::Error| Fault::internal("the video cannot be read", &error).to_status();
-    let mut file = tokio::fs::File::open(path).await.map_err(missing)?;
-    let total = file.metadata().await.map_err(missing)?.len();
-    if offset > total {
-        let message = format!("offset {offset} is past the end; the video has {total} bytes");
+/// A completed generation's video from an offset on, and its length.
+async fn open_video(store: &Store, id: &str, offset: u64) -> Result<(tokio::fs::File, u64), Status> {
+    let (video, file) = store.video(id).await.map_err(|fault| fault.to_status())?;
+    if offset > video.bytes {
+        let message = format!("offset {offset} is past the end; the video has {} bytes", video.bytes);
         return Err(Fault::new(Kind::OutOfRange, message).to_status());
     }
-    file.seek(std::io::SeekFrom::Start(offset)).await.map_err(missing)?;
-    Ok((file, total))
+    let mut file = tokio::fs::File::from_std(file);
+    let sought = file.seek(std::io::SeekFrom::Start(offset)).await;
+    sought.map_err(|error| Fault::internal("the video cannot be read", &error).to_status())?;
+    Ok((file, video.bytes))
 }
 
 fn video_chunks(file: tokio::fs::File) -> impl Stream<Item = Result<Bytes, Status>> + Send {
@@ -213,12 +244,11 @@ impl AvatarService for Service {
         request: Request<Streaming<CreateGenerationRequest>>,
     ) -> Result<Response<v1::CreateGenerationResponse>, Status> {
         let made = async {
-            let place = self.gateway.admit()?;
-            let upload = receive(request.into_inner()).await?;
-            self.gateway.accept(upload, place).await
+            let (upload, place) = receive(&self.gateway, request.into_inner()).await?;
+            self.gateway.accept(upload, place, false).await
         };
-        let record = made.await.map_err(|fault: Fault| fault.to_status())?;
-        Ok(Response::new(v1::CreateGenerationResponse { generation: Some(record.generation()) }))
+        let generation = made.await.map_err(|fault: Fault| fault.to_status())?;
+        Ok(Response::new(v1::CreateGenerationResponse { generation: Some(generation) }))
     }
 
     async fn generate(
@@ -227,10 +257,11 @@ impl AvatarService for Service {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let until = deadline(request.metadata()).map(|patience| tokio::time::Instant::now() + patience);
         let made = async {
-            let place = self.gateway.admit()?;
-            let upload = receive(request.into_inner()).await?;
-            let record = self.gateway.accept(upload, place).await?;
-            Ok(Owned { gateway: self.gateway.clone(), record })
+            let (upload, place) = receive(&self.gateway, request.into_inner()).await?;
+            let generation = self.gateway.accept(upload, place, true).await?;
+            let id = Uuid::try_parse(&generation.generation_id);
+            let id = id.map_err(|error| Fault::internal("a generation has no id", &error))?;
+            Ok(Owned { gateway: self.gateway.clone(), id })
         };
         let owned = made.await.map_err(|fault: Fault| fault.to_status())?;
         Ok(Response::new(answers(owned, until)))
@@ -240,8 +271,9 @@ impl AvatarService for Service {
         &self,
         request: Request<v1::GetGenerationRequest>,
     ) -> Result<Response<v1::GetGenerationResponse>, Status> {
-        let record = self.gateway.store().get(&request.get_ref().generation_id).map_err(|fault| fault.to_status())?;
-        Ok(Response::new(v1::GetGenerationResponse { generation: Some(record.generation()) }))
+        let generation = self.gateway.store().get(&request.get_ref().generation_id).await;
+        let generation = Some(generation.map_err(|fault| fault.to_status())?);
+        Ok(Response::new(v1::GetGenerationResponse { generation }))
     }
 
     async fn watch_generation(
@@ -249,9 +281,11 @@ impl AvatarService for Service {
         request: Request<v1::WatchGenerationRequest>,
     ) -> Result<Response<Self::WatchGenerationStream>, Status> {
         let request = request.into_inner();
-        let record = self.gateway.store().get(&request.generation_id).map_err(|fault| fault.to_status())?;
-        let events = record.events(request.from_number);
-        let answers = events.map(|event| Ok(v1::WatchGenerationResponse { event: Some(event) }));
+        let id = self.gateway.store().id(&request.generation_id).await.map_err(|fault| fault.to_status())?;
+        let answers = self.gateway.store().events(id, request.from_number).map(|event| match event {
+            Ok(event) => Ok(v1::WatchGenerationResponse { event: Some(event) }),
+            Err(fault) => Err(fault.to_status()),
+        });
         Ok(Response::new(Box::pin(answers)))
     }
 
@@ -259,9 +293,9 @@ impl AvatarService for Service {
         &self,
         request: Request<v1::CancelGenerationRequest>,
     ) -> Result<Response<v1::CancelGenerationResponse>, Status> {
-        let record = self.gateway.store().get(&request.get_ref().generation_id).map_err(|fault| fault.to_status())?;
-        let generation = cancel(&record).await;
-        Ok(Response::new(v1::CancelGenerationResponse { generation: Some(generation) }))
+        let generation = self.gateway.store().cancel(&request.get_ref().generation_id).await;
+        let generation = Some(generation.map_err(|fault| fault.to_status())?);
+        Ok(Response::new(v1::CancelGenerationResponse { generation }))
     }
 
     async fn delete_generation(
@@ -278,30 +312,11 @@ impl AvatarService for Service {
         request: Request<v1::DownloadVideoRequest>,
     ) -> Result<Response<Self::DownloadVideoStream>, Status> {
         let request = request.into_inner();
-        let path = completed_video(&self.gateway, &request.generation_id).map_err(|fault| fault.to_status())?;
-        let (file, total) = open_video(&path, request.offset).await?;
+        let (file, total) = open_video(self.gateway.store(), &request.generation_id, request.offset).await?;
         let first = v1::DownloadVideoResponse { data: Vec::new(), total_bytes: total };
         let rest = video_chunks(file).map_ok(|data| v1::DownloadVideoResponse { data: data.to_vec(), total_bytes: 0 });
         Ok(Response::new(Box::pin(stream::once(async { Ok(first) }).chain(rest))))
     }
-}
-
-/// Cancels a generation and gives it as it is then.
-pub(crate) async fn cancel(record: &Record) -> v1::Generation {
-    record.cancel_token().cancel();
-    // The run notices at its next await; a moment is plenty, and the answer is true either way.
-    let _ = tokio::time::timeout(Duration::from_secs(10), record.wait_end()).await;
-    record.generation()
-}
-
-/// The video's file of a generation that is completed.
-pub(crate) fn completed_video(gateway: &Gateway, id: &str) -> Result<std::path::PathBuf, Fault> {
-    let record = gateway.store().get(id)?;
-    if record.completed() {
-        return Ok(gateway.store().video_path(record.id()));
-    }
-    let state = crate::api::video::status_name(record.generation().state());
-    Err(Fault::new(Kind::Precondition, format!("the generation is {state}; a video is there once it is completed")))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The five stages as the gateway sees them: typed calls, tensors in, tensors out.
 
-use std::{collections::HashMap, future::Future, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use futures::{Stream, StreamExt as _, stream};
 use http::Uri;
@@ -23,11 +23,6 @@ use crate::fault::{Fault, Kind};
 const TENSOR_BYTES: u64 = 4 << 30;
 /// How long a stage may take to say what it is.
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Waits between attempts while a stage cannot be reached.
-const BACKOFF_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
-/// Longest wait that a full stage can ask for, and how often it may ask.
-const BUSY_WAIT: Duration = Duration::from_secs(30);
-const BUSY_ATTEMPTS: usize = 200;
 
 /// Connections to the five stages.
 #[derive(Debug, Clone)]
@@ -81,14 +76,35 @@ impl Stages {
         match call.await {
             Ok(Ok(answer)) => Ok(answer.into_inner().defaults.unwrap_or_default()),
             Ok(Err(status)) => Err(fault(&status, Stage::Diffusion)),
-            Err(_) => {
-                Err(Fault::new(Kind::Unavailable, "diffusion: no answer to Describe within 5 s").at(Stage::Diffusion))
-            }
+            Err(_) => Err(silent(Stage::Diffusion)),
         }
     }
 
+    /// What decides a stage's answers besides its inputs: its checkpoint and how it computes. Empty where the stage
+    /// cannot say it.
+    pub async fn identity(&self, stage: Stage) -> Result<String, Fault> {
+        let channel = match stage {
+            Stage::AudioEncoder => &self.audio_encoder,
+            Stage::TextEncoder => &self.text_encoder,
+            Stage::ImageEncoder => &self.image_encoder,
+            Stage::VaeDecode => &self.vae_decode,
+            Stage::Diffusion | Stage::Unspecified => &self.diffusion,
+        };
+        let mut client = StageServiceClient::new(channel.clone());
+        let call = tokio::time::timeout(DESCRIBE_TIMEOUT, client.describe(v1::DescribeRequest {})).await;
+        let answer = call.map_err(|_| silent(stage))?.map_err(|status| fault(&status, stage))?.into_inner();
+        if answer.checkpoint_digest.is_empty() {
+            return Ok(String::new());
+        }
+        Ok(format!("{} {} {} {}", answer.checkpoint_digest, answer.version, answer.device, answer.compute))
+    }
+
     /// Speech (N samples, 16 kHz) to `features`.
-    pub async fn encode_audio(&self, header: EncodeAudioHeader, samples: HostTensor) -> Result<Encoded, Fault> {
+    pub async fn encode_audio(
+        &self,
+        header: EncodeAudioHeader,
+        samples: HostTensor,
+    ) -> Result<(Encoded, v1::EncodeAudioSummary), Fault> {
         use v1::{encode_audio_request::Body, encode_audio_response::Body as Answer};
         let stage = Stage::AudioEncoder;
         let messages = tensor_stream(Body::Header(header), vec![samples], Body::Part)
@@ -99,7 +115,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok(Encoded { tensors, memory: summary.memory.unwrap_or_default() })
+        Ok((Encoded { tensors, memory: summary.memory.unwrap_or_default() }, summary))
     }
 
     /// Prompt and picture to the text states of both prompts.
@@ -195,6 +211,20 @@ pub struct Encoded {
 }
 
 impl Encoded {
+    /// An answer that was kept.
+    #[must_use]
+    pub fn kept(tensors: HashMap<String, HostTensor>, memory: MemoryReport) -> Self {
+        Self { tensors, memory }
+    }
+
+    /// The tensors in the order of their names.
+    #[must_use]
+    pub fn sorted(&self) -> Vec<HostTensor> {
+        let mut tensors: Vec<HostTensor> = self.tensors.values().cloned().collect();
+        tensors.sort_by(|a, b| a.name().cmp(b.name()));
+        tensors
+    }
+
     /// Takes a tensor out; a stage that did not send it breaks the contract.
     pub fn take(&mut self, name: &str, stage: Stage) -> Result<HostTensor, Fault> {
         self.tensors.remove(name).ok_or_else(|| broken(stage, &format!("the answer has no tensor {name:?}")))
@@ -246,35 +276,14 @@ enum Piece<S> {
     Summary(S),
 }
 
-/// Repeats a call while its stage cannot be reached (a few times) or is full (as it asks to).
-pub async fn with_retries<T, F>(mut call: impl FnMut() -> F) -> Result<T, Fault>
-where
-    F: Future<Output = Result<T, Fault>>,
-{
-    let (mut lost, mut full) = (0, 0);
-    loop {
-        let fault = match call().await {
-            Ok(value) => return Ok(value),
-            Err(fault) => fault,
-        };
-        let wait = match fault.kind {
-            Kind::Unavailable if lost < BACKOFF_MS.len() => {
-                lost += 1;
-                Duration::from_millis(BACKOFF_MS[lost - 1])
-            }
-            Kind::Busy { retry_after } if full < BUSY_ATTEMPTS => {
-                full += 1;
-                retry_after.clamp(Duration::from_millis(10), BUSY_WAIT)
-            }
-            _ => return Err(fault),
-        };
-        tracing::warn!(%fault, wait_ms = wait.as_millis() as u64, "a stage did not take a call; it is tried again");
-        tokio::time::sleep(wait).await;
-    }
-}
-
 fn fault(status: &Status, stage: Stage) -> Fault {
     Fault::from_stage(&ServiceError::from_status(status), stage)
+}
+
+/// A stage that does not say what it is.
+fn silent(stage: Stage) -> Fault {
+    let message = format!("{}: no answer to Describe within 5 s", crate::fault::stage_name(stage));
+    Fault::new(Kind::Unavailable, message).at(stage)
 }
 
 /// A stage whose answer breaks the contract.

@@ -1,19 +1,25 @@
 //! Whole generations against fake stages.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    collections::HashSet,
+    io::Read as _,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use futures::StreamExt as _;
-use proto::v1::{FaceBox, GenerationSpec, GenerationState, Parity, PassMode, Stage};
+use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationSpec, GenerationState, Parity, PassMode, Stage};
+use uuid::Uuid;
 
 use crate::{
     Gateway, Options,
     fakes::{self, Script},
-    fault::Kind,
+    fault::{Fault, Kind},
     intake::Upload,
-    store::Record,
+    store::life,
 };
 
 fn upload(spec: GenerationSpec, frames: u32) -> Upload {
@@ -27,18 +33,82 @@ fn upload(spec: GenerationSpec, frames: u32) -> Upload {
     audio.extend((2 * samples).to_le_bytes());
     audio.extend((0..samples).flat_map(|i| ((i % 100) as i16 * 90).to_le_bytes()));
     let spec = GenerationSpec { size: Some(64), guidance_scale: Some(7.5), flow_shift: Some(5.0), ..spec };
-    Upload { spec, picture: picture.into_inner(), audio }
+    Upload { spec, picture: picture.into_inner(), audio, idempotency_key: String::new() }
 }
 
-async fn start(script: &Arc<Script>, steps: u32) -> (Gateway, Arc<Record>) {
+/// A gateway on fake stages, with a data folder that goes with it.
+struct Desk {
+    gateway: Gateway,
+    folder: tempfile::TempDir,
+}
+
+impl Desk {
+    async fn new(script: &Arc<Script>) -> Self {
+        Self::with(script, Options::default()).await
+    }
+
+    async fn with(script: &Arc<Script>, options: Options) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let options = Options { data_dir: folder.path().to_owned(), ..options };
+        Self { gateway: Gateway::new(&options, fakes::start(script)).await.unwrap(), folder }
+    }
+
+    async fn accept(&self, upload: Upload) -> Result<Uuid, Fault> {
+        let place = self.gateway.admit(&upload.idempotency_key).await?;
+        let generation = self.gateway.accept(upload, place, false).await?;
+        Ok(Uuid::try_parse(&generation.generation_id).unwrap())
+    }
+
+    async fn ended(&self, id: Uuid) -> Generation {
+        tokio::time::timeout(Duration::from_secs(120), self.gateway.store().wait_end(id)).await.unwrap().unwrap()
+    }
+
+    async fn events(&self, id: Uuid) -> Vec<GenerationEvent> {
+        self.gateway.store().events(id, 1).map(Result::unwrap).collect().await
+    }
+
+    /// Stops the gateway without letting anything end, and starts one on the same folder.
+    async fn restart(self, script: &Arc<Script>) -> Self {
+        let Self { gateway, folder } = self;
+        gateway.drain(Duration::ZERO).await;
+        drop(gateway);
+        let options = Options { data_dir: folder.path().to_owned(), ..Options::default() };
+        // Clones that were in use by calls are dropped soon.
+        let gateway = loop {
+            match Gateway::new(&options, fakes::start(script)).await {
+                Ok(gateway) => break gateway,
+                Err(error) => assert!(error.to_string().contains("another process"), "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        };
+        Self { gateway, folder }
+    }
+
+    /// Files that are kept, whatever they are.
+    fn files(&self) -> usize {
+        let shelves = std::fs::read_dir(self.folder.path().join("artifacts")).unwrap().map(Result::unwrap);
+        shelves.map(|shelf| std::fs::read_dir(shelf.path()).unwrap().count()).sum()
+    }
+}
+
+/// Waits for what another task does.
+async fn until(condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), waiting).await.unwrap();
+}
+
+async fn start(script: &Arc<Script>, steps: u32) -> (Desk, Uuid) {
     start_with(script, GenerationSpec { steps: Some(steps), ..Default::default() }, 5).await
 }
 
-async fn start_with(script: &Arc<Script>, spec: GenerationSpec, frames: u32) -> (Gateway, Arc<Record>) {
-    let gateway = Gateway::new(&Options::default(), fakes::start(script)).unwrap();
-    let place = gateway.admit().unwrap();
-    let record = gateway.accept(upload(spec, frames), place).await.unwrap();
-    (gateway, record)
+async fn start_with(script: &Arc<Script>, spec: GenerationSpec, frames: u32) -> (Desk, Uuid) {
+    let desk = Desk::new(script).await;
+    let id = desk.accept(upload(spec, frames)).await.unwrap();
+    (desk, id)
 }
 
 /// The settings of a generation under the reference's rules.
@@ -46,25 +116,23 @@ fn by_the_reference(steps: u32) -> GenerationSpec {
     GenerationSpec { steps: Some(steps), parity: Parity::Reference.into(), ..Default::default() }
 }
 
-async fn ended(record: &Record) -> proto::v1::Generation {
-    tokio::time::timeout(Duration::from_secs(60), record.wait_end()).await.unwrap();
-    record.generation()
-}
-
 #[tokio::test]
 async fn quirk_fixed_k_makes_a_video_with_a_warning_about_the_missing_face() {
     let script = Arc::new(Script::default());
-    let (gateway, record) = start(&script, 3).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start(&script, 3).await;
+    let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
     let outcome = generation.outcome.unwrap();
     assert_eq!(outcome.stages.len(), 5);
     assert!(outcome.warnings[0].contains("No face was found"));
-    let video = std::fs::read(gateway.store().video_path(record.id())).unwrap();
+    let (kept, mut file) = desk.gateway.store().video(&id.to_string()).await.unwrap();
+    let mut video = Vec::new();
+    file.read_to_end(&mut video).unwrap();
     assert_eq!((video.len() as u64, crc32c::crc32c(&video)), (outcome.video_bytes, outcome.video_crc32c));
+    assert_eq!(kept.bytes, outcome.video_bytes);
     assert!(script.sessions.lock().unwrap().is_empty());
-    gateway.store().remove(&record.id().to_string()).await.unwrap();
-    assert_eq!(std::fs::read_dir(gateway.store().dir()).unwrap().count(), 0);
+    desk.gateway.store().remove(&id.to_string()).await.unwrap();
+    assert_eq!(desk.files(), 0);
 }
 
 /// 18 steps: by the reference's literals the second phase begins at step 10 and steps 16 and 17 are cached; by ours
@@ -72,8 +140,8 @@ async fn quirk_fixed_k_makes_a_video_with_a_warning_about_the_missing_face() {
 #[tokio::test]
 async fn by_the_references_rules_short_speech_is_denoised_at_full_length_in_its_literal_steps() {
     let script = Arc::new(Script::default());
-    let (_gateway, record) = start_with(&script, by_the_reference(18), 5).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
     assert_eq!((generation.frames, generation.heard_frames, generation.denoised_frames), (5, 5, 129));
     assert_eq!(generation.spec.as_ref().unwrap().parity(), Parity::Reference);
@@ -99,21 +167,22 @@ async fn by_the_references_rules_short_speech_is_denoised_at_full_length_in_its_
 #[tokio::test]
 async fn by_the_references_rules_long_speech_is_cut_and_it_is_said_before_the_first_step() {
     let script = Arc::new(Script::default());
-    let (gateway, record) = start_with(&script, by_the_reference(1), 800).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start_with(&script, by_the_reference(1), 800).await;
+    let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
     assert_eq!((generation.frames, generation.heard_frames, generation.denoised_frames), (405, 400, 513));
     assert_eq!(script.samples.load(Ordering::SeqCst), 30 * 16_000, "the reference hears 30 s at most");
     assert_eq!(script.heard.load(Ordering::SeqCst), 400);
     let said = "The speech has 800 frames (32.00 s); with parity reference the first 400 (16.00 s) are heard";
     assert!(generation.outcome.unwrap().warnings[0].starts_with(said));
-    let events: Vec<_> = Arc::clone(&record).events(1).collect().await;
+    let events = desk.events(id).await;
     let warned = events.iter().position(|event| event.warning && event.message.starts_with(said)).unwrap();
     let denoised = events.iter().position(|event| event.state() == GenerationState::Denoising).unwrap();
     assert!(warned < denoised);
     let shown = std::process::Command::new("ffprobe")
         .args(["-v", "error", "-show_entries", "stream=duration", "-of", "csv=p=0"])
-        .arg(gateway.store().video_path(record.id()))
+        .arg("-")
+        .stdin(desk.gateway.store().video(&id.to_string()).await.unwrap().1)
         .output()
         .unwrap();
     let shown = String::from_utf8(shown.stdout).unwrap();
@@ -125,8 +194,8 @@ async fn by_the_references_rules_long_speech_is_cut_and_it_is_said_before_the_fi
 async fn without_parity_long_speech_is_heard_to_its_end() {
     let script = Arc::new(Script::default());
     let spec = GenerationSpec { steps: Some(1), ..Default::default() };
-    let (_gateway, record) = start_with(&script, spec, 450).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start_with(&script, spec, 450).await;
+    let generation = desk.ended(id).await;
     assert_eq!((generation.frames, generation.heard_frames), (450, 450), "{generation:?}");
     assert_eq!(script.samples.load(Ordering::SeqCst), 450 * 640);
 }
@@ -136,11 +205,11 @@ async fn several_faces_reach_the_caller_with_the_one_chosen_and_how_to_choose_an
     let face = |x: f64, side: f64| FaceBox { x, y: 4.0, width: side, height: side, score: Some(0.9) };
     let faces = vec![face(2.0, 30.0), face(40.0, 12.0)];
     let script = Arc::new(Script { faces: faces.clone(), ..Script::default() });
-    let (_gateway, record) = start(&script, 1).await;
-    let outcome = ended(&record).await.outcome.unwrap();
+    let (desk, id) = start(&script, 1).await;
+    let outcome = desk.ended(id).await.outcome.unwrap();
     assert_eq!((&outcome.faces, outcome.face), (&faces, Some(faces[0])));
     assert!(outcome.warnings[0].contains("--face X,Y,W,H"), "{:?}", outcome.warnings);
-    let events: Vec<_> = Arc::clone(&record).events(1).collect().await;
+    let events = desk.events(id).await;
     let told = events.iter().find(|event| !event.faces.is_empty()).unwrap();
     assert!(told.warning && told.face == Some(faces[0]) && told.stage() == Stage::ImageEncoder);
 }
@@ -148,25 +217,25 @@ async fn several_faces_reach_the_caller_with_the_one_chosen_and_how_to_choose_an
 #[tokio::test]
 async fn survives_a_lost_session() {
     let script = Arc::new(Script { lose_session_at: Some(1), ..Script::default() });
-    let (_gateway, record) = start(&script, 3).await;
-    assert_eq!(ended(&record).await.state(), GenerationState::Completed);
+    let (desk, id) = start(&script, 3).await;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
     assert_eq!(script.opened.load(Ordering::SeqCst), 2);
 }
 
 #[tokio::test]
 async fn a_stage_that_refuses_the_prompt_fails_the_generation_with_the_field() {
     let script = Arc::new(Script { refuse_prompt: true, ..Script::default() });
-    let (_gateway, record) = start(&script, 3).await;
-    let failure = ended(&record).await.failure.unwrap();
+    let (desk, id) = start(&script, 3).await;
+    let failure = desk.ended(id).await.failure.unwrap();
     assert_eq!((failure.code.as_str(), failure.stage()), ("INVALID_ARGUMENT", Stage::TextEncoder));
-    assert_eq!(record.fault().unwrap().field(), Some("prompt"));
+    assert_eq!(Fault::from_failure(&failure).field(), Some("prompt"));
 }
 
 #[tokio::test]
 async fn a_velocity_that_is_not_finite_fails_with_the_step_and_frees_the_session() {
     let script = Arc::new(Script { not_finite_at: Some(1), ..Script::default() });
-    let (_gateway, record) = start(&script, 3).await;
-    let failure = ended(&record).await.failure.unwrap();
+    let (desk, id) = start(&script, 3).await;
+    let failure = desk.ended(id).await.failure.unwrap();
     assert!(failure.message.contains("step 2"), "{failure:?}");
     assert!(script.sessions.lock().unwrap().is_empty());
 }
@@ -174,22 +243,176 @@ async fn a_velocity_that_is_not_finite_fails_with_the_step_and_frees_the_session
 #[tokio::test]
 async fn a_cancelled_generation_stops_in_the_middle_of_a_step() {
     let script = Arc::new(Script { predict_time: Duration::from_secs(30), ..Script::default() });
-    let (gateway, record) = start(&script, 3).await;
-    while script.opened.load(Ordering::SeqCst) == 0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    record.cancel_token().cancel();
-    assert_eq!(ended(&record).await.state(), GenerationState::Cancelled);
+    let (desk, id) = start(&script, 3).await;
+    until(|| script.opened.load(Ordering::SeqCst) > 0).await;
+    let cancelled = desk.gateway.store().cancel(&id.to_string()).await.unwrap();
+    assert_eq!(cancelled.state(), GenerationState::Cancelled);
     assert!(script.sessions.lock().unwrap().is_empty());
-    assert_eq!(std::fs::read_dir(gateway.store().dir()).unwrap().count(), 0);
+    assert_eq!(desk.files(), 0);
 }
 
 #[tokio::test]
-async fn a_full_queue_refuses_at_once_with_a_delay() {
-    let options = Options { queue: 0, ..Options::default() };
-    let gateway = Gateway::new(&options, fakes::start(&Arc::new(Script::default()))).unwrap();
-    let place = gateway.admit().unwrap();
-    assert!(matches!(gateway.admit().unwrap_err().kind, Kind::Busy { .. }));
+async fn a_full_queue_refuses_at_once_with_a_delay_unless_the_request_was_accepted_before() {
+    let script = Arc::new(Script { predict_time: Duration::from_secs(600), ..Script::default() });
+    let desk = Desk::with(&script, Options { queue: 0, ..Options::default() }).await;
+    let place = desk.gateway.admit("").await.unwrap();
+    assert!(matches!(desk.gateway.admit("").await.unwrap_err().kind, Kind::Busy { .. }));
     drop(place);
-    assert!(gateway.admit().is_ok());
+    let request = || Upload { idempotency_key: "k".into(), ..upload(GenerationSpec::default(), 5) };
+    let id = desk.accept(request()).await.unwrap();
+    assert!(matches!(desk.accept(upload(GenerationSpec::default(), 5)).await.unwrap_err().kind, Kind::Busy { .. }));
+    assert_eq!(desk.accept(request()).await.unwrap(), id);
+}
+
+#[tokio::test]
+async fn the_same_key_gives_the_same_generation_and_another_request_under_it_is_refused() {
+    let script = Arc::new(Script::default());
+    let desk = Desk::new(&script).await;
+    let request = |seed| {
+        let spec = GenerationSpec { steps: Some(1), seed: Some(seed), ..Default::default() };
+        Upload { idempotency_key: "order-7".into(), ..upload(spec, 5) }
+    };
+    let id = desk.accept(request(1)).await.unwrap();
+    assert_eq!(desk.accept(request(1)).await.unwrap(), id);
+    let fault = desk.accept(request(2)).await.unwrap_err();
+    assert_eq!((fault.kind, fault.code()), (Kind::Conflict, tonic::Code::AlreadyExists));
+    assert!(fault.message.contains(&id.to_string()), "{fault}");
+    desk.ended(id).await;
+    let desk = desk.restart(&script).await;
+    assert_eq!(desk.accept(request(1)).await.unwrap(), id, "also when it has ended, and after a restart");
+    desk.gateway.store().remove(&id.to_string()).await.unwrap();
+    assert_ne!(desk.accept(request(2)).await.unwrap(), id, "once deleted the key is free");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_creations_of_one_key_at_once_make_one_generation() {
+    let script = Arc::new(Script { predict_time: Duration::from_secs(600), ..Script::default() });
+    let desk = Arc::new(Desk::with(&script, Options { queue: 100, ..Options::default() }).await);
+    let creations = (0..50).map(|_| {
+        let desk = Arc::clone(&desk);
+        tokio::spawn(async move {
+            let request = || Upload { idempotency_key: "one".into(), ..upload(GenerationSpec::default(), 2) };
+            desk.accept(request()).await.unwrap()
+        })
+    });
+    let ids: HashSet<Uuid> = futures::future::join_all(creations).await.into_iter().map(Result::unwrap).collect();
+    assert_eq!(ids.len(), 1);
+    assert_eq!(desk.gateway.store().unfinished().await.unwrap(), 1);
+}
+
+/// The video of a run that is stopped before a step is that of a run that is not, and no step is taken twice.
+#[tokio::test]
+async fn a_generation_goes_on_after_a_restart_where_it_was() {
+    let spec = || GenerationSpec { steps: Some(4), ..Default::default() };
+    let undisturbed = Arc::new(Script::default());
+    let (desk, id) = start_with(&undisturbed, spec(), 5).await;
+    desk.ended(id).await;
+
+    let script =
+        Arc::new(Script { away_at: Some((2, 1_000_000)), identity: Mutex::new("m".into()), ..Default::default() });
+    let (desk, id) = start_with(&script, spec(), 5).await;
+    until(|| script.predicted.load(Ordering::SeqCst) > 2).await;
+    assert_eq!(desk.gateway.store().get(&id.to_string()).await.unwrap().state(), GenerationState::Denoising);
+    let again = Arc::new(Script { identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert_eq!(again.encoded.load(Ordering::SeqCst), 0, "what the encoders gave was kept");
+    let steps: Vec<u32> = again.passes.lock().unwrap().iter().map(|(header, _)| header.step).collect();
+    assert_eq!(steps, [2, 3]);
+    assert_eq!(*again.decoded.lock().unwrap(), *undisturbed.decoded.lock().unwrap());
+    let events = desk.events(id).await;
+    assert_eq!(
+        events.iter().map(|event| event.number).collect::<Vec<_>>(),
+        (1..=events.len() as u64).collect::<Vec<_>>()
+    );
+    for pair in events.windows(2) {
+        assert!(life::may_follow(pair[0].state(), pair[1].state()), "{pair:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_finished_denoise_is_not_repeated_for_the_decoder() {
+    let script = Arc::new(Script { decoder_away: AtomicUsize::new(usize::MAX), ..Script::default() });
+    let (desk, id) = start(&script, 2).await;
+    until(|| script.decoder_away.load(Ordering::SeqCst) < usize::MAX).await;
+    let again = Arc::new(Script { decoder_away: AtomicUsize::new(2), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    assert_eq!(again.predicted.load(Ordering::SeqCst), 0);
+    assert_eq!(again.opened.load(Ordering::SeqCst), 0);
+    assert_eq!(again.decoded.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn latents_of_another_model_are_not_gone_on_with() {
+    let script =
+        Arc::new(Script { away_at: Some((2, 1_000_000)), identity: Mutex::new("old".into()), ..Default::default() });
+    let (desk, id) = start(&script, 3).await;
+    until(|| script.predicted.load(Ordering::SeqCst) > 2).await;
+    let again = Arc::new(Script { identity: Mutex::new("new".into()), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    assert_eq!((again.encoded.load(Ordering::SeqCst), again.predicted.load(Ordering::SeqCst)), (3, 3));
+}
+
+#[tokio::test]
+async fn the_same_inputs_are_encoded_once() {
+    let script = Arc::new(Script { identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = Desk::new(&script).await;
+    for (seed, prompt, encoded) in [(1, "a", 3), (2, "a", 3), (3, "b", 4)] {
+        let spec = GenerationSpec { seed: Some(seed), steps: Some(1), prompt: prompt.into(), ..Default::default() };
+        let id = desk.accept(upload(spec, 5)).await.unwrap();
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+        assert_eq!(script.encoded.load(Ordering::SeqCst), encoded);
+        assert_eq!(generation.outcome.unwrap().stages.len(), 5);
+    }
+}
+
+#[tokio::test]
+async fn a_stage_that_comes_back_is_waited_for_and_one_that_does_not_fails_the_generation() {
+    let script = Arc::new(Script { away_at: Some((1, 3)), ..Script::default() });
+    let (desk, id) = start(&script, 2).await;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    let events = desk.events(id).await;
+    let waits = events.iter().filter(|event| event.message.contains("diffusion does not answer")).count();
+    assert_eq!(waits, 1);
+
+    let script = Arc::new(Script { away_at: Some((0, usize::MAX)), ..Script::default() });
+    let options = Options { stage_patience: Duration::ZERO, ..Options::default() };
+    let desk = Desk::with(&script, options).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 5)).await.unwrap();
+    let failure = desk.ended(id).await.failure.unwrap();
+    assert_eq!((failure.code.as_str(), failure.stage()), ("UNAVAILABLE", Stage::Diffusion));
+    assert!(failure.retryable && failure.message.contains("waited for"), "{failure:?}");
+}
+
+#[tokio::test]
+async fn what_waits_and_what_was_cancelled_is_so_after_a_restart() {
+    let script = Arc::new(Script { predict_time: Duration::from_secs(600), ..Script::default() });
+    let (desk, running) = start(&script, 2).await;
+    until(|| script.opened.load(Ordering::SeqCst) > 0).await;
+    let spec = || GenerationSpec { steps: Some(1), ..Default::default() };
+    let waiting = desk.accept(upload(spec(), 5)).await.unwrap();
+    let cancelled = desk.accept(upload(spec(), 5)).await.unwrap();
+    let ended = desk.gateway.store().cancel(&cancelled.to_string()).await.unwrap();
+    assert_eq!(ended.state(), GenerationState::Cancelled);
+    let place = desk.gateway.admit("").await.unwrap();
+    let attached = desk.gateway.accept(upload(spec(), 5), place, true).await.unwrap().generation_id;
+    let again = Arc::new(Script::default());
+    let desk = desk.restart(&again).await;
+    assert_eq!(desk.ended(running).await.state(), GenerationState::Completed);
+    assert_eq!(desk.ended(waiting).await.state(), GenerationState::Completed);
+    assert_eq!(desk.ended(cancelled).await.state(), GenerationState::Cancelled);
+    let gone = desk.gateway.store().get(&attached).await.unwrap_err();
+    assert_eq!(gone.kind, Kind::NotFound, "it went with the call that it belonged to");
+}
+
+#[tokio::test]
+async fn two_gateways_do_not_share_a_folder() {
+    let desk = Desk::new(&Arc::new(Script::default())).await;
+    let options = Options { data_dir: desk.folder.path().to_owned(), ..Options::default() };
+    let error = Gateway::new(&options, fakes::start(&Arc::new(Script::default()))).await.unwrap_err();
+    assert!(error.to_string().contains("another process uses it"), "{error}");
 }

@@ -45,7 +45,7 @@ struct Form {
 }
 
 /// Reads the whole form. Wrong values are reported together, once all has come.
-pub(crate) async fn read(mut parts: Multipart) -> Result<Upload, Fault> {
+pub(crate) async fn read(mut parts: Multipart, idempotency_key: String) -> Result<Upload, Fault> {
     let mut form = Form::default();
     while let Some(part) = parts.next_field().await.map_err(|error| broken(&error))? {
         form.take(part).await?;
@@ -57,7 +57,7 @@ pub(crate) async fn read(mut parts: Multipart) -> Result<Upload, Fault> {
     intake.spec(form.spec)?;
     intake.bytes(File::Picture, &form.picture)?;
     intake.bytes(File::Audio, &form.audio)?;
-    intake.finish()
+    intake.finish(idempotency_key)
 }
 
 impl Form {

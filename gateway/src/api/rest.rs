@@ -23,7 +23,6 @@ use super::{
 use crate::{
     fault::{Fault, Kind},
     scheduler::Gateway,
-    service,
     validate::{AUDIO_BYTES, PICTURE_BYTES},
 };
 
@@ -33,6 +32,9 @@ const BODY_BYTES: usize = PICTURE_BYTES + AUDIO_BYTES / 3 * 4 + (1 << 20);
 const UPLOAD_TIME: Duration = Duration::from_secs(15 * 60);
 /// Bytes of video read at a time.
 const VIDEO_CHUNK: usize = 256 << 10;
+
+/// The header with the caller's key for a request.
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// All paths. A handler that panics answers 500; the process goes on.
 pub(crate) fn router(gateway: Gateway) -> Router {
@@ -52,10 +54,13 @@ pub(crate) fn router(gateway: Gateway) -> Router {
 /// Accepts a generation.
 #[utoipa::path(
     post, path = "/v1/videos", tag = "videos",
+    params(("Idempotency-Key" = Option<String>, Header,
+        description = "1 to 255 visible ASCII characters. The same request with the same key is accepted once.")),
     request_body(content = openapi::CreateVideo, content_type = "multipart/form-data"),
     responses(
         (status = 200, description = "Accepted; it runs on without the caller.", body = Video),
         (status = 400, description = "A field is wrong; `param` names it.", body = ErrorBody),
+        (status = 409, description = "The key is that of another request.", body = ErrorBody),
         (status = 413, description = "A file or the request is too large.", body = ErrorBody),
         (status = 415, description = "Not multipart/form-data, or a file of a kind that is not decoded.", body = ErrorBody),
         (status = 422, description = "A file that cannot be used.", body = ErrorBody),
@@ -64,15 +69,19 @@ pub(crate) fn router(gateway: Gateway) -> Router {
     )
 )]
 pub(crate) async fn create(State(gateway): State<Gateway>, request: Request) -> Result<Json<Video>, Fault> {
+    let key = match request.headers().get(IDEMPOTENCY_KEY).map(HeaderValue::to_str) {
+        None => String::new(),
+        Some(Ok(key)) => key.to_owned(),
+        Some(Err(_)) => return Err(Fault::invalid("idempotency_key", "the header is no visible ASCII text")),
+    };
     let parts = Multipart::from_request(request, &())
         .await
         .map_err(|_| Fault::new(Kind::UnsupportedMedia, "the request must be multipart/form-data with a boundary"))?;
-    let place = gateway.admit()?;
-    let upload = tokio::time::timeout(UPLOAD_TIME, form::read(parts))
+    let place = gateway.admit(&key).await?;
+    let upload = tokio::time::timeout(UPLOAD_TIME, form::read(parts, key))
         .await
         .map_err(|_| Fault::new(Kind::Deadline, "the form took more than 15 minutes to arrive"))??;
-    let record = gateway.accept(upload, place).await?;
-    Ok(Json(Video::from(&record.generation())))
+    Ok(Json(Video::from(&gateway.accept(upload, place, false).await?)))
 }
 
 /// Shows a generation as it stands.
@@ -81,7 +90,7 @@ pub(crate) async fn create(State(gateway): State<Gateway>, request: Request) -> 
     responses((status = 200, body = Video), (status = 404, description = "No generation has this id.", body = ErrorBody))
 )]
 pub(crate) async fn show(State(gateway): State<Gateway>, Path(id): Path<String>) -> Result<Json<Video>, Fault> {
-    Ok(Json(Video::from(&gateway.store().get(&id)?.generation())))
+    Ok(Json(Video::from(&gateway.store().get(&id).await?)))
 }
 
 /// Gives the MP4.
@@ -95,13 +104,11 @@ pub(crate) async fn show(State(gateway): State<Gateway>, Path(id): Path<String>)
     )
 )]
 pub(crate) async fn content(State(gateway): State<Gateway>, Path(id): Path<String>) -> Result<Response, Fault> {
-    let path = service::completed_video(&gateway, &id)?;
-    let unreadable = |error: std::io::Error| Fault::internal("the video cannot be read", &error);
-    let file = tokio::fs::File::open(path).await.map_err(unreadable)?;
-    let bytes = file.metadata().await.map_err(unreadable)?.len();
+    let (video, file) = gateway.store().video(&id).await?;
+    let file = tokio::fs::File::from_std(file);
     let mut response = Response::new(Body::from_stream(ReaderStream::with_capacity(file, VIDEO_CHUNK)));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("video/mp4"));
-    response.headers_mut().insert(CONTENT_LENGTH, bytes.into());
+    response.headers_mut().insert(CONTENT_LENGTH, video.bytes.into());
     Ok(response)
 }
 
@@ -122,8 +129,7 @@ pub(crate) async fn remove(State(gateway): State<Gateway>, Path(id): Path<String
     responses((status = 200, body = Video), (status = 404, description = "No generation has this id.", body = ErrorBody))
 )]
 pub(crate) async fn cancel(State(gateway): State<Gateway>, Path(id): Path<String>) -> Result<Json<Video>, Fault> {
-    let record = gateway.store().get(&id)?;
-    Ok(Json(Video::from(&service::cancel(&record).await)))
+    Ok(Json(Video::from(&gateway.store().cancel(&id).await?)))
 }
 
 /// Says that the gateway answers.

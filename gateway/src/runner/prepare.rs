@@ -43,12 +43,12 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// Decodes the files. Blocking.
-    pub(crate) fn read(upload: Upload, settings: Settings, max_audio_seconds: u32) -> Result<Self, Fault> {
+    pub(crate) fn read(upload: &Upload, settings: Settings, max_audio_seconds: u32) -> Result<Self, Fault> {
         let picture = media::picture::decode(&upload.picture).map_err(refused)?;
         if let Some(face) = &settings.face {
             face_inside(face, picture.width, picture.height)?;
         }
-        let audio = media::audio::decode(upload.audio, f64::from(max_audio_seconds)).map_err(refused)?;
+        let audio = media::audio::decode(upload.audio.clone(), f64::from(max_audio_seconds)).map_err(refused)?;
         let frames = (audio.samples.len() / SAMPLES_PER_FRAME).max(1);
         if settings.parity == Parity::Reference {
             return Ok(Self::by_the_reference(settings, picture, audio, frames));

@@ -7,9 +7,10 @@ use proto::{
     v1::{MemoryReport, OpenSessionHeader, PassMode, PredictHeader, PredictItem, Stage},
 };
 
+use super::patience::Patience;
 use crate::{
     fault::{Fault, Kind},
-    stages::{Stages, with_retries},
+    stages::Stages,
 };
 
 /// Items of one call. A step of a long clip is several calls, so that none holds the device or the queue for long.
@@ -38,6 +39,7 @@ pub(crate) struct StepPasses {
 #[derive(Debug)]
 pub(crate) struct Session {
     stages: Stages,
+    patience: Patience,
     header: OpenSessionHeader,
     tensors: Vec<HostTensor>,
     /// The passes whose features a cached step needs; run again when a worker has lost them.
@@ -47,14 +49,14 @@ pub(crate) struct Session {
 
 impl Session {
     /// A session that is not open yet.
-    pub(crate) fn new(stages: Stages, header: OpenSessionHeader, tensors: Vec<HostTensor>) -> Self {
-        Self { stages, header, tensors, last_kept: None, memory: MemoryReport::default() }
+    pub(crate) fn new(stages: Stages, patience: Patience, header: OpenSessionHeader, tensors: Vec<HostTensor>) -> Self {
+        Self { stages, patience, header, tensors, last_kept: None, memory: MemoryReport::default() }
     }
 
     /// Opens it, or opens it again.
     pub(crate) async fn open(&mut self) -> Result<(), Fault> {
         let (header, tensors, stages) = (&self.header, &self.tensors, &self.stages);
-        self.memory = with_retries(|| stages.open_session(header.clone(), tensors.clone())).await?;
+        self.memory = self.patience.call(|| stages.open_session(header.clone(), tensors.clone())).await?;
         Ok(())
     }
 
@@ -117,7 +119,7 @@ impl Session {
                 .map(|(i, (_, values))| HostTensor::from_f32(format!("latents.{i}"), &passes.shape, values))
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(|error| Fault::internal("the latents do not fit their window", &error))?;
-            let mut answer = with_retries(|| self.stages.predict(header.clone(), latents.clone())).await?;
+            let mut answer = self.patience.call(|| self.stages.predict(header.clone(), latents.clone())).await?;
             self.memory = answer.memory;
             for i in 0..items.len() {
                 let velocity = answer.take(&format!("velocity.{i}"), Stage::Diffusion)?;

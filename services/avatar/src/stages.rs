@@ -53,7 +53,7 @@ pub async fn in_process(models: &Path, compute: ComputeByStage, options: &Option
             vae_decode::serve_on(of("vae-decode"), device.clone(), incoming, shutdown.clone())
         }),
     };
-    let gateway = Gateway::new(options, stages).map_err(|e| Failure::local("cannot start the gateway", e))?;
+    let gateway = Gateway::new(options, stages).await.map_err(|e| Failure::local("cannot start the gateway", e))?;
     let routes = gateway.grpc_routes();
     let lifetime = Lifetime { shutdown: shutdown.clone(), drain: config.common.drain_timeout };
     let channel =

@@ -2,6 +2,7 @@
 
 mod boundaries;
 mod cases;
+mod durable;
 mod fetch;
 mod forms;
 mod generate;
