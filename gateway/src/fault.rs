@@ -8,7 +8,7 @@ use service_kit::{FieldViolation, ServiceError};
 use tonic::{Code, Status};
 
 /// The fields that a violation can name: those of the public contract.
-pub const FIELDS: [&str; 13] = [
+pub const FIELDS: [&str; 15] = [
     "picture",
     "audio",
     "prompt",
@@ -22,6 +22,8 @@ pub const FIELDS: [&str; 13] = [
     "parity",
     "truncate_prompt",
     "idempotency_key",
+    "caller",
+    "priority",
 ];
 
 /// What sort of fault it is; decides both codes and whether a retry can help.

@@ -1,28 +1,36 @@
 //! Who may come in, and whose turn it is.
 
 use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::SeqCst},
-    },
-    time::Duration,
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
-use proto::v1::{Generation, GenerationDefaults};
+use proto::v1::{Generation, GenerationDefaults, GenerationState};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
 
 use crate::{
     config::Options,
     fault::{Fault, Kind},
-    intake::{Upload, check_key},
+    intake::{Order, Upload},
     runner::{self, Workshop, prepare::Prepared},
     stages::Stages,
-    store::{Accepted, Store, StoreError, request_hash},
+    store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
     validate,
 };
 
-/// When to try again after the queue was full. Generations take minutes.
+/// When to try again after the queue was full, while nobody knows how long a generation takes.
 const FULL_RETRY: Duration = Duration::from_secs(5);
+/// The shortest and the longest time after which to try again.
+const LEAST_RETRY: Duration = Duration::from_secs(1);
+const MOST_RETRY: Duration = Duration::from_secs(600);
+/// Completed generations whose time is the pace.
+const PACE: usize = 16;
+/// When to try again after the disk was full.
+const SPACE_RETRY: Duration = Duration::from_secs(60);
+/// How often the data folder is tidied.
+const TIDY: Duration = Duration::from_secs(60);
 /// How long generations may take to be let go.
 const STOP_TIME: Duration = Duration::from_secs(10);
 
@@ -37,8 +45,10 @@ struct Inner {
     store: Store,
     stages: Stages,
     options: Options,
-    /// Requests whose bytes are being read.
-    uploads: AtomicU64,
+    /// Requests whose bytes are being read, by caller.
+    uploads: Mutex<HashMap<String, u64>>,
+    /// Seconds that the last completed generations took.
+    pace: Mutex<VecDeque<f64>>,
     tasks: TaskTracker,
     /// Nothing is accepted or begun any more.
     closing: CancellationToken,
@@ -52,11 +62,18 @@ struct Inner {
 #[derive(Debug)]
 pub struct Place {
     inner: Arc<Inner>,
+    caller: String,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.inner.uploads.fetch_sub(1, SeqCst);
+        let mut uploads = lock(&self.inner.uploads);
+        if let Some(count) = uploads.get_mut(&self.caller) {
+            *count -= 1;
+            if *count == 0 {
+                uploads.remove(&self.caller);
+            }
+        }
     }
 }
 
@@ -70,7 +87,8 @@ impl Gateway {
             store: Store::open(&options.data_dir).await?,
             stages,
             options: options.clone(),
-            uploads: AtomicU64::new(0),
+            uploads: Mutex::default(),
+            pace: Mutex::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             stopping: CancellationToken::new(),
@@ -80,6 +98,7 @@ impl Gateway {
         for _ in 0..options.concurrent {
             gateway.inner.tasks.spawn(gateway.clone().work());
         }
+        gateway.inner.tasks.spawn(gateway.clone().tidy());
         Ok(gateway)
     }
 
@@ -103,23 +122,83 @@ impl Gateway {
     /// Takes a place in the queue. Ask for it before a request's bytes are read: the places bound the memory. A request
     /// that was accepted before, which its key tells, needs none.
     ///
-    /// Errors: the queue is full, or the gateway is shutting down.
-    pub async fn admit(&self, idempotency_key: &str) -> Result<Place, Fault> {
-        check_key(idempotency_key)?;
+    /// Errors: the queue or the disk is full, or the gateway is shutting down.
+    pub async fn admit(&self, order: &Order) -> Result<Place, Fault> {
         if self.inner.closing.is_cancelled() {
             return Err(shutting_down());
         }
-        let place = Place { inner: Arc::clone(&self.inner) };
-        let uploads = self.inner.uploads.fetch_add(1, SeqCst) + 1;
-        let (running, waiting) = (self.inner.options.concurrent, self.inner.options.queue);
-        if self.inner.store.unfinished().await? + uploads > (running + waiting) as u64 {
-            let known = !idempotency_key.is_empty() && self.inner.store.has_key(idempotency_key).await?;
-            if !known {
-                let message = format!("the queue is full: {running} may run and {waiting} may wait");
-                return Err(Fault::new(Kind::Busy { retry_after: FULL_RETRY }, message));
+        self.check_space().await?;
+        let Order { caller, idempotency_key, .. } = order;
+        let (uploads, own_uploads) = {
+            let mut uploads = lock(&self.inner.uploads);
+            *uploads.entry(caller.clone()).or_default() += 1;
+            (uploads.values().sum::<u64>(), uploads.get(caller).copied().unwrap_or(0))
+        };
+        let place = Place { inner: Arc::clone(&self.inner), caller: caller.clone() };
+        let (all, own) = self.inner.store.unfinished(caller).await?;
+        let Options { concurrent, queue, queue_per_caller, .. } = self.inner.options;
+        let message = if all + uploads > (concurrent + queue) as u64 {
+            format!("the queue is full: {concurrent} may run and {queue} may wait")
+        } else if queue_per_caller.is_some_and(|limit| own + own_uploads > limit as u64) {
+            let limit = queue_per_caller.unwrap_or_default();
+            format!("this caller has {own} generations that wait or run; {limit} are allowed")
+        } else {
+            return Ok(place);
+        };
+        if !idempotency_key.is_empty() && self.inner.store.has_key(caller, idempotency_key).await? {
+            return Ok(place);
+        }
+        Err(Fault::new(Kind::Busy { retry_after: self.until_room() }, message))
+    }
+
+    /// How long it takes until a generation ends and makes room, by how long the last ones took.
+    fn until_room(&self) -> Duration {
+        match self.seconds_each() {
+            None => FULL_RETRY,
+            Some(seconds) => {
+                let seconds = seconds / self.inner.options.concurrent as f64;
+                Duration::try_from_secs_f64(seconds).unwrap_or(MOST_RETRY).clamp(LEAST_RETRY, MOST_RETRY)
             }
         }
-        Ok(place)
+    }
+
+    /// Seconds that a generation took of late; nothing before the first is completed.
+    fn seconds_each(&self) -> Option<f64> {
+        let pace = lock(&self.inner.pace);
+        (!pace.is_empty()).then(|| pace.iter().sum::<f64>() / pace.len() as f64)
+    }
+
+    /// A generation as it stands, with its place in the queue.
+    pub async fn get(&self, id: &str) -> Result<Generation, Fault> {
+        let mut generation = self.inner.store.get(id).await?;
+        self.place(std::slice::from_mut(&mut generation)).await?;
+        Ok(generation)
+    }
+
+    /// One page of generations, each with its place in the queue, and the token of the next page.
+    pub(crate) async fn list(&self, wanted: &Listing) -> Result<(Vec<Generation>, Option<Uuid>), Fault> {
+        let (mut generations, next) = self.inner.store.list(wanted).await?;
+        self.place(&mut generations).await?;
+        Ok((generations, next))
+    }
+
+    /// Tells those that are queued their place and when they will begin.
+    async fn place(&self, generations: &mut [Generation]) -> Result<(), Fault> {
+        if generations.iter().all(|one| one.state() != GenerationState::Queued) {
+            return Ok(());
+        }
+        let (waiting, left) = self.inner.store.queue().await?;
+        let each = self.seconds_each();
+        let left: Vec<f64> = left.into_iter().map(|seconds| seconds.or(each).unwrap_or(0.0)).collect();
+        let places: HashMap<String, usize> = waiting.iter().map(Uuid::to_string).zip(1..).collect();
+        for one in generations.iter_mut().filter(|one| one.state() == GenerationState::Queued) {
+            let Some(&position) = places.get(&one.generation_id) else { continue };
+            one.queue_position = position as u32;
+            one.estimated_start_unix_ms = each.map(|each| {
+                unix_ms() + (1000.0 * seconds_until(position, &left, self.inner.options.concurrent, each)) as u64
+            });
+        }
+        Ok(())
     }
 
     /// Accepts a generation: checks all of it and keeps it. Its turn comes by itself; once this has returned, also in
@@ -133,9 +212,9 @@ impl Gateway {
         let read = move || {
             let prepared = Prepared::read(&upload, settings, limit)?;
             let request_hash = request_hash(&upload.spec, &upload.picture, &upload.audio);
-            let Upload { picture, audio, idempotency_key, .. } = upload;
+            let Upload { picture, audio, order, .. } = upload;
             let generation = prepared.generation();
-            Ok::<_, Fault>(Accepted { generation, picture, audio, idempotency_key, request_hash, attached })
+            Ok::<_, Fault>(Accepted { generation, picture, audio, order, request_hash, attached })
         };
         let accepted = tokio::task::spawn_blocking(read)
             .await
@@ -155,6 +234,31 @@ impl Gateway {
         Ok(generation)
     }
 
+    /// Removes now and then what is kept longer or is more than wanted.
+    async fn tidy(self) {
+        let closing = self.inner.closing.clone();
+        let tidying = async {
+            let mut pace = tokio::time::interval(TIDY);
+            loop {
+                pace.tick().await;
+                if let Err(fault) = self.inner.store.tidy(&self.inner.options.retention).await {
+                    tracing::error!(%fault, "the data folder was not tidied");
+                }
+            }
+        };
+        closing.run_until_cancelled(tidying).await;
+    }
+
+    /// Refuses while the disk is nearly full, so that what runs can end.
+    async fn check_space(&self) -> Result<(), Fault> {
+        let (free, wanted) = (self.inner.store.free_bytes().await?, self.inner.options.min_free_bytes);
+        if free >= wanted {
+            return Ok(());
+        }
+        let message = format!("the disk of the data folder is full: {free} bytes are free, {wanted} must stay so");
+        Err(Fault::new(Kind::Busy { retry_after: SPACE_RETRY }, message))
+    }
+
     /// Runs one generation after the other.
     async fn work(self) {
         let workshop = Workshop {
@@ -166,7 +270,13 @@ impl Gateway {
         };
         let closing = self.inner.closing.clone();
         while let Some(lease) = closing.run_until_cancelled(self.inner.store.next()).await {
-            runner::run(lease, workshop.clone()).await;
+            let began = Instant::now();
+            runner::run(Arc::clone(&lease), workshop.clone()).await;
+            if lease.generation().await.state() == GenerationState::Completed {
+                let mut pace = lock(&self.inner.pace);
+                pace.truncate(PACE - 1);
+                pace.push_front(began.elapsed().as_secs_f64());
+            }
         }
     }
 
@@ -187,7 +297,7 @@ impl Gateway {
     /// The checkpoint's defaults; what it said last while it does not answer.
     async fn defaults(&self) -> Result<GenerationDefaults, Fault> {
         let asked = self.inner.stages.defaults().await;
-        let mut known = self.inner.defaults.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.inner.defaults);
         match asked {
             Ok(defaults) => Ok(*known.insert(defaults)),
             Err(fault) => known.ok_or(fault),
@@ -197,4 +307,9 @@ impl Gateway {
 
 fn shutting_down() -> Fault {
     Fault::new(Kind::Unavailable, "the gateway is shutting down")
+}
+
+/// The holders only put in and take out whole values, so they are sound even after a panic of one.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -15,15 +15,21 @@ use uuid::Uuid;
 
 use crate::{
     fault::{Fault, Kind},
-    intake::{File, Intake, Upload},
+    intake::{File, Intake, Order, Upload},
     scheduler::{Gateway, Place},
-    store::Store,
+    store::{Listing, Store, artifacts::Artifact},
 };
 
 /// Most bytes of one message that comes in: more than any allowed one, so that the refusal can name the field.
 const MESSAGE_BYTES: usize = 16 << 20;
 /// Bytes of video in one message.
 const VIDEO_CHUNK: usize = 256 << 10;
+/// How long a watcher hears nothing at most.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+/// Generations of a page, unless the caller says how many.
+pub(crate) const PAGE: usize = 20;
+/// Most generations of a page.
+pub(crate) const MOST_PAGE: usize = 100;
 /// How long a caller may be silent in the middle of an upload.
 const UPLOAD_SILENCE: Duration = Duration::from_secs(60);
 
@@ -74,18 +80,25 @@ impl From<GenerateRequest> for Piece {
 /// Takes a place in the queue and reads a whole upload, within the limits.
 async fn receive<M: Into<Piece> + Keyed>(
     gateway: &Gateway,
-    mut messages: Streaming<M>,
+    request: Request<Streaming<M>>,
 ) -> Result<(Upload, Place), Fault> {
+    let (metadata, _, mut messages) = request.into_parts();
     let mut intake = Intake::default();
     let mut message = next(&mut messages).await?;
     let key = message.as_mut().map(Keyed::take_key).unwrap_or_default();
-    let place = gateway.admit(&key).await?;
+    let text = |name: &str, field: &str| match metadata.get(name).map(|value| value.to_str()) {
+        None => Ok(""),
+        Some(Ok(text)) => Ok(text),
+        Some(Err(_)) => Err(Fault::invalid(field, format!("{name} is no visible ASCII text"))),
+    };
+    let order = Order::read(text("avatar-caller", "caller")?, text("avatar-priority", "priority")?, &key)?;
+    let place = gateway.admit(&order).await?;
     loop {
         match message.map(Into::into) {
             Some(Piece::Spec(spec)) => intake.spec(spec)?,
             Some(Piece::Bytes(file, bytes)) => intake.bytes(file, &bytes)?,
             Some(Piece::Empty) => return Err(Fault::new(Kind::Invalid, "a message of the request is empty")),
-            None => return Ok((intake.finish(key)?, place)),
+            None => return Ok((intake.finish(order)?, place)),
         }
         message = next(&mut messages).await?;
     }
@@ -215,8 +228,8 @@ fn answers(owned: Owned, until: Option<tokio::time::Instant>) -> Answers<Generat
     }))
 }
 
-/// A completed generation's video from an offset on, and its length.
-async fn open_video(store: &Store, id: &str, offset: u64) -> Result<(tokio::fs::File, u64), Status> {
+/// A completed generation's video from an offset on, and what the whole file is.
+async fn open_video(store: &Store, id: &str, offset: u64) -> Result<(tokio::fs::File, Artifact), Status> {
     let (video, file) = store.video(id).await.map_err(|fault| fault.to_status())?;
     if offset > video.bytes {
         let message = format!("offset {offset} is past the end; the video has {} bytes", video.bytes);
@@ -225,7 +238,7 @@ async fn open_video(store: &Store, id: &str, offset: u64) -> Result<(tokio::fs::
     let mut file = tokio::fs::File::from_std(file);
     let sought = file.seek(std::io::SeekFrom::Start(offset)).await;
     sought.map_err(|error| Fault::internal("the video cannot be read", &error).to_status())?;
-    Ok((file, video.bytes))
+    Ok((file, video))
 }
 
 fn video_chunks(file: tokio::fs::File) -> impl Stream<Item = Result<Bytes, Status>> + Send {
@@ -244,7 +257,7 @@ impl AvatarService for Service {
         request: Request<Streaming<CreateGenerationRequest>>,
     ) -> Result<Response<v1::CreateGenerationResponse>, Status> {
         let made = async {
-            let (upload, place) = receive(&self.gateway, request.into_inner()).await?;
+            let (upload, place) = receive(&self.gateway, request).await?;
             self.gateway.accept(upload, place, false).await
         };
         let generation = made.await.map_err(|fault: Fault| fault.to_status())?;
@@ -257,7 +270,7 @@ impl AvatarService for Service {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let until = deadline(request.metadata()).map(|patience| tokio::time::Instant::now() + patience);
         let made = async {
-            let (upload, place) = receive(&self.gateway, request.into_inner()).await?;
+            let (upload, place) = receive(&self.gateway, request).await?;
             let generation = self.gateway.accept(upload, place, true).await?;
             let id = Uuid::try_parse(&generation.generation_id);
             let id = id.map_err(|error| Fault::internal("a generation has no id", &error))?;
@@ -271,7 +284,7 @@ impl AvatarService for Service {
         &self,
         request: Request<v1::GetGenerationRequest>,
     ) -> Result<Response<v1::GetGenerationResponse>, Status> {
-        let generation = self.gateway.store().get(&request.get_ref().generation_id).await;
+        let generation = self.gateway.get(&request.get_ref().generation_id).await;
         let generation = Some(generation.map_err(|fault| fault.to_status())?);
         Ok(Response::new(v1::GetGenerationResponse { generation }))
     }
@@ -282,11 +295,47 @@ impl AvatarService for Service {
     ) -> Result<Response<Self::WatchGenerationStream>, Status> {
         let request = request.into_inner();
         let id = self.gateway.store().id(&request.generation_id).await.map_err(|fault| fault.to_status())?;
-        let answers = self.gateway.store().events(id, request.from_number).map(|event| match event {
-            Ok(event) => Ok(v1::WatchGenerationResponse { event: Some(event) }),
-            Err(fault) => Err(fault.to_status()),
+        let events = Box::pin(self.gateway.store().events(id, request.from_number));
+        let answers = stream::unfold(events, |mut events| async move {
+            let answer = match tokio::time::timeout(HEARTBEAT, events.next()).await {
+                Ok(Some(Ok(event))) => Ok(v1::WatchGenerationResponse { event: Some(event) }),
+                Ok(Some(Err(fault))) => Err(fault.to_status()),
+                Ok(None) => return None,
+                Err(_) => Ok(v1::WatchGenerationResponse { event: None }),
+            };
+            Some((answer, events))
         });
         Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn list_generations(
+        &self,
+        request: Request<v1::ListGenerationsRequest>,
+    ) -> Result<Response<v1::ListGenerationsResponse>, Status> {
+        let request = request.into_inner();
+        let listed = async {
+            let wrong = |field: &str, message: String| Fault::invalid(field, message);
+            let limit = match request.page_size {
+                0 => PAGE,
+                size if size as usize <= MOST_PAGE => size as usize,
+                size => return Err(wrong("page_size", format!("{size}; allowed are 0 to {MOST_PAGE}"))),
+            };
+            let token = |_| wrong("page_token", "it is none that a page gave".into());
+            let after = Some(&request.page_token).filter(|token| !token.is_empty());
+            let states = request.states.iter().map(|&state| GenerationState::try_from(state));
+            let listing = Listing {
+                states: states.collect::<Result<_, _>>().map_err(|error| wrong("states", error.to_string()))?,
+                created_from_ms: request.created_from_unix_ms,
+                created_before_ms: request.created_before_unix_ms,
+                oldest_first: request.oldest_first,
+                after: after.map(|token| Uuid::try_parse(token)).transpose().map_err(token)?,
+                limit,
+            };
+            self.gateway.list(&listing).await
+        };
+        let (generations, next) = listed.await.map_err(|fault| fault.to_status())?;
+        let next_page_token = next.map(|id| id.to_string()).unwrap_or_default();
+        Ok(Response::new(v1::ListGenerationsResponse { generations, next_page_token }))
     }
 
     async fn cancel_generation(
@@ -312,9 +361,10 @@ impl AvatarService for Service {
         request: Request<v1::DownloadVideoRequest>,
     ) -> Result<Response<Self::DownloadVideoStream>, Status> {
         let request = request.into_inner();
-        let (file, total) = open_video(self.gateway.store(), &request.generation_id, request.offset).await?;
-        let first = v1::DownloadVideoResponse { data: Vec::new(), total_bytes: total };
-        let rest = video_chunks(file).map_ok(|data| v1::DownloadVideoResponse { data: data.to_vec(), total_bytes: 0 });
+        let (file, video) = open_video(self.gateway.store(), &request.generation_id, request.offset).await?;
+        let first = v1::DownloadVideoResponse { data: Vec::new(), total_bytes: video.bytes, sha256: video.hash };
+        let rest = video_chunks(file)
+            .map_ok(|data| v1::DownloadVideoResponse { data: data.to_vec(), ..v1::DownloadVideoResponse::default() });
         Ok(Response::new(Box::pin(stream::once(async { Ok(first) }).chain(rest))))
     }
 }

@@ -12,13 +12,14 @@ use std::{
 
 use futures::StreamExt as _;
 use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationSpec, GenerationState, Parity, PassMode, Stage};
+use tower::ServiceExt as _;
 use uuid::Uuid;
 
 use crate::{
     Gateway, Options,
     fakes::{self, Script},
     fault::{Fault, Kind},
-    intake::Upload,
+    intake::{Order, Upload},
     store::life,
 };
 
@@ -33,7 +34,11 @@ fn upload(spec: GenerationSpec, frames: u32) -> Upload {
     audio.extend((2 * samples).to_le_bytes());
     audio.extend((0..samples).flat_map(|i| ((i % 100) as i16 * 90).to_le_bytes()));
     let spec = GenerationSpec { size: Some(64), guidance_scale: Some(7.5), flow_shift: Some(5.0), ..spec };
-    Upload { spec, picture: picture.into_inner(), audio, idempotency_key: String::new() }
+    Upload { spec, picture: picture.into_inner(), audio, order: Order::default() }
+}
+
+fn keyed(key: &str) -> Order {
+    Order { idempotency_key: key.into(), ..Order::default() }
 }
 
 /// A gateway on fake stages, with a data folder that goes with it.
@@ -54,7 +59,7 @@ impl Desk {
     }
 
     async fn accept(&self, upload: Upload) -> Result<Uuid, Fault> {
-        let place = self.gateway.admit(&upload.idempotency_key).await?;
+        let place = self.gateway.admit(&upload.order).await?;
         let generation = self.gateway.accept(upload, place, false).await?;
         Ok(Uuid::try_parse(&generation.generation_id).unwrap())
     }
@@ -254,11 +259,11 @@ async fn a_cancelled_generation_stops_in_the_middle_of_a_step() {
 #[tokio::test]
 async fn a_full_queue_refuses_at_once_with_a_delay_unless_the_request_was_accepted_before() {
     let script = Arc::new(Script { predict_time: Duration::from_secs(600), ..Script::default() });
-    let desk = Desk::with(&script, Options { queue: 0, ..Options::default() }).await;
-    let place = desk.gateway.admit("").await.unwrap();
-    assert!(matches!(desk.gateway.admit("").await.unwrap_err().kind, Kind::Busy { .. }));
+    let desk = Desk::with(&script, Options { queue: 0, concurrent: 1, ..Options::default() }).await;
+    let place = desk.gateway.admit(&Order::default()).await.unwrap();
+    assert!(matches!(desk.gateway.admit(&Order::default()).await.unwrap_err().kind, Kind::Busy { .. }));
     drop(place);
-    let request = || Upload { idempotency_key: "k".into(), ..upload(GenerationSpec::default(), 5) };
+    let request = || Upload { order: keyed("k"), ..upload(GenerationSpec::default(), 5) };
     let id = desk.accept(request()).await.unwrap();
     assert!(matches!(desk.accept(upload(GenerationSpec::default(), 5)).await.unwrap_err().kind, Kind::Busy { .. }));
     assert_eq!(desk.accept(request()).await.unwrap(), id);
@@ -270,7 +275,7 @@ async fn the_same_key_gives_the_same_generation_and_another_request_under_it_is_
     let desk = Desk::new(&script).await;
     let request = |seed| {
         let spec = GenerationSpec { steps: Some(1), seed: Some(seed), ..Default::default() };
-        Upload { idempotency_key: "order-7".into(), ..upload(spec, 5) }
+        Upload { order: keyed("order-7"), ..upload(spec, 5) }
     };
     let id = desk.accept(request(1)).await.unwrap();
     assert_eq!(desk.accept(request(1)).await.unwrap(), id);
@@ -291,13 +296,13 @@ async fn many_creations_of_one_key_at_once_make_one_generation() {
     let creations = (0..50).map(|_| {
         let desk = Arc::clone(&desk);
         tokio::spawn(async move {
-            let request = || Upload { idempotency_key: "one".into(), ..upload(GenerationSpec::default(), 2) };
+            let request = || Upload { order: keyed("one"), ..upload(GenerationSpec::default(), 2) };
             desk.accept(request()).await.unwrap()
         })
     });
     let ids: HashSet<Uuid> = futures::future::join_all(creations).await.into_iter().map(Result::unwrap).collect();
     assert_eq!(ids.len(), 1);
-    assert_eq!(desk.gateway.store().unfinished().await.unwrap(), 1);
+    assert_eq!(desk.gateway.store().unfinished("").await.unwrap(), (1, 1));
 }
 
 /// The video of a run that is stopped before a step is that of a run that is not, and no step is taken twice.
@@ -391,14 +396,15 @@ async fn a_stage_that_comes_back_is_waited_for_and_one_that_does_not_fails_the_g
 #[tokio::test]
 async fn what_waits_and_what_was_cancelled_is_so_after_a_restart() {
     let script = Arc::new(Script { predict_time: Duration::from_secs(600), ..Script::default() });
-    let (desk, running) = start(&script, 2).await;
+    let desk = Desk::with(&script, Options { concurrent: 1, ..Options::default() }).await;
+    let running = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)).await.unwrap();
     until(|| script.opened.load(Ordering::SeqCst) > 0).await;
     let spec = || GenerationSpec { steps: Some(1), ..Default::default() };
     let waiting = desk.accept(upload(spec(), 5)).await.unwrap();
     let cancelled = desk.accept(upload(spec(), 5)).await.unwrap();
     let ended = desk.gateway.store().cancel(&cancelled.to_string()).await.unwrap();
     assert_eq!(ended.state(), GenerationState::Cancelled);
-    let place = desk.gateway.admit("").await.unwrap();
+    let place = desk.gateway.admit(&Order::default()).await.unwrap();
     let attached = desk.gateway.accept(upload(spec(), 5), place, true).await.unwrap().generation_id;
     let again = Arc::new(Script::default());
     let desk = desk.restart(&again).await;
@@ -415,4 +421,154 @@ async fn two_gateways_do_not_share_a_folder() {
     let options = Options { data_dir: desk.folder.path().to_owned(), ..Options::default() };
     let error = Gateway::new(&options, fakes::start(&Arc::new(Script::default()))).await.unwrap_err();
     assert!(error.to_string().contains("another process uses it"), "{error}");
+}
+
+/// One call of the REST interface: status, headers and body.
+async fn rest(desk: &Desk, path: &str, headers: &[(&str, &str)]) -> (u16, http::HeaderMap, Vec<u8>) {
+    let mut request = http::Request::get(path);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(axum::body::Body::empty()).unwrap();
+    let (head, body) = desk.gateway.http_router().oneshot(request).await.unwrap().into_parts();
+    let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+    (head.status.as_u16(), head.headers, body.to_vec())
+}
+
+async fn json(desk: &Desk, path: &str) -> serde_json::Value {
+    let (status, _, body) = rest(desk, path, &[]).await;
+    assert_eq!(status, 200, "{path}: {}", String::from_utf8_lossy(&body));
+    serde_json::from_slice(&body).unwrap()
+}
+
+#[tokio::test]
+async fn a_download_goes_on_where_it_stopped_and_only_if_the_file_is_the_same() {
+    let script = Arc::new(Script::default());
+    let (desk, id) = start(&script, 1).await;
+    desk.ended(id).await;
+    let path = format!("/v1/videos/{id}/content");
+    let (status, headers, whole) = rest(&desk, &path, &[]).await;
+    let tag = headers["etag"].to_str().unwrap().to_owned();
+    assert_eq!((status, &headers["accept-ranges"]), (200, &http::HeaderValue::from_static("bytes")));
+    let (status, headers, rest_of_it) = rest(&desk, &path, &[("range", "bytes=100-"), ("if-range", &tag)]).await;
+    assert_eq!((status, &rest_of_it[..]), (206, &whole[100..]));
+    let wanted = format!("bytes 100-{}/{}", whole.len() - 1, whole.len());
+    assert_eq!(headers["content-range"].to_str().unwrap(), wanted);
+    let (status, _, again) = rest(&desk, &path, &[("range", "bytes=100-"), ("if-range", "\"another\"")]).await;
+    assert_eq!((status, again.len()), (200, whole.len()));
+    assert_eq!(rest(&desk, &path, &[("if-none-match", &tag)]).await.0, 304);
+    assert_eq!(rest(&desk, &path, &[("range", &format!("bytes={}-", whole.len()))]).await.0, 416);
+}
+
+#[tokio::test]
+async fn pages_of_a_list_have_each_generation_once_whatever_is_created_meanwhile() {
+    let script = Arc::new(Script::default());
+    let desk = Desk::new(&script).await;
+    let mut ids = Vec::new();
+    for steps in [1, 1, 1, 1, 1] {
+        let spec = GenerationSpec { steps: Some(steps), ..Default::default() };
+        let id = desk.accept(upload(spec, 2)).await.unwrap();
+        desk.ended(id).await;
+        ids.push(id.to_string());
+    }
+    let (mut seen, mut path) = (Vec::new(), "/v1/videos?limit=2&status=completed".to_owned());
+    loop {
+        let page = json(&desk, &path).await;
+        seen.extend(page["data"].as_array().unwrap().iter().map(|video| video["id"].as_str().unwrap().to_owned()));
+        if page["has_more"] == false {
+            break;
+        }
+        path = format!("/v1/videos?limit=2&status=completed&after={}", page["last_id"].as_str().unwrap());
+        desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 2)).await.unwrap();
+    }
+    seen.reverse();
+    assert_eq!(seen, ids);
+    let oldest = json(&desk, "/v1/videos?limit=1&order=asc").await;
+    assert_eq!(oldest["data"][0]["id"], ids[0].as_str());
+    assert_eq!(json(&desk, "/v1/videos?status=failed,cancelled").await["data"].as_array().unwrap().len(), 0);
+    assert_eq!(json(&desk, "/v1/videos?created_before=1").await["data"].as_array().unwrap().len(), 0);
+    for wrong in ["limit=0", "limit=101", "after=x", "order=up", "status=lost", "page=2"] {
+        assert_eq!(rest(&desk, &format!("/v1/videos?{wrong}"), &[]).await.0, 400, "{wrong}");
+    }
+}
+
+#[tokio::test]
+async fn server_sent_events_come_once_each_and_go_on_after_the_last_one_seen() {
+    let script = Arc::new(Script::default());
+    let (desk, id) = start(&script, 2).await;
+    let path = format!("/v1/videos/{id}/events");
+    let events = |body: Vec<u8>| {
+        let text = String::from_utf8(body).unwrap();
+        let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
+        data.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()).collect::<Vec<_>>()
+    };
+    let all = events(rest(&desk, &path, &[]).await.2);
+    let numbers: Vec<u64> = all.iter().map(|event| event["number"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, (1..=all.len() as u64).collect::<Vec<_>>());
+    assert_eq!(all.last().unwrap()["state"], "completed");
+    let last = (all.len() - 2).to_string();
+    assert_eq!(events(rest(&desk, &path, &[("last-event-id", &last)]).await.2), all[all.len() - 2..]);
+    assert_eq!(events(rest(&desk, &format!("{path}?from={last}"), &[]).await.2), all[all.len() - 3..]);
+    assert_eq!(rest(&desk, &path, &[("last-event-id", "x")]).await.0, 400);
+    assert_eq!(rest(&desk, "/v1/videos/x/events", &[]).await.0, 404);
+}
+
+#[tokio::test]
+async fn a_nearly_full_disk_refuses_with_the_reason_and_what_runs_goes_on() {
+    let script = Arc::new(Script::default());
+    let (desk, id) = start(&script, 1).await;
+    desk.ended(id).await;
+    let Desk { gateway, folder } = desk;
+    gateway.drain(Duration::ZERO).await;
+    drop(gateway);
+    let options = Options { data_dir: folder.path().to_owned(), min_free_bytes: u64::MAX, ..Options::default() };
+    let gateway = Gateway::new(&options, fakes::start(&script)).await.unwrap();
+    let fault = gateway.admit(&Order::default()).await.unwrap_err();
+    assert_eq!(fault.code(), tonic::Code::ResourceExhausted);
+    assert!(fault.message.contains("disk of the data folder is full") && fault.retryable(), "{fault}");
+    gateway.store().video(&id.to_string()).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_queue_serves_callers_in_turn_and_says_who_is_when_and_how_many_are_allowed() {
+    let script = Arc::new(Script { predict_time: Duration::from_secs(1), ..Script::default() });
+    let options = Options { concurrent: 1, queue_per_caller: Some(3), ..Options::default() };
+    let desk = Desk::with(&script, options).await;
+    let order = |caller: &str, priority| Order { caller: caller.into(), priority, ..Order::default() };
+    let request = |order| Upload { order, ..upload(GenerationSpec { steps: Some(1), ..Default::default() }, 2) };
+    let mut ids = Vec::new();
+    for (caller, priority) in [("a", 0), ("a", 0), ("a", 0), ("b", 0), ("c", 1)] {
+        ids.push(desk.accept(request(order(caller, priority))).await.unwrap());
+        if ids.len() == 1 {
+            until(|| script.opened.load(Ordering::SeqCst) > 0).await;
+        }
+    }
+    let full = desk.gateway.admit(&order("a", 9)).await.unwrap_err();
+    assert!(matches!(full.kind, Kind::Busy { .. }) && full.message.contains("3 are allowed"), "{full}");
+    assert!(desk.gateway.admit(&order("d", 0)).await.is_ok());
+    desk.ended(ids[4]).await;
+    let last = desk.gateway.get(&ids[2].to_string()).await.unwrap();
+    assert_eq!(last.state(), GenerationState::Queued);
+    assert!(last.queue_position > 0 && last.estimated_start_unix_ms.is_some(), "{last:?}");
+    let mut began = Vec::new();
+    for id in &ids {
+        desk.ended(*id).await;
+        let events = desk.events(*id).await;
+        let first = events.iter().find(|event| event.state() == GenerationState::Encoding).unwrap();
+        began.push((first.unix_ms, *id));
+    }
+    began.sort();
+    let order: Vec<usize> = began.iter().map(|(_, id)| ids.iter().position(|one| one == id).unwrap()).collect();
+    assert_eq!(order, [0, 4, 3, 1, 2]);
+}
+
+#[tokio::test]
+async fn a_short_generation_does_not_wait_for_a_long_one() {
+    let script = Arc::new(Script { predict_time: Duration::from_millis(20), ..Script::default() });
+    let desk = Desk::new(&script).await;
+    let long = desk.accept(upload(GenerationSpec { steps: Some(200), ..Default::default() }, 2)).await.unwrap();
+    let short = desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 2)).await.unwrap();
+    assert_eq!(desk.ended(short).await.state(), GenerationState::Completed);
+    let running = desk.gateway.get(&long.to_string()).await.unwrap();
+    assert!(!life::is_terminal(running.state()), "{running:?}");
 }

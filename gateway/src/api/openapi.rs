@@ -4,6 +4,9 @@ use axum::Json;
 use utoipa::{OpenApi, ToSchema};
 
 use super::{
+    content,
+    events::{self, VideoEvent},
+    list::{self, VideoList},
     rest,
     video::{Deleted, ErrorBody, ErrorObject, Face, Video, VideoError},
 };
@@ -52,8 +55,17 @@ pub(crate) struct CreateVideo {
         title = "Talking avatar videos",
         description = "A picture, a recording and a sentence become a talking video."
     ),
-    paths(rest::create, rest::show, rest::content, rest::remove, rest::cancel, rest::healthz),
-    components(schemas(CreateVideo, Video, VideoError, Face, Deleted, ErrorBody, ErrorObject))
+    paths(
+        rest::create,
+        list::list,
+        rest::show,
+        events::events,
+        content::content,
+        rest::remove,
+        rest::cancel,
+        rest::healthz
+    ),
+    components(schemas(CreateVideo, Video, VideoList, VideoEvent, VideoError, Face, Deleted, ErrorBody, ErrorObject))
 )]
 struct Api;
 

@@ -92,7 +92,11 @@ impl Denoise {
             }
             let done = self.sampler.step();
             if self.sampler.plan().resumable(done) {
-                run.lease.checkpoint(done, &self.plan, self.sampler.latents()).await?;
+                let stored = run.lease.checkpoint(done, &self.plan, self.sampler.latents()).await;
+                // A full disk costs what a later crash would repeat, and not what is done already.
+                if let Err(fault) = stored {
+                    tracing::warn!(generation_id = run.id(), step = done, %fault, "the latents were not stored");
+                }
             }
             run.step_done(done as u32, began.elapsed().as_secs_f64() / (done - first) as f64).await;
         }

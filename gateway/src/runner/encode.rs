@@ -129,7 +129,10 @@ where
     let began = run.stage_began(stage).await;
     let (encoded, summary) = run.patience.call(call).await?;
     if known {
-        run.lease.keep_stage_output(role, &key, kept::to_bytes(&encoded.sorted(), &summary)).await?;
+        let bytes = kept::to_bytes(&encoded.sorted(), &summary);
+        if let Err(fault) = run.lease.keep_stage_output(role, &key, bytes).await {
+            tracing::warn!(generation_id = run.id(), role, %fault, "what the stage gave was not kept");
+        }
     }
     run.stage_ended(stage, began, encoded.memory).await;
     Ok((encoded, summary, identity))

@@ -25,7 +25,7 @@ use self::{
 };
 use crate::{
     fault::{Fault, Kind},
-    intake::Upload,
+    intake::{Order, Upload},
     stages::Stages,
     store::{Change, Lease, role},
     validate::{self, MOST_AUDIO_SECONDS},
@@ -130,7 +130,7 @@ async fn inputs(lease: &Lease) -> Result<Prepared, Fault> {
     let spec = lease.generation().await.spec.unwrap_or_default();
     let settings = validate::resolve(spec.clone(), &GenerationDefaults::default())?;
     let (picture, audio) = (lease.read(role::PICTURE).await?, lease.read(role::AUDIO).await?);
-    let upload = Upload { spec, picture, audio, idempotency_key: String::new() };
+    let upload = Upload { spec, picture, audio, order: Order::default() };
     tokio::task::spawn_blocking(move || Prepared::read(&upload, settings, MOST_AUDIO_SECONDS))
         .await
         .map_err(|error| Fault::internal("the files could not be read", &error))?

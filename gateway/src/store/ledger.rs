@@ -1,20 +1,20 @@
 //! The statements of the store, written once for every engine.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use prost::Message as _;
-use proto::v1::{Generation, GenerationEvent};
+use proto::v1::{Generation, GenerationEvent, GenerationState};
 use uuid::Uuid;
 
 use super::{
     artifacts::Artifact,
     engine::{Access, Cells, Engine, SqlError},
+    turns::{Waiting, in_turn},
 };
+use crate::intake::Order;
 
 /// The first state that is an end; those of the contract are numbered so.
 const FIRST_END: i64 = 5;
-/// Generations that are looked at for the next one to run.
-const CANDIDATES: i64 = 256;
 
 /// A generation as it is kept.
 #[derive(Debug, Clone)]
@@ -38,8 +38,8 @@ pub(crate) struct NewRow<'a> {
     pub(crate) generation: &'a Generation,
     /// Its first event.
     pub(crate) event: &'a GenerationEvent,
-    /// The caller's key; empty for none.
-    pub(crate) idempotency_key: &'a str,
+    /// How it was asked for.
+    pub(crate) order: &'a Order,
     /// Hash of what was asked for.
     pub(crate) request_hash: &'a str,
     /// It belongs to a call, and goes with this process.
@@ -55,6 +55,21 @@ pub(crate) enum Inserted {
     New,
     /// The key is that of another generation, made from a request of this hash.
     Known(Box<Generation>, String),
+}
+
+/// Which generations are listed. Ids grow with the time of creation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Page {
+    /// Only ids above this one.
+    pub(crate) after_id: Uuid,
+    /// Only ids below this one.
+    pub(crate) before_id: Uuid,
+    /// Only those in one of these states; empty for all.
+    pub(crate) states: Vec<GenerationState>,
+    /// The oldest first.
+    pub(crate) oldest_first: bool,
+    /// How many at most.
+    pub(crate) limit: usize,
 }
 
 /// One more event of a generation.
@@ -86,11 +101,12 @@ impl Ledger {
     pub(crate) async fn insert(&self, new: NewRow<'_>) -> Result<Inserted, SqlError> {
         let id = new.generation.generation_id.as_str();
         let mut transaction = self.engine.begin(Access::Write).await?;
-        if !new.idempotency_key.is_empty() {
+        let Order { caller, priority, idempotency_key } = new.order;
+        if !idempotency_key.is_empty() {
             let known = transaction
                 .rows(
-                    "SELECT body, request_hash FROM generations WHERE idempotency_key = $1",
-                    &[new.idempotency_key.into()],
+                    "SELECT body, request_hash FROM generations WHERE caller = $1 AND idempotency_key = $2",
+                    &[caller.as_str().into(), idempotency_key.as_str().into()],
                 )
                 .await?;
             if let Some(row) = known.first() {
@@ -99,13 +115,15 @@ impl Ledger {
         }
         transaction
             .execute(
-                "INSERT INTO generations (id, state, last_event, idempotency_key, request_hash, attached, cancel, lease, \
-                 lease_until_ms, resume_step, resume_plan, body) VALUES ($1, $2, $3, $4, $5, $6, 0, 0, 0, 0, '', $7)",
+                "INSERT INTO generations (id, state, ended_ms, last_event, caller, priority, idempotency_key, request_hash, attached, cancel, lease, \
+                 lease_until_ms, resume_step, resume_plan, body) VALUES ($1, $2, 0, $3, $4, $5, $6, $7, $8, 0, 0, 0, 0, '', $9)",
                 &[
                     id.into(),
                     i64::from(new.generation.state).into(),
                     new.event.number.into(),
-                    new.idempotency_key.into(),
+                    caller.as_str().into(),
+                    (*priority).into(),
+                    idempotency_key.as_str().into(),
                     new.request_hash.into(),
                     i64::from(new.attached).into(),
                     new.generation.encode_to_vec().into(),
@@ -136,16 +154,93 @@ impl Ledger {
         rows.first().map(row).transpose()
     }
 
-    /// Ids of generations that have not ended.
-    pub(crate) async fn unfinished(&self) -> Result<u64, SqlError> {
-        let rows = self.read("SELECT COUNT(*) FROM generations WHERE state < $1", &[FIRST_END.into()]).await?;
-        rows.first().map_or(Ok(0), |row| row.count(0))
+    /// Generations in order of their creation; see [`Page`].
+    pub(crate) async fn list(&self, page: &Page) -> Result<Vec<Generation>, SqlError> {
+        let query = if page.oldest_first { LIST_OLDEST_FIRST } else { LIST_NEWEST_FIRST };
+        let states = page.states.iter().fold(0_i64, |mask, state| mask | 1 << *state as i32);
+        let values = [
+            page.after_id.to_string().into(),
+            page.before_id.to_string().into(),
+            if page.states.is_empty() { -1_i64 } else { states }.into(),
+            (page.limit as u64).into(),
+        ];
+        self.read(query, &values).await?.iter().map(|row| message(row.bytes(0)?)).collect()
     }
 
-    /// Whether a generation has this key.
-    pub(crate) async fn has_key(&self, key: &str) -> Result<bool, SqlError> {
-        let rows = self.read("SELECT id FROM generations WHERE idempotency_key = $1", &[key.into()]).await?;
-        Ok(!rows.is_empty())
+    /// Up to `limit` generations that ended before a time, the longest ago first.
+    pub(crate) async fn ended_before(&self, ended_ms: u64, limit: i64) -> Result<Vec<Uuid>, SqlError> {
+        let rows = self
+            .read(
+                "SELECT id FROM generations WHERE state >= $1 AND ended_ms < $2 ORDER BY ended_ms, id LIMIT $3",
+                &[FIRST_END.into(), ended_ms.into(), limit.into()],
+            )
+            .await?;
+        rows.iter().map(|row| identity(row.text(0)?)).collect()
+    }
+
+    /// Bytes of all files of generations; one that two share counts once.
+    pub(crate) async fn artifact_bytes(&self) -> Result<u64, SqlError> {
+        let query = "SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) \
+                     FROM (SELECT DISTINCT hash, bytes FROM artifacts) AS files";
+        self.read(query, &[]).await?.first().map_or(Ok(0), |row| row.count(0))
+    }
+
+    /// Forgets stages' outputs, those used longest ago first, until at most `limit_bytes` are left; gives the hashes
+    /// of the files.
+    pub(crate) async fn forget_stage_outputs(&self, limit_bytes: u64) -> Result<Vec<String>, SqlError> {
+        let mut transaction = self.engine.begin(Access::Write).await?;
+        let rows =
+            transaction.rows("SELECT key, hash, bytes FROM stage_outputs ORDER BY used_ms DESC, key", &[]).await?;
+        let (mut kept, mut forgotten) = (0_u64, Vec::new());
+        for row in rows {
+            kept = kept.saturating_add(row.count(2)?);
+            if kept > limit_bytes {
+                transaction.execute("DELETE FROM stage_outputs WHERE key = $1", &[row.text(0)?.into()]).await?;
+                forgotten.push(row.text(1)?.to_owned());
+            }
+        }
+        transaction.commit().await?;
+        Ok(forgotten)
+    }
+
+    /// How many generations have not ended, and how many of these are a caller's.
+    pub(crate) async fn unfinished(&self, caller: &str) -> Result<(u64, u64), SqlError> {
+        let query = "SELECT COUNT(*), CAST(COALESCE(SUM(CASE WHEN caller = $2 THEN 1 ELSE 0 END), 0) AS BIGINT) \
+                     FROM generations WHERE state < $1";
+        let rows = self.read(query, &[FIRST_END.into(), caller.into()]).await?;
+        rows.first().map_or(Ok((0, 0)), |row| Ok((row.count(0)?, row.count(1)?)))
+    }
+
+    /// Whether a caller's generation has this key.
+    pub(crate) async fn has_key(&self, caller: &str, key: &str) -> Result<bool, SqlError> {
+        let query = "SELECT id FROM generations WHERE caller = $1 AND idempotency_key = $2";
+        Ok(!self.read(query, &[caller.into(), key.into()]).await?.is_empty())
+    }
+
+    /// What nobody drives, in the order in which it is begun.
+    pub(crate) async fn waiting(&self, now_ms: u64) -> Result<Vec<Waiting>, SqlError> {
+        let mut transaction = self.engine.begin(Access::Read).await?;
+        let served = transaction.rows("SELECT caller, served FROM callers", &[]).await?;
+        let served = served.iter().map(|row| Ok((row.text(0)?.to_owned(), row.int(1)?)));
+        let served: HashMap<String, i64> = served.collect::<Result<_, SqlError>>()?;
+        let rows = transaction
+            .rows(
+                "SELECT id, caller, priority, state FROM generations WHERE state < $1 AND lease_until_ms <= $2",
+                &[FIRST_END.into(), now_ms.into()],
+            )
+            .await?;
+        let waiting = rows.iter().map(|row| {
+            let (id, caller) = (identity(row.text(0)?)?, row.text(1)?.to_owned());
+            Ok(Waiting { id, caller, priority: row.int(2)?, begun: row.int(3)? != GenerationState::Queued as i64 })
+        });
+        Ok(in_turn(waiting.collect::<Result<_, SqlError>>()?, &served))
+    }
+
+    /// The generations that are driven.
+    pub(crate) async fn driven(&self, now_ms: u64) -> Result<Vec<Generation>, SqlError> {
+        let query = "SELECT body FROM generations WHERE state < $1 AND lease_until_ms > $2";
+        let rows = self.read(query, &[FIRST_END.into(), now_ms.into()]).await?;
+        rows.iter().map(|row| message(row.bytes(0)?)).collect()
     }
 
     /// Up to `limit` events of a generation, from a number on.
@@ -161,27 +256,20 @@ impl Ledger {
 
     /// Takes the next generation to run that is nobody's, for the holder of a lease until `until_ms`; `skip` says
     /// which are not to be taken.
-    ///
-    /// First come those that ran before, then the others in the order of coming.
     pub(crate) async fn claim_next(
         &self,
         now_ms: u64,
         until_ms: u64,
         skip: &(dyn Fn(Uuid) -> bool + Sync),
     ) -> Result<Option<Row>, SqlError> {
-        let candidates = self
-            .read(
-                "SELECT id FROM generations WHERE state < $1 AND lease_until_ms <= $2 \
-                 ORDER BY CASE WHEN state > 1 THEN 0 ELSE 1 END, id LIMIT $3",
-                &[FIRST_END.into(), now_ms.into(), CANDIDATES.into()],
-            )
-            .await?;
-        for candidate in candidates {
-            let id = identity(candidate.text(0)?)?;
-            if skip(id) {
+        for next in self.waiting(now_ms).await? {
+            if skip(next.id) {
                 continue;
             }
-            if let Some(row) = self.claim(id, now_ms, until_ms).await? {
+            if let Some(row) = self.claim(next.id, now_ms, until_ms).await? {
+                if !next.begun {
+                    self.write(SERVED, &[next.caller.into()]).await?;
+                }
                 return Ok(Some(row));
             }
         }
@@ -250,7 +338,7 @@ impl Ledger {
         let mut transaction = self.engine.begin(Access::Write).await?;
         let changed = transaction
             .execute(
-                "UPDATE generations SET state = $1, last_event = $2, body = $3 \
+                "UPDATE generations SET state = $1, last_event = $2, body = $3, ended_ms = $7 \
                  WHERE id = $4 AND lease = $5 AND last_event = $6",
                 &[
                     i64::from(generation.state).into(),
@@ -259,6 +347,7 @@ impl Ledger {
                     id.into(),
                     lease.into(),
                     event.number.saturating_sub(1).into(),
+                    generation.ended_unix_ms.into(),
                 ],
             )
             .await?;
@@ -396,6 +485,14 @@ impl Ledger {
     }
 }
 
+const LIST_NEWEST_FIRST: &str = "SELECT body FROM generations WHERE id > $1 AND id < $2 \
+     AND ($3 >> CAST(state AS INTEGER)) & 1 = 1 ORDER BY id DESC LIMIT $4";
+const LIST_OLDEST_FIRST: &str = "SELECT body FROM generations WHERE id > $1 AND id < $2 \
+     AND ($3 >> CAST(state AS INTEGER)) & 1 = 1 ORDER BY id LIMIT $4";
+/// Gives a caller the latest turn.
+const SERVED: &str = "INSERT INTO callers (caller, served) \
+     VALUES ($1, (SELECT COALESCE(MAX(served), 0) + 1 FROM callers)) \
+     ON CONFLICT (caller) DO UPDATE SET served = excluded.served";
 const KEEP_ARTIFACT: &str = "INSERT INTO artifacts (generation_id, role, hash, bytes) VALUES ($1, $2, $3, $4) \
      ON CONFLICT (generation_id, role) DO UPDATE SET hash = excluded.hash, bytes = excluded.bytes";
 const DROP_ARTIFACT: &str = "DELETE FROM artifacts WHERE generation_id = $1 AND role = $2";

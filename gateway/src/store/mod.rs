@@ -11,6 +11,7 @@ mod schema;
 mod sqlite;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 use std::{
     collections::HashMap,
@@ -31,12 +32,16 @@ use uuid::Uuid;
 use self::{
     artifacts::{Artifact, Artifacts, sha256},
     engine::SqlError,
-    ledger::{Inserted, Ledger, NewRow, Row},
+    ledger::{Inserted, Ledger, NewRow, Page, Row},
     sqlite::Sqlite,
 };
-use crate::fault::{Fault, Kind};
+use crate::{
+    fault::{Fault, Kind},
+    intake::Order,
+};
 
 pub(crate) use lease::{Change, Lease, Resume};
+pub(crate) use turns::seconds_until;
 
 /// Files of a generation.
 pub(crate) mod role {
@@ -86,12 +91,46 @@ pub(crate) struct Accepted {
     pub(crate) picture: Vec<u8>,
     /// The recording's file.
     pub(crate) audio: Vec<u8>,
-    /// The caller's key; empty for none.
-    pub(crate) idempotency_key: String,
+    /// How it is to be served.
+    pub(crate) order: Order,
     /// Hash of what was asked for, as it was asked.
     pub(crate) request_hash: String,
     /// It belongs to a call: it does not outlive this process.
     pub(crate) attached: bool,
+}
+
+/// Which generations a caller wants to see.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Listing {
+    /// Only those in one of these states; empty for all.
+    pub(crate) states: Vec<GenerationState>,
+    /// Only those created from this time on.
+    pub(crate) created_from_ms: u64,
+    /// Only those created before this time; 0 for no limit.
+    pub(crate) created_before_ms: u64,
+    /// The oldest first.
+    pub(crate) oldest_first: bool,
+    /// Only those behind this one.
+    pub(crate) after: Option<Uuid>,
+    /// How many at most.
+    pub(crate) limit: usize,
+}
+
+/// How much is kept of what has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retention {
+    /// How long a generation is kept after its end; without it until it is deleted.
+    pub age: Option<Duration>,
+    /// How many bytes the files of all generations may have; the generations that ended first go first.
+    pub bytes: Option<u64>,
+    /// How many bytes the encoders' answers may have that are kept for other generations.
+    pub stage_output_bytes: u64,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self { age: None, bytes: None, stage_output_bytes: 4 << 30 }
+    }
 }
 
 /// All generations. Clones are the same store.
@@ -175,7 +214,7 @@ impl Store {
     ///
     /// Errors: its key is that of another request, or there is no room.
     pub(crate) async fn create(&self, accepted: Accepted) -> Result<Generation, Fault> {
-        let Accepted { generation, picture, audio, idempotency_key, request_hash, attached } = accepted;
+        let Accepted { generation, picture, audio, order, request_hash, attached } = accepted;
         let now = unix_ms();
         let generation = Generation {
             generation_id: Uuid::now_v7().to_string(),
@@ -199,7 +238,7 @@ impl Store {
         let new = NewRow {
             generation: &generation,
             event: &event,
-            idempotency_key: &idempotency_key,
+            order: &order,
             request_hash: &request_hash,
             attached,
             artifacts: &files,
@@ -210,7 +249,7 @@ impl Store {
                 let new = NewRow {
                     generation: &generation,
                     event: &event,
-                    idempotency_key: &idempotency_key,
+                    order: &order,
                     request_hash: &request_hash,
                     attached,
                     artifacts: &files,
@@ -232,9 +271,9 @@ impl Store {
                     Inserted::Known(known, _) => Err(Fault::new(
                         Kind::Conflict,
                         format!(
-                            "the idempotency key {idempotency_key:?} is that of the generation {}, which was asked for \
-                             with other values or files",
-                            known.generation_id
+                            "the idempotency key {:?} is that of the generation {}, which was asked for with other values \
+                             or files",
+                            order.idempotency_key, known.generation_id
                         ),
                     )),
                     Inserted::New => Ok(generation),
@@ -243,14 +282,84 @@ impl Store {
         }
     }
 
-    /// Whether a generation has this key.
-    pub(crate) async fn has_key(&self, key: &str) -> Result<bool, Fault> {
-        Ok(self.inner.ledger.has_key(key).await?)
+    /// Generations in the order of their creation, page by page; gives the token of the next page, if there is one.
+    ///
+    /// Errors: the token is none that a page gave.
+    pub(crate) async fn list(&self, wanted: &Listing) -> Result<(Vec<Generation>, Option<Uuid>), Fault> {
+        let mut page = Page {
+            // An id begins with the milliseconds of its time, so the first of a time is above the last one before it.
+            after_id: first_of(wanted.created_from_ms),
+            before_id: if wanted.created_before_ms == 0 { Uuid::max() } else { first_of(wanted.created_before_ms) },
+            states: wanted.states.clone(),
+            oldest_first: wanted.oldest_first,
+            limit: wanted.limit + 1,
+        };
+        if let Some(last) = wanted.after {
+            if wanted.oldest_first {
+                page.after_id = page.after_id.max(last);
+            } else {
+                page.before_id = page.before_id.min(last);
+            }
+        }
+        let mut generations = self.inner.ledger.list(&page).await?;
+        let more = generations.len() > wanted.limit;
+        generations.truncate(wanted.limit);
+        let next = generations.last().filter(|_| more).map(identity);
+        Ok((generations, next))
     }
 
-    /// How many generations wait or run.
-    pub(crate) async fn unfinished(&self) -> Result<u64, Fault> {
-        Ok(self.inner.ledger.unfinished().await?)
+    /// Removes what is kept longer or is more than wanted.
+    pub(crate) async fn tidy(&self, keep: &Retention) -> Result<(), Fault> {
+        let forgotten = self.inner.ledger.forget_stage_outputs(keep.stage_output_bytes).await?;
+        self.remove_unused(forgotten).await?;
+        if let Some(age) = keep.age {
+            let before = unix_ms().saturating_sub(u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
+            while self.remove_ended(before, 64).await? {}
+        }
+        if let Some(bytes) = keep.bytes {
+            while self.inner.ledger.artifact_bytes().await? > bytes && self.remove_ended(u64::MAX, 1).await? {}
+        }
+        Ok(())
+    }
+
+    /// Removes up to `limit` generations that ended before a time; false when there are none.
+    async fn remove_ended(&self, before_ms: u64, limit: i64) -> Result<bool, Fault> {
+        let ended = self.inner.ledger.ended_before(before_ms, limit).await?;
+        for id in &ended {
+            tracing::info!(generation_id = %id, "removed: it was kept as long as was wanted");
+            self.delete(*id).await?;
+        }
+        Ok(!ended.is_empty())
+    }
+
+    /// Bytes that are free where the data folder is.
+    pub(crate) async fn free_bytes(&self) -> Result<u64, Fault> {
+        let dir = self.work_dir();
+        blocking(move || {
+            let disk = rustix::fs::statvfs(&dir)?;
+            Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+        })
+        .await
+    }
+
+    /// Whether a caller's generation has this key.
+    pub(crate) async fn has_key(&self, caller: &str, key: &str) -> Result<bool, Fault> {
+        Ok(self.inner.ledger.has_key(caller, key).await?)
+    }
+
+    /// How many generations wait or run, and how many of these are a caller's.
+    pub(crate) async fn unfinished(&self, caller: &str) -> Result<(u64, u64), Fault> {
+        Ok(self.inner.ledger.unfinished(caller).await?)
+    }
+
+    /// Ids of what waits, in the order in which it is begun, and the seconds that are left of each that runs, where
+    /// they are known.
+    pub(crate) async fn queue(&self) -> Result<(Vec<Uuid>, Vec<Option<f64>>), Fault> {
+        let now = unix_ms();
+        let waiting = self.inner.ledger.waiting(now).await?.into_iter().map(|one| one.id).collect();
+        let driven = self.inner.ledger.driven(now).await?.into_iter();
+        let left = driven.map(|one| one.progress.and_then(|progress| progress.remaining_seconds)).collect();
+        Ok((waiting, left))
     }
 
     /// The generation with an id as it came over the wire.
@@ -448,6 +557,11 @@ impl Store {
     pub(crate) fn work_dir(&self) -> PathBuf {
         self.inner.work.path().to_owned()
     }
+}
+
+/// The first id of a millisecond; below all that are made from then on.
+fn first_of(unix_ms: u64) -> Uuid {
+    Uuid::from_u128(u128::from(unix_ms.min((1 << 48) - 1)) << 80)
 }
 
 /// The id of a generation of this store; it was made here.

@@ -7,7 +7,10 @@ const STEPS: [&str; 1] = ["
     CREATE TABLE generations (
         id TEXT PRIMARY KEY,
         state BIGINT NOT NULL,
+        ended_ms BIGINT NOT NULL,
         last_event BIGINT NOT NULL,
+        caller TEXT NOT NULL,
+        priority BIGINT NOT NULL,
         idempotency_key TEXT NOT NULL,
         request_hash TEXT NOT NULL,
         attached BIGINT NOT NULL,
@@ -18,8 +21,13 @@ const STEPS: [&str; 1] = ["
         resume_plan TEXT NOT NULL,
         body {bytes} NOT NULL
     );
-    CREATE UNIQUE INDEX generations_key ON generations (idempotency_key) WHERE idempotency_key <> '';
+    CREATE UNIQUE INDEX generations_key ON generations (caller, idempotency_key) WHERE idempotency_key <> '';
     CREATE INDEX generations_state ON generations (state, id);
+    CREATE INDEX generations_ended ON generations (ended_ms, id);
+    CREATE TABLE callers (
+        caller TEXT PRIMARY KEY,
+        served BIGINT NOT NULL
+    );
     CREATE TABLE events (
         generation_id TEXT NOT NULL,
         number BIGINT NOT NULL,

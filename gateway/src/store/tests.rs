@@ -10,7 +10,7 @@ fn accepted(key: &str) -> Accepted {
         generation: Generation::default(),
         picture: b"picture".to_vec(),
         audio: b"audio".to_vec(),
-        idempotency_key: key.to_owned(),
+        order: Order { idempotency_key: key.to_owned(), ..Order::default() },
         request_hash: sha256(key.as_bytes()),
         attached: false,
     }
@@ -175,4 +175,51 @@ async fn files_that_two_generations_share_stay_until_both_are_gone() {
     assert_eq!(store.inner.artifacts.hashes().unwrap().len(), 2);
     store.remove(&second).await.unwrap();
     assert!(store.inner.artifacts.hashes().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn what_is_kept_longer_or_is_more_than_wanted_goes_the_longest_ended_first() {
+    let (store, _dir) = open().await;
+    let mut ended = Vec::new();
+    for _ in 0..3 {
+        let (id, lease) = driven(&store).await;
+        lease.publish(to(GenerationState::Failed)).await;
+        // Times differ, so that there is an order.
+        while store.get(&id.to_string()).await.unwrap().ended_unix_ms == unix_ms() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        ended.push(id.to_string());
+    }
+    let running = driven(&store).await.0.to_string();
+    let all = Retention { age: Some(Duration::from_secs(3600)), bytes: Some(1 << 20), ..Retention::default() };
+    store.tidy(&all).await.unwrap();
+    assert!(store.get(&ended[0]).await.is_ok(), "nothing is old, and it is not much");
+    // All share the files of 12 bytes, so only the last one's end makes room: what runs is never removed.
+    store.tidy(&Retention { bytes: Some(11), ..Retention::default() }).await.unwrap();
+    assert_eq!(store.get(&ended[2]).await.unwrap_err().kind, Kind::NotFound);
+    assert!(store.get(&running).await.is_ok());
+    let (id, lease) = driven(&store).await;
+    lease.publish(to(GenerationState::Cancelled)).await;
+    let old = store.get(&id.to_string()).await.unwrap().ended_unix_ms;
+    while unix_ms() == old {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    store.tidy(&Retention { age: Some(Duration::ZERO), ..Retention::default() }).await.unwrap();
+    assert_eq!(store.get(&id.to_string()).await.unwrap_err().kind, Kind::NotFound);
+}
+
+#[tokio::test]
+async fn stage_outputs_that_nobody_used_lately_go_first_and_those_in_use_keep_their_file() {
+    let (store, _dir) = open().await;
+    let (_, lease) = driven(&store).await;
+    lease.keep_stage_output(role::FEATURES, "old", b"0123456789".to_vec()).await.unwrap();
+    let kept = unix_ms();
+    while unix_ms() == kept {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    lease.keep_stage_output(role::TEXT_STATES, "new", b"abcdefghij".to_vec()).await.unwrap();
+    store.tidy(&Retention { stage_output_bytes: 15, ..Retention::default() }).await.unwrap();
+    assert!(lease.stage_output(role::FEATURES, "old").await.is_none());
+    assert_eq!(lease.stage_output(role::TEXT_STATES, "new").await.unwrap(), b"abcdefghij");
+    assert_eq!(lease.read(role::FEATURES).await.unwrap(), b"0123456789", "the generation still has it");
 }
