@@ -36,7 +36,7 @@ impl Drift {
         let mut rows = Vec::new();
         for case in cases {
             let [bf16, f16] = [DType::BF16, DType::F16].map(|compute| run_in(case, compute));
-            for error in [&bf16, &f16].into_iter().filter_map(|report| report.error.as_ref()) {
+            if let Some(error) = bf16.error.as_ref().or(f16.error.as_ref()) {
                 bail!("{}: {error}", bf16.case);
             }
             rows.extend(Self::of(&bf16, &f16)?);
