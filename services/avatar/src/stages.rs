@@ -3,6 +3,7 @@
 use std::{future::Future, path::Path, time::Duration};
 
 use gateway::{Gateway, Options, Stages};
+use model::checkpoint::Choice;
 use proto::v1::avatar_service_client::AvatarServiceClient;
 use service_kit::{
     ServiceError,
@@ -31,7 +32,12 @@ pub struct InProcess {
 /// within a tokio runtime, which must live on as long as the system.
 ///
 /// Errors: the device's thread or the gateway's folder cannot be made.
-pub async fn in_process(models: &Path, compute: ComputeByStage, options: &Options) -> Result<InProcess, Failure> {
+pub async fn in_process(
+    models: &Path,
+    compute: ComputeByStage,
+    weights: Choice,
+    options: &Options,
+) -> Result<InProcess, Failure> {
     let config = StageConfig::local(models);
     let of = |stage| StageConfig { compute: compute.of(stage), ..config.clone() };
     let device = DeviceWorker::spawn("cpu", config.queue).map_err(|e| Failure::local("cannot start the device", e))?;
@@ -47,7 +53,8 @@ pub async fn in_process(models: &Path, compute: ComputeByStage, options: &Option
             image_encoder::serve_on(of("image-encoder"), device.clone(), incoming, shutdown.clone())
         }),
         diffusion: stage("diffusion", |incoming| {
-            diffusion::serve_on(of("diffusion"), device.clone(), incoming, shutdown.clone())
+            let config = diffusion::config::Config { stage: of("diffusion"), weights };
+            diffusion::serve_on(config, device.clone(), incoming, shutdown.clone())
         }),
         vae_decode: stage("vae-decode", |incoming| {
             vae_decode::serve_on(of("vae-decode"), device.clone(), incoming, shutdown.clone())
