@@ -9,6 +9,7 @@
       "--device" .settings.device
       "--compute" .settings.compute
       "--queue" (printf "%d" (int .settings.queue)) -}}
+{{- with .settings.faceModel }}{{ $args = concat $args (list "--face-model" .) }}{{ end -}}
 {{- $mount := dict "name" "models" "mountPath" "/models" "readOnly" true -}}
 {{- with $models.subPath }}{{ $_ := set $mount "subPath" . }}{{ end -}}
 {{- $volume := dict "name" "models" -}}
