@@ -114,14 +114,15 @@ fn fixed_sides(input: &Declared) -> Result<[Option<usize>; 2], String> {
 
 fn read(file: &Path) -> Result<Vec<u8>> {
     let fault = |e: std::io::Error| Error::file(file, e);
+    let metadata = std::fs::metadata(file).map_err(fault)?;
     // A pipe would be waited for, a device never ends.
-    if !std::fs::metadata(file).map_err(fault)?.is_file() {
+    if !metadata.is_file() {
         return Err(Error::file(file, "it is no regular file"));
     }
-    let mut bytes = Vec::new();
-    let read = File::open(file).map_err(fault)?.take(FILE_BYTES + 1).read_to_end(&mut bytes).map_err(fault)?;
-    if read as u64 > FILE_BYTES {
-        return Err(Error::file(file, format!("more than {FILE_BYTES} bytes, the limit")));
+    if metadata.len() > FILE_BYTES {
+        return Err(Error::file(file, format!("{} bytes, the limit is {FILE_BYTES}", metadata.len())));
     }
+    let mut bytes = Vec::new();
+    File::open(file).map_err(fault)?.take(FILE_BYTES).read_to_end(&mut bytes).map_err(fault)?;
     Ok(bytes)
 }

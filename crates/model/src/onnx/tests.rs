@@ -1,5 +1,7 @@
 //! Operators against answers worked out by hand, and graphs that ask for too much.
 
+use std::collections::HashMap;
+
 use super::{Array, Network, Value};
 
 fn number(mut value: u64) -> Vec<u8> {
@@ -191,4 +193,28 @@ fn loops_other_operators_and_values_elsewhere_are_refused_by_name() {
     assert!(refused(&[constant("w", &[1 << 62, 1 << 62], &[1.0])]).contains("the limit"));
     let elsewhere = bytes(5, &[int(1, 1), int(2, 1), bytes(8, b"w"), bytes(13, b"\x0a\x08location")].concat());
     assert!(refused(&[elsewhere]).contains("another file"));
+}
+
+/// f32 against f32: only the order of additions differs, and the answers are written with six digits.
+#[test]
+fn networks_that_pytorch_exported_give_what_pytorch_computes() {
+    let vector = |name: &str| {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/vectors");
+        std::fs::read(folder.join(name)).unwrap()
+    };
+    let expected: HashMap<String, (Vec<usize>, Vec<f32>)> = serde_json::from_slice(&vector("torch_onnx.json")).unwrap();
+    let values: Vec<f32> = (0..3 * 32 * 48).map(|i| (0.05 * f64::from(i)).sin() as f32).collect();
+    for opset in [11, 17] {
+        let network = Network::read(&vector(&format!("torch_opset{opset}.onnx"))).unwrap();
+        let outputs = network.run(Array { shape: vec![1, 3, 32, 48], values: values.clone() }).unwrap();
+        assert_eq!(outputs.len(), 2);
+        for (name, value) in outputs {
+            let Value::Floats(made) = value else { panic!("{name}") };
+            let (shape, values) = &expected[&name];
+            assert_eq!(&made.shape, shape, "{name}");
+            for (i, (ours, theirs)) in made.values.iter().zip(values).enumerate() {
+                assert!((ours - theirs).abs() < 1e-5, "opset {opset}, {name}[{i}]: {ours}, PyTorch {theirs}");
+            }
+        }
+    }
 }
