@@ -86,7 +86,8 @@ async fn a_service_finds_faces_with_its_network() {
     let folder = tempfile::tempdir().unwrap();
     let models = tiny_models();
     let doors = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"];
-    let served = [&["serve", "--models", models.to_str().unwrap(), "--face-model", &detector()][..], &doors].concat();
+    let file = detector();
+    let served = [&["serve", "--models", models.to_str().unwrap(), "--face-model", &file][..], &doors].concat();
     let process = Process::start("avatar", &served);
     let picture = fs::read(picture(folder.path())).unwrap();
     let stream = tokio_stream::iter(requests(spec(), &picture, &tone(0.2, 16_000)));
