@@ -170,6 +170,9 @@ pub struct GenerateFlags {
     /// The face to animate, in pixels of the upright picture. Default: found.
     #[arg(long, value_name = "X,Y,WIDTH,HEIGHT", allow_hyphen_values = true)]
     pub face: Option<Face>,
+    /// Face detector to use instead of the built-in one: an ONNX file of UltraFace, YuNet, SCRFD or YOLO-face.
+    #[arg(long, env = "AVATAR_FACE_MODEL", value_name = "FILE")]
+    pub face_model: Option<PathBuf>,
     /// Denoise at least this many frames, 1 to 400; 129 is what the reference does. Default 1.
     #[arg(long, value_name = "N")]
     pub min_frames: Option<u32>,

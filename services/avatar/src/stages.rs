@@ -3,7 +3,7 @@
 use std::{future::Future, path::Path, time::Duration};
 
 use gateway::{Gateway, Options, Stages};
-use model::checkpoint::Choice;
+use model::{checkpoint::Choice, image::Detector};
 use proto::v1::avatar_service_client::AvatarServiceClient;
 use service_kit::{
     ServiceError,
@@ -26,7 +26,7 @@ pub struct InProcess {
     shutdown: CancellationToken,
 }
 
-/// Starts the five stages, which share one device, and the gateway before them.
+/// Starts the five stages, which share one device, and the gateway before them; `detector` finds the faces.
 ///
 /// Weights are read at the first request that needs them, so a folder that lacks some is noticed then. To be called
 /// within a tokio runtime, which must live on as long as the system.
@@ -36,6 +36,7 @@ pub async fn in_process(
     models: &Path,
     compute: ComputeByStage,
     weights: Choice,
+    detector: Detector,
     options: &Options,
 ) -> Result<InProcess, Failure> {
     let config = StageConfig::local(models);
@@ -50,7 +51,8 @@ pub async fn in_process(
             text_encoder::serve_on(of("text-encoder"), device.clone(), incoming, shutdown.clone())
         }),
         image_encoder: stage("image-encoder", |incoming| {
-            image_encoder::serve_on(of("image-encoder"), device.clone(), incoming, shutdown.clone())
+            let config = image_encoder::config::Config { stage: of("image-encoder"), detector };
+            image_encoder::serve_on(config, device.clone(), incoming, shutdown.clone())
         }),
         diffusion: stage("diffusion", |incoming| {
             let config = diffusion::config::Config { stage: of("diffusion"), weights };
