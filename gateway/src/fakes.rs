@@ -35,6 +35,8 @@ pub(crate) struct Script {
     pub(crate) lose_session_at: Option<usize>,
     /// Predict call at which a value is not finite.
     pub(crate) not_finite_at: Option<usize>,
+    /// Predict calls of this step and of later ones wait while it is set.
+    pub(crate) hold: Mutex<Option<u32>>,
     /// How long a Predict takes.
     pub(crate) predict_time: Duration,
     /// Sessions that are open.
@@ -209,6 +211,9 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         use v1::predict_response::Body as Out;
         let (header, tensors) = read!(request, v1::predict_request::Body);
         tokio::time::sleep(self.0.predict_time).await;
+        while self.0.hold.lock().unwrap().is_some_and(|step| header.step >= step) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let call = self.0.predicted.fetch_add(1, Ordering::SeqCst);
         if self.0.away_at.is_some_and(|(first, calls)| (first..first.saturating_add(calls)).contains(&call)) {
             return Err(ServiceError::unavailable("nobody is there").into());

@@ -355,4 +355,18 @@ mod tests {
         assert_ne!(base, digest(&[("config.json", 3), ("clip/b.safetensors", 9)]));
         assert_eq!(digest(&[]), "");
     }
+
+    #[test]
+    fn the_digest_tells_values_apart_that_training_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("w.safetensors");
+        let digest = |last: u8| {
+            let mut bytes = vec![0; 200_000];
+            bytes[199_000] = last;
+            std::fs::write(&file, bytes).unwrap();
+            checkpoint_digest(folder.path(), std::slice::from_ref(&file)).unwrap()
+        };
+        assert_ne!(digest(1), digest(2));
+        assert_eq!(digest(1), digest(1));
+    }
 }

@@ -8,7 +8,7 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::{get, post},
 };
-use http::{HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
@@ -66,16 +66,7 @@ pub(crate) fn router(gateway: Gateway) -> Router {
     )
 )]
 pub(crate) async fn create(State(gateway): State<Gateway>, request: Request) -> Result<Json<Video>, Fault> {
-    let text = |name: &str, field: &str| match request.headers().get(name).map(HeaderValue::to_str) {
-        None => Ok(String::new()),
-        Some(Ok(text)) => Ok(text.to_owned()),
-        Some(Err(_)) => Err(Fault::invalid(field, format!("{name} is no visible ASCII text"))),
-    };
-    let order = Order::read(
-        &text("avatar-caller", "caller")?,
-        &text("avatar-priority", "priority")?,
-        &text("idempotency-key", "idempotency_key")?,
-    )?;
+    let order = order(request.headers())?;
     let parts = Multipart::from_request(request, &())
         .await
         .map_err(|_| Fault::new(Kind::UnsupportedMedia, "the request must be multipart/form-data with a boundary"))?;
@@ -84,6 +75,20 @@ pub(crate) async fn create(State(gateway): State<Gateway>, request: Request) -> 
         .await
         .map_err(|_| Fault::new(Kind::Deadline, "the form took more than 15 minutes to arrive"))??;
     Ok(Json(Video::from(&gateway.accept(upload, place, false).await?)))
+}
+
+/// How a request is to be served, from its headers.
+fn order(headers: &HeaderMap) -> Result<Order, Fault> {
+    let text = |name: &str, field: &str| match headers.get(name).map(HeaderValue::to_str) {
+        None => Ok(""),
+        Some(Ok(text)) => Ok(text),
+        Some(Err(_)) => Err(Fault::invalid(field, format!("{name} is no visible ASCII text"))),
+    };
+    Order::read(
+        text("avatar-caller", "caller")?,
+        text("avatar-priority", "priority")?,
+        text("idempotency-key", "idempotency_key")?,
+    )
 }
 
 /// Shows a generation as it stands.

@@ -212,8 +212,8 @@ impl Lease {
         if !held {
             self.lost.cancel();
         }
-        let unused = before.filter(|before| *before != kept).map(|before| before.hash);
-        drop_files(&self.store, unused.into_iter().collect()).await;
+        let unused = if held { before.filter(|before| *before != kept) } else { Some(kept) };
+        drop_files(&self.store, unused.map(|file| file.hash).into_iter().collect()).await;
         Ok(())
     }
 

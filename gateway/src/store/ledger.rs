@@ -157,7 +157,7 @@ impl Ledger {
     /// Generations in order of their creation; see [`Page`].
     pub(crate) async fn list(&self, page: &Page) -> Result<Vec<Generation>, SqlError> {
         let query = if page.oldest_first { LIST_OLDEST_FIRST } else { LIST_NEWEST_FIRST };
-        let states = page.states.iter().fold(0_i64, |mask, state| mask | 1 << *state as i32);
+        let states = page.states.iter().fold(0_i64, |mask, state| mask | (1 << (*state as i32)));
         let values = [
             page.after_id.to_string().into(),
             page.before_id.to_string().into(),

@@ -386,7 +386,11 @@ impl Store {
     /// A generation's events from number `from` (0 and 1 mean all) to the terminal one, as they happen.
     ///
     /// Errors: no generation has the id, or it is removed meanwhile.
-    pub fn events(&self, id: Uuid, from: u64) -> impl Stream<Item = Result<GenerationEvent, Fault>> + Send + 'static {
+    pub fn events(
+        &self,
+        id: Uuid,
+        from: u64,
+    ) -> impl Stream<Item = Result<GenerationEvent, Fault>> + Send + 'static + use<> {
         let bell = self.subscribe(id);
         let state = (self.clone(), bell, from.max(1), std::collections::VecDeque::new(), false);
         stream::unfold(state, move |(store, mut bell, mut next, mut ready, mut over)| async move {

@@ -130,6 +130,7 @@ async fn whoever_lost_the_lease_writes_nothing() {
     assert!(late.lost().is_cancelled());
     late.checkpoint(1, "plan", &[1.0]).await.unwrap();
     assert!(next.read(role::LATENTS).await.is_err(), "its latents are not stored either");
+    assert_eq!(store.inner.artifacts.hashes().unwrap().len(), 2, "nor does their file stay");
     next.publish(to(GenerationState::Denoising)).await;
     assert_eq!(store.get(&id.to_string()).await.unwrap().state(), GenerationState::Denoising);
 }
@@ -148,6 +149,7 @@ async fn what_no_record_names_is_removed_at_the_start() {
     assert_eq!((resumed.step, resumed.latents), (1, vec![1.0, -2.0]));
     assert!(lease.resume("another").await.is_none());
     assert_eq!(lease.read(role::PICTURE).await.unwrap(), b"picture");
+    lease.release().await;
     drop(lease);
     store.remove(&id.to_string()).await.unwrap();
     assert!(store.inner.artifacts.hashes().unwrap().is_empty());

@@ -10,7 +10,7 @@ use proto::v1::{
 use crate::{
     inputs::{portrait, tone},
     processes::client,
-    stack::{Stack, tiny_models, video_stream},
+    stack::{Stack, avatar, text, tiny_models, video_stream},
 };
 
 /// How long a generation may take on a slow machine.
@@ -118,4 +118,45 @@ async fn killed_stages_that_come_back_are_gone_on_with_and_the_video_is_bit_iden
     let events = watch(&stack, &id, 0, |_| false).await;
     assert_eq!(events.last().unwrap().state(), GenerationState::Completed, "{events:?}");
     assert!(video(&stack, &id, folder.path()).await == wanted);
+}
+
+/// Runs a client command against a stack with --json; gives its exit code and the lines that it printed.
+fn ask(stack: &Stack, arguments: &[&str]) -> (Option<i32>, Vec<serde_json::Value>) {
+    let server = stack.grpc();
+    let done = avatar(&[arguments, &["--server", &server, "--json"][..]].concat());
+    let lines = text(&done.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    (done.status.code(), lines)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
+    let (models, folder) = (tiny_models(), tempfile::tempdir().unwrap());
+    let stack = Stack::one(&models);
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("portrait.png"), portrait()).unwrap();
+    fs::write(path("speech.wav"), tone(0.3, 16_000)).unwrap();
+    let (picture, speech, out) = (path("portrait.png"), path("speech.wav"), path("talk.mp4"));
+    let submit = ["submit", "--image", &picture, "--audio", &speech, "--steps", "2", "--size", "64"];
+    let (code, first) = ask(&stack, &[&submit[..], &["--idempotency-key", "k1", "--caller", "desk"]].concat());
+    assert_eq!(code, Some(0), "{first:?}");
+    let id = first[0]["generation_id"].as_str().unwrap();
+    let (_, again) = ask(&stack, &[&submit[..], &["--idempotency-key", "k1", "--caller", "desk"]].concat());
+    assert_eq!(again[0]["generation_id"], id);
+
+    let (code, events) = ask(&stack, &["watch", id]);
+    assert_eq!((code, &events.last().unwrap()["event"]), (Some(0), &"completed".into()), "{events:?}");
+    let (_, status) = ask(&stack, &["status", id]);
+    assert_eq!((&status[0]["state"], &status[0]["step"]), (&"completed".into(), &2.into()));
+    let (_, listed) = ask(&stack, &["list", "--state", "completed"]);
+    assert_eq!(listed.iter().map(|one| one["generation_id"].clone()).collect::<Vec<_>>(), [id]);
+    let (code, fetched) = ask(&stack, &["download", id, "--out", &out]);
+    assert_eq!(code, Some(0), "{fetched:?}");
+    assert!(!video_stream(Path::new(&out)).is_empty());
+    let (_, cancelled) = ask(&stack, &["cancel", id]);
+    assert_eq!(cancelled[0]["state"], "completed", "what has ended is shown as it is");
+    assert_eq!(ask(&stack, &["delete", id]).0, Some(0));
+    let (code, gone) = ask(&stack, &["status", id]);
+    assert_eq!((code, &gone[0]["code"]), (Some(1), &"NOT_FOUND".into()), "{gone:?}");
+    let (code, wrong) = ask(&stack, &[&submit[..], &["--priority", "10"]].concat());
+    assert_eq!((code, &wrong[0]["field"]), (Some(2), &"priority".into()), "{wrong:?}");
 }
