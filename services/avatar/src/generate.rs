@@ -55,7 +55,7 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
     let options = gateway::Options { data_dir: Some(work.path().to_owned()), ..gateway::Options::default() };
-    let system = in_process(&inputs.models, flags.compute, inputs.detector.clone(), &options).await?;
+    let system = in_process(&inputs.models, flags.compute, flags.weights, inputs.detector.clone(), &options).await?;
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
         () = signals.next() => Err(Failure::interrupted()),

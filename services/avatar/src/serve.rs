@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 use gateway::{Listeners, Options, config::OptionFlags};
-use model::image::Detector;
+use model::{checkpoint::Choice, image::Detector};
 use service_kit::{
     config::{CommonConfig, CommonFlags, EXIT_USAGE, Mistakes, parse_listen},
     server,
@@ -24,6 +24,10 @@ pub struct ServeFlags {
     /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
     #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
     pub compute: String,
+    /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
+    /// or auto for the most exact that is there. Another form than the chosen one is refused.
+    #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
+    pub weights: String,
     /// Face detector to use instead of the built-in one: an ONNX file of UltraFace, YuNet, SCRFD or YOLO-face.
     #[arg(long, env = "AVATAR_FACE_MODEL", value_name = "FILE")]
     pub face_model: Option<PathBuf>,
@@ -48,6 +52,8 @@ pub struct ServeConfig {
     pub models: PathBuf,
     /// Type to compute in, by stage.
     pub compute: ComputeByStage,
+    /// The form of the transformer's weights.
+    pub weights: Choice,
     /// What finds faces.
     pub detector: Detector,
     /// Where to serve gRPC.
@@ -72,6 +78,7 @@ impl ServeFlags {
             mistakes.note(format!("--models: {failure}; {advice}"));
         }
         let compute = mistakes.check("--compute", &self.compute, str::parse);
+        let weights = mistakes.check("--weights", &self.weights, str::parse);
         let detector = Detector::open(self.face_model.as_deref());
         if let Err(error) = &detector {
             mistakes.note(format!("--face-model: {error}"));
@@ -80,11 +87,18 @@ impl ServeFlags {
         let http = mistakes.check("--http", &self.http, parse_listen);
         let options = self.options.resolve(&mut mistakes);
         let common = self.common.resolve(&mut mistakes);
-        match (models, compute, detector, grpc, http, options, common) {
-            (Ok(models), Some(compute), Ok(detector), Some(grpc), Some(http), Some(options), Some(common))
-                if mistakes.is_empty() =>
-            {
-                Ok(ServeConfig { models, compute, detector, grpc, http, options, common })
+        match (models, compute, weights, detector, grpc, http, options, common) {
+            (
+                Ok(models),
+                Some(compute),
+                Some(weights),
+                Ok(detector),
+                Some(grpc),
+                Some(http),
+                Some(options),
+                Some(common),
+            ) if mistakes.is_empty() => {
+                Ok(ServeConfig { models, compute, weights, detector, grpc, http, options, common })
             }
             _ => Err(mistakes),
         }
@@ -99,7 +113,7 @@ pub async fn serve(config: ServeConfig) -> Result<(), Failure> {
     let shutdown = server::shutdown_signal().map_err(failed("cannot catch signals"))?;
     let (grpc, grpc_address) = server::bind(config.grpc).await.map_err(failed("--grpc"))?;
     let (http, http_address) = server::bind(config.http).await.map_err(failed("--http"))?;
-    let system = in_process(&config.models, config.compute, config.detector, &config.options).await?;
+    let system = in_process(&config.models, config.compute, config.weights, config.detector, &config.options).await?;
     // Both sockets listen: whoever connects now is answered.
     server::announce(&[("grpc", grpc_address), ("http", http_address)]);
     let listeners = Listeners { grpc, http };

@@ -3,7 +3,7 @@
 use std::{future::Future, path::Path, time::Duration};
 
 use gateway::{Gateway, Options, Stages};
-use model::image::Detector;
+use model::{checkpoint::Choice, image::Detector};
 use proto::v1::avatar_service_client::AvatarServiceClient;
 use service_kit::{
     ServiceError,
@@ -35,6 +35,7 @@ pub struct InProcess {
 pub async fn in_process(
     models: &Path,
     compute: ComputeByStage,
+    weights: Choice,
     detector: Detector,
     options: &Options,
 ) -> Result<InProcess, Failure> {
@@ -54,7 +55,8 @@ pub async fn in_process(
             image_encoder::serve_on(config, device.clone(), incoming, shutdown.clone())
         }),
         diffusion: stage("diffusion", |incoming| {
-            diffusion::serve_on(of("diffusion"), device.clone(), incoming, shutdown.clone())
+            let config = diffusion::config::Config { stage: of("diffusion"), weights };
+            diffusion::serve_on(config, device.clone(), incoming, shutdown.clone())
         }),
         vae_decode: stage("vae-decode", |incoming| {
             vae_decode::serve_on(of("vae-decode"), device.clone(), incoming, shutdown.clone())

@@ -7,7 +7,7 @@ use std::{
 
 use model::{
     Precision,
-    checkpoint::{self, Setup},
+    checkpoint::{self, Choice, Setup},
     image::{Detector, ImageEncoder, Rgb8, face},
 };
 use proto::{
@@ -35,15 +35,16 @@ pub(crate) struct Model(ImageEncoder);
 impl StageModel for Model {
     const STAGE: Stage = Stage::ImageEncoder;
     const NAME: &'static str = "image-encoder";
+    type Options = ();
 
-    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
+    fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
         ImageEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
 
-    fn files(models: &Path) -> Vec<PathBuf> {
-        checkpoint::files(models, checkpoint::Stage::ImageEncoder)
+    fn files(models: &Path, (): &()) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::ImageEncoder, Choice::Auto)
     }
 }
 
