@@ -36,6 +36,12 @@ pub enum Command {
     ///
     /// Prints `ready grpc=ADDR http=ADDR` once it answers. SIGTERM ends it gracefully. Exit code 64: wrong settings.
     Serve(crate::serve::ServeFlags),
+    /// Say what would be done on some devices: tier, placement, fit, bytes and seconds, with reasons.
+    ///
+    /// No weight is read. Exit codes: 0 there is a plan, 1 nothing fits, 2 wrong usage or past the tier's limits.
+    Plan(crate::plan::flags::PlanFlags),
+    /// List the tiers: the memory that each is for, and what it lets a request ask for.
+    Tiers(crate::plan::flags::TiersFlags),
     /// Get, make, convert and check checkpoints.
     #[command(subcommand)]
     Weights(WeightsCommand),
@@ -170,6 +176,9 @@ pub struct GenerateFlags {
     /// 400 (16 s), and takes its literal steps and rounding. Not together with --min-frames. Default: ours.
     #[arg(long, value_enum, value_name = "RULES")]
     pub parity: Option<Parity>,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub tier: gateway::config::TierFlags,
     /// Print one JSON object a line on standard output: events, and last the result or the failure.
     #[arg(long)]
     pub json: bool,

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use gateway::api::video::parity_name;
+use gateway::{TierOptions, api::video::parity_name};
 use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
     avatar_service_client::AvatarServiceClient, generate_request, generate_response,
@@ -18,6 +18,7 @@ use crate::{
     failure::Failure,
     in_process,
     output::{Output, Part},
+    plan,
     progress::{Completed, Progress},
     signals::Signals,
 };
@@ -34,6 +35,7 @@ struct Inputs {
     audio: Vec<u8>,
     output: Output,
     models: PathBuf,
+    tier: TierOptions,
 }
 
 /// Makes the video and shows its progress.
@@ -47,7 +49,11 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         .prefix("avatar-")
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
-    let options = gateway::Options { data_dir: Some(work.path().to_owned()), ..gateway::Options::default() };
+    let options = gateway::Options {
+        data_dir: Some(work.path().to_owned()),
+        tier: inputs.tier.clone(),
+        ..gateway::Options::default()
+    };
     let system = in_process(&inputs.models, flags.compute, &options).await?;
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
@@ -67,7 +73,8 @@ fn read_inputs(flags: &GenerateFlags) -> Result<Inputs, Failure> {
     let audio = read_file("audio", &flags.audio, gateway::validate::AUDIO_BYTES)?;
     let output = Output::check(&flags.out, &[&flags.image, &flags.audio])?;
     let models = models_folder(flags.models.as_deref())?;
-    Ok(Inputs { spec: flags.spec(), picture, audio, output, models })
+    let tier = plan::tier_options_here(&flags.tier)?;
+    Ok(Inputs { spec: flags.spec(), picture, audio, output, models, tier })
 }
 
 /// The models' folder, if one was given and is there.

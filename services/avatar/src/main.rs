@@ -6,6 +6,7 @@ use avatar::{
     config::{Cli, Command, GenerateFlags, WeightsCommand},
     failure::{FAILED, Failure},
     generate::generate,
+    plan,
     progress::Progress,
     serve,
     weights::{
@@ -24,6 +25,8 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Generate(flags) => run_generate(&flags),
         Command::Serve(flags) => run_serve(flags),
+        Command::Plan(flags) => end(flags.json, plan::plan(&flags)),
+        Command::Tiers(flags) => end(flags.json, plan::tiers(&flags)),
         Command::Weights(WeightsCommand::Fetch(flags)) => run_fetch(&flags),
         Command::Weights(WeightsCommand::Synth(flags)) => end(flags.json, weights::synth::synth(&flags)),
         Command::Weights(WeightsCommand::Convert(flags)) => end(flags.json, weights::convert::convert(&flags)),

@@ -9,7 +9,7 @@ use service_kit::{
     server,
 };
 
-use crate::{compute::ComputeByStage, failure::Failure, generate::models_folder, in_process};
+use crate::{compute::ComputeByStage, failure::Failure, generate::models_folder, in_process, plan};
 
 /// Exit code: the settings are wrong.
 pub const EXIT_SETTINGS: u8 = EXIT_USAGE as u8;
@@ -68,7 +68,10 @@ impl ServeFlags {
         let compute = mistakes.check("--compute", &self.compute, str::parse);
         let grpc = mistakes.check("--grpc", &self.grpc, parse_listen);
         let http = mistakes.check("--http", &self.http, parse_listen);
-        let options = self.options.resolve(&mut mistakes);
+        let options = self.options.resolve(&mut mistakes).and_then(|options| {
+            let tier = plan::here(options.tier).map_err(|failure| mistakes.note(format!("--tier: {failure}"))).ok()?;
+            Some(Options { tier, ..options })
+        });
         let common = self.common.resolve(&mut mistakes);
         match (models, compute, grpc, http, options, common) {
             (Ok(models), Some(compute), Some(grpc), Some(http), Some(options), Some(common)) if mistakes.is_empty() => {

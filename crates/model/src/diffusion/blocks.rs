@@ -135,7 +135,9 @@ impl DoubleBlock {
         let q = Tensor::cat(&[&i.q, &t.q], 1)?; // (heads, I + L, d)
         let k = Tensor::cat(&[&i.k, &t.k], 1)?;
         let v = Tensor::cat(&[&i.v, &t.v], 1)?;
+        drop((i, t));
         let seen = attend(&q, &k, &v)?; // (I + L, H)
+        drop((q, k, v));
         let (images, texts) = (image.dim(0)?, text.dim(0)?);
         Ok((
             self.image.after(image, &seen.narrow(0, 0, images)?, &of_image)?,

@@ -47,8 +47,9 @@ pub(crate) struct Left<'a> {
 #[cfg(test)]
 pub(super) static PLAIN: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
-/// Whether the kernel can run here.
-pub(crate) fn has_kernel() -> bool {
+/// Whether products have a kernel of our own here, which wants its operands laid out anew.
+#[must_use]
+pub fn has_kernel() -> bool {
     #[cfg(test)]
     if PLAIN.load(std::sync::atomic::Ordering::Relaxed) {
         return false;
