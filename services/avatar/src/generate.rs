@@ -6,6 +6,7 @@ use std::{
 };
 
 use gateway::{TierOptions, api::video::parity_name};
+use model::image::{Detector, unused_detector};
 use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
     avatar_service_client::AvatarServiceClient, generate_request, generate_response,
@@ -35,6 +36,7 @@ struct Inputs {
     audio: Vec<u8>,
     output: Output,
     models: PathBuf,
+    detector: Detector,
     tier: TierOptions,
 }
 
@@ -44,6 +46,11 @@ struct Inputs {
 pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<Completed, Failure> {
     let mut signals = Signals::catch()?;
     let inputs = read_inputs(flags)?;
+    let unused = flags.face_model.is_none() && flags.face.is_none();
+    let unused = unused.then(|| unused_detector(&inputs.models)).flatten();
+    if let Some(said) = &unused {
+        progress.warn(said);
+    }
     // The gateway's own files; gone with this function, whatever happens.
     let work = tempfile::Builder::new()
         .prefix("avatar-")
@@ -54,11 +61,15 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         tier: inputs.tier.clone(),
         ..gateway::Options::default()
     };
-    let system = in_process(&inputs.models, flags.compute, &options).await?;
+    let system = in_process(&inputs.models, flags.compute, flags.weights, inputs.detector.clone(), &options).await?;
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
         () = signals.next() => Err(Failure::interrupted()),
     };
+    let result = result.map(|mut done: Completed| {
+        done.warnings.extend(unused);
+        done
+    });
     // A second signal does not wait for the current step.
     tokio::select! {
         () = system.stop(if result.is_ok() { Duration::ZERO } else { STOP }) => {}
@@ -73,8 +84,10 @@ fn read_inputs(flags: &GenerateFlags) -> Result<Inputs, Failure> {
     let audio = read_file("audio", &flags.audio, gateway::validate::AUDIO_BYTES)?;
     let output = Output::check(&flags.out, &[&flags.image, &flags.audio])?;
     let models = models_folder(flags.models.as_deref())?;
+    let detector =
+        Detector::open(flags.face_model.as_deref()).map_err(|e| Failure::input("face_model", e.to_string()))?;
     let tier = plan::tier_options_here(&flags.tier)?;
-    Ok(Inputs { spec: flags.spec(), picture, audio, output, models, tier })
+    Ok(Inputs { spec: flags.spec(), picture, audio, output, models, detector, tier })
 }
 
 /// The models' folder, if one was given and is there.

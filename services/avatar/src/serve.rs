@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 use gateway::{Listeners, Options, config::OptionFlags};
+use model::{checkpoint::Choice, image::Detector};
 use service_kit::{
     config::{CommonConfig, CommonFlags, EXIT_USAGE, Mistakes, parse_listen},
     server,
@@ -23,6 +24,13 @@ pub struct ServeFlags {
     /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
     #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
     pub compute: String,
+    /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
+    /// or auto for the most exact that is there. Another form than the chosen one is refused.
+    #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
+    pub weights: String,
+    /// Face detector to use instead of the built-in one: an ONNX file of UltraFace, YuNet, SCRFD or YOLO-face.
+    #[arg(long, env = "AVATAR_FACE_MODEL", value_name = "FILE")]
+    pub face_model: Option<PathBuf>,
     /// Address and port to serve gRPC on; port 0 takes a free one.
     #[arg(long, env = "AVATAR_GRPC", value_name = "ADDR:PORT", default_value = "127.0.0.1:50050")]
     pub grpc: String,
@@ -44,6 +52,10 @@ pub struct ServeConfig {
     pub models: PathBuf,
     /// Type to compute in, by stage.
     pub compute: ComputeByStage,
+    /// The form of the transformer's weights.
+    pub weights: Choice,
+    /// What finds faces.
+    pub detector: Detector,
     /// Where to serve gRPC.
     pub grpc: SocketAddr,
     /// Where to serve REST.
@@ -66,6 +78,11 @@ impl ServeFlags {
             mistakes.note(format!("--models: {failure}; {advice}"));
         }
         let compute = mistakes.check("--compute", &self.compute, str::parse);
+        let weights = mistakes.check("--weights", &self.weights, str::parse);
+        let detector = Detector::open(self.face_model.as_deref());
+        if let Err(error) = &detector {
+            mistakes.note(format!("--face-model: {error}"));
+        }
         let grpc = mistakes.check("--grpc", &self.grpc, parse_listen);
         let http = mistakes.check("--http", &self.http, parse_listen);
         let options = self.options.resolve(&mut mistakes).and_then(|options| {
@@ -73,9 +90,18 @@ impl ServeFlags {
             Some(Options { tier, ..options })
         });
         let common = self.common.resolve(&mut mistakes);
-        match (models, compute, grpc, http, options, common) {
-            (Ok(models), Some(compute), Some(grpc), Some(http), Some(options), Some(common)) if mistakes.is_empty() => {
-                Ok(ServeConfig { models, compute, grpc, http, options, common })
+        match (models, compute, weights, detector, grpc, http, options, common) {
+            (
+                Ok(models),
+                Some(compute),
+                Some(weights),
+                Ok(detector),
+                Some(grpc),
+                Some(http),
+                Some(options),
+                Some(common),
+            ) if mistakes.is_empty() => {
+                Ok(ServeConfig { models, compute, weights, detector, grpc, http, options, common })
             }
             _ => Err(mistakes),
         }
@@ -90,7 +116,7 @@ pub async fn serve(config: ServeConfig) -> Result<(), Failure> {
     let shutdown = server::shutdown_signal().map_err(failed("cannot catch signals"))?;
     let (grpc, grpc_address) = server::bind(config.grpc).await.map_err(failed("--grpc"))?;
     let (http, http_address) = server::bind(config.http).await.map_err(failed("--http"))?;
-    let system = in_process(&config.models, config.compute, &config.options).await?;
+    let system = in_process(&config.models, config.compute, config.weights, config.detector, &config.options).await?;
     // Both sockets listen: whoever connects now is answered.
     server::announce(&[("grpc", grpc_address), ("http", http_address)]);
     let listeners = Listeners { grpc, http };

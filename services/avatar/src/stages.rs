@@ -3,6 +3,7 @@
 use std::{future::Future, path::Path, time::Duration};
 
 use gateway::{Gateway, Options, Stages};
+use model::{checkpoint::Choice, image::Detector};
 use proto::v1::avatar_service_client::AvatarServiceClient;
 use service_kit::{
     ServiceError,
@@ -25,13 +26,19 @@ pub struct InProcess {
     shutdown: CancellationToken,
 }
 
-/// Starts the five stages, which share one device, and the gateway before them.
+/// Starts the five stages, which share one device, and the gateway before them; `detector` finds the faces.
 ///
 /// Weights are read at the first request that needs them, so a folder that lacks some is noticed then. To be called
 /// within a tokio runtime, which must live on as long as the system.
 ///
 /// Errors: the device's thread or the gateway's folder cannot be made.
-pub async fn in_process(models: &Path, compute: ComputeByStage, options: &Options) -> Result<InProcess, Failure> {
+pub async fn in_process(
+    models: &Path,
+    compute: ComputeByStage,
+    weights: Choice,
+    detector: Detector,
+    options: &Options,
+) -> Result<InProcess, Failure> {
     let config = StageConfig::local(models);
     let of = |stage| StageConfig { compute: compute.of(stage), ..config.clone() };
     let device = DeviceWorker::spawn("cpu", config.queue).map_err(|e| Failure::local("cannot start the device", e))?;
@@ -44,17 +51,19 @@ pub async fn in_process(models: &Path, compute: ComputeByStage, options: &Option
             text_encoder::serve_on(of("text-encoder"), device.clone(), incoming, shutdown.clone())
         }),
         image_encoder: stage("image-encoder", |incoming| {
-            image_encoder::serve_on(of("image-encoder"), device.clone(), incoming, shutdown.clone())
+            let config = image_encoder::config::Config { stage: of("image-encoder"), detector };
+            image_encoder::serve_on(config, device.clone(), incoming, shutdown.clone())
         }),
         diffusion: stage("diffusion", |incoming| {
-            diffusion::serve_on(of("diffusion"), device.clone(), incoming, shutdown.clone())
+            let config = diffusion::config::Config { stage: of("diffusion"), weights };
+            diffusion::serve_on(config, device.clone(), incoming, shutdown.clone())
         }),
         vae_decode: stage("vae-decode", |incoming| {
             vae_decode::serve_on(of("vae-decode"), device.clone(), incoming, shutdown.clone())
         }),
     };
     let gateway = Gateway::new(options, stages).map_err(|e| Failure::local("cannot start the gateway", e))?;
-    let gateway = gateway.planning_for(crate::plan::fleet(models, compute));
+    let gateway = gateway.planning_for(crate::plan::fleet(models, compute, weights));
     let routes = gateway.grpc_routes();
     let lifetime = Lifetime { shutdown: shutdown.clone(), drain: config.common.drain_timeout };
     let channel =

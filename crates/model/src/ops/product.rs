@@ -7,8 +7,18 @@
 const MR: usize = 12;
 const NR: usize = 32;
 
-/// Depth that is multiplied before the next tile's turn: both operands' parts then stay in a core's caches.
-const KC: usize = 512;
+/// Depth that is multiplied before the sums go to memory: the left tile's part (f32: 18 KiB) then stays in a core's
+/// first cache.
+const KC: usize = 384;
+
+/// Steps of depth that operands are asked for ahead of their turn. The right one comes from the second cache, as all its
+/// tiles of a part pass by for each left tile; without asking, the sums wait a quarter of the time.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 24;
+
+/// Columns of the right operand that one call should be given: as many as make a part of it (f32: 384 KiB) stay in a
+/// core's second cache, so that the left operand is read seldom.
+pub(crate) const COLUMNS: usize = 256;
 
 /// A matrix in memory: element `(i, j)` is at `i·row + j·column`.
 #[derive(Clone, Copy)]
@@ -29,8 +39,27 @@ impl<'a> View<'a> {
         Self { values, row: 1, column: width }
     }
 
+    /// What is left below row `first`.
+    fn from_row(&self, first: usize) -> Self {
+        Self { values: self.values.get(first * self.row..).unwrap_or_default(), ..*self }
+    }
+
     fn holds(&self, rows: usize, columns: usize) -> bool {
         rows == 0 || columns == 0 || (rows - 1) * self.row + (columns - 1) * self.column < self.values.len()
+    }
+}
+
+/// The right operand of a product.
+#[derive(Clone, Copy)]
+pub(crate) enum Right<'a> {
+    View(View<'a>),
+    /// Writes a row of the operand, of as many columns as the line has. Rows are asked for in order, once.
+    Lines(&'a dyn Fn(usize, &mut [f32])),
+}
+
+impl<'a> From<View<'a>> for Right<'a> {
+    fn from(view: View<'a>) -> Self {
+        Self::View(view)
     }
 }
 
@@ -43,17 +72,9 @@ pub(crate) struct Left<'a> {
     packed: Vec<f32>,
 }
 
-/// Makes tests take the crate's path where the kernel could run.
-#[cfg(test)]
-pub(super) static PLAIN: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
-
 /// Whether products have a kernel of our own here, which wants its operands laid out anew.
 #[must_use]
 pub fn has_kernel() -> bool {
-    #[cfg(test)]
-    if PLAIN.load(std::sync::atomic::Ordering::Relaxed) {
-        return false;
-    }
     #[cfg(target_arch = "x86_64")]
     {
         is_x86_feature_detected!("avx512f")
@@ -66,10 +87,15 @@ pub fn has_kernel() -> bool {
 
 impl<'a> Left<'a> {
     /// Lays out `rows` x `depth` values; `room` is memory to use again.
-    pub(crate) fn new(view: View<'a>, rows: usize, depth: usize, mut room: Vec<f32>) -> Self {
+    pub(crate) fn new(view: View<'a>, rows: usize, depth: usize, room: Vec<f32>) -> Self {
+        Self::laid_out(view, rows, depth, room, has_kernel())
+    }
+
+    /// For our kernel or, without a layout of its own, for the crate's.
+    fn laid_out(view: View<'a>, rows: usize, depth: usize, mut room: Vec<f32>, kernel: bool) -> Self {
         assert!(view.holds(rows, depth), "the left operand lies within its values");
         room.clear();
-        if has_kernel() {
+        if kernel {
             room.resize(rows.div_ceil(MR) * MR * depth, 0.0);
             for (block, packed) in room.chunks_exact_mut((MR * depth).max(1)).enumerate() {
                 pack_left(view, block * MR..rows.min((block + 1) * MR), depth, packed);
@@ -101,16 +127,27 @@ impl<'a> Left<'a> {
     ///
     /// # Safety
     /// `out` may be written for all its rows and columns, and nobody else touches these meanwhile.
-    pub(crate) unsafe fn times(
+    pub(crate) unsafe fn times<'r>(
         &self,
-        right: View<'_>,
+        right: impl Into<Right<'r>>,
         columns: usize,
         (out, stride): (*mut f32, usize),
         (scale, add): (f32, bool),
         room: &mut Vec<f32>,
     ) {
-        assert!(right.holds(self.depth, columns), "the right operand lies within its values");
+        let right = right.into();
+        if let Right::View(view) = right {
+            assert!(view.holds(self.depth, columns), "the right operand lies within its values");
+        }
         if self.packed.is_empty() || self.depth == 0 {
+            let view = match right {
+                Right::View(view) => view,
+                Right::Lines(write) => {
+                    room.resize(self.depth * columns, 0.0);
+                    room.chunks_exact_mut(columns.max(1)).enumerate().for_each(|(row, line)| write(row, line));
+                    View::rows(room, columns)
+                }
+            };
             // SAFETY: the operands lie within their values, and the caller answers for `out`.
             unsafe {
                 gemm::gemm(
@@ -124,9 +161,9 @@ impl<'a> Left<'a> {
                     self.view.values.as_ptr(),
                     self.view.column as isize,
                     self.view.row as isize,
-                    right.values.as_ptr(),
-                    right.column as isize,
-                    right.row as isize,
+                    view.values.as_ptr(),
+                    view.column as isize,
+                    view.row as isize,
                     1.0,
                     scale,
                     false,
@@ -137,29 +174,41 @@ impl<'a> Left<'a> {
             }
             return;
         }
-        let length = self.depth * NR;
-        if room.len() < length {
-            room.resize(length, 0.0);
-        }
-        for first in (0..columns).step_by(NR) {
-            let width = NR.min(columns - first);
-            pack_right(right, first..first + width, &mut room[..length]);
-            for depth in (0..self.depth).step_by(KC) {
-                let deep = KC.min(self.depth - depth);
-                for block in 0..self.rows.div_ceil(MR) {
-                    let left = &self.packed[(block * self.depth + depth) * MR..][..deep * MR];
-                    let mut sums = [[0f32; NR]; MR];
-                    tile(left, &room[depth * NR..][..deep * NR], &mut sums);
-                    let add = add || depth > 0;
-                    for (i, sums) in sums.iter().enumerate().take(self.rows - block * MR) {
-                        // SAFETY: a line of `out` that the caller gave, `width` columns of it.
-                        let line = unsafe {
-                            std::slice::from_raw_parts_mut(out.add((block * MR + i) * stride + first), width)
-                        };
-                        match add {
-                            true => line.iter_mut().zip(sums).for_each(|(o, s)| *o += s * scale),
-                            false => line.iter_mut().zip(sums).for_each(|(o, s)| *o = s * scale),
+        let groups = columns.div_ceil(NR);
+        let length = groups * NR * KC.min(self.depth);
+        // Past the packed part, a line of the operand before it is packed.
+        room.resize(room.len().max(length + columns), 0.0);
+        let (room, line) = room.split_at_mut(length);
+        let line = &mut line[..columns];
+        for first in (0..self.depth).step_by(KC) {
+            let deep = KC.min(self.depth - first);
+            match right {
+                Right::View(view) => {
+                    for (group, packed) in room.chunks_exact_mut(deep * NR).enumerate().take(groups) {
+                        let range = group * NR..columns.min((group + 1) * NR);
+                        pack_right(view.from_row(first), range, packed);
+                    }
+                }
+                Right::Lines(write) => {
+                    for k in 0..deep {
+                        write(first + k, line);
+                        for (group, part) in line.chunks(NR).enumerate() {
+                            let to = &mut room[(group * deep + k) * NR..][..NR];
+                            to[..part.len()].copy_from_slice(part);
+                            to[part.len()..].fill(0.0);
                         }
+                    }
+                }
+            }
+            for block in 0..self.rows.div_ceil(MR) {
+                let left = &self.packed[(block * self.depth + first) * MR..][..deep * MR];
+                let rows = MR.min(self.rows - block * MR);
+                for (group, right) in room.chunks_exact(deep * NR).enumerate().take(groups) {
+                    let width = NR.min(columns - group * NR);
+                    // SAFETY: `rows` lines of `out` that the caller gave, `width` columns of each.
+                    unsafe {
+                        let out = out.add(block * MR * stride + group * NR);
+                        tile(left, right, (out, stride), [rows, width], (scale, add || first > 0));
                     }
                 }
             }
@@ -169,14 +218,14 @@ impl<'a> Left<'a> {
 
 /// `depth` x 12 values of some rows; missing rows stay zero.
 fn pack_left(view: View<'_>, rows: std::ops::Range<usize>, depth: usize, packed: &mut [f32]) {
-    for (i, row) in rows.enumerate() {
-        if view.column == 1 {
-            let line = &view.values[row * view.row..][..depth];
-            packed.as_chunks_mut::<MR>().0.iter_mut().zip(line).for_each(|(p, v)| p[i] = *v);
-        } else {
-            for (k, p) in packed.as_chunks_mut::<MR>().0.iter_mut().enumerate() {
-                p[i] = view.values[row * view.row + k * view.column];
-            }
+    let first = view.from_row(rows.start);
+    if view.column == 1 {
+        interleave::<MR>(first.values, view.row, rows.len(), packed);
+        return;
+    }
+    for i in 0..rows.len() {
+        for (k, p) in packed.as_chunks_mut::<MR>().0.iter_mut().enumerate().take(depth) {
+            p[i] = first.values[i * view.row + k * view.column];
         }
     }
 }
@@ -184,48 +233,149 @@ fn pack_left(view: View<'_>, rows: std::ops::Range<usize>, depth: usize, packed:
 /// As many steps of depth as there is room for, x 32 values of some columns; missing columns are zero.
 fn pack_right(view: View<'_>, columns: std::ops::Range<usize>, packed: &mut [f32]) {
     let (first, width) = (columns.start, columns.len());
-    let packed = packed.as_chunks_mut::<NR>().0;
-    if view.column == 1 {
-        for (k, p) in packed.iter_mut().enumerate() {
-            p[..width].copy_from_slice(&view.values[k * view.row + first..][..width]);
-            p[width..].fill(0.0);
-        }
+    if view.row == 1 {
+        interleave::<NR>(&view.values[first * view.column..], view.column, width, packed);
         return;
     }
-    if width < NR {
-        packed.iter_mut().for_each(|p| p[width..].fill(0.0));
+    for (k, p) in packed.as_chunks_mut::<NR>().0.iter_mut().enumerate() {
+        let line = &view.values[k * view.row..];
+        if view.column == 1 {
+            p[..width].copy_from_slice(&line[first..][..width]);
+        } else {
+            p[..width].iter_mut().enumerate().for_each(|(j, p)| *p = line[(first + j) * view.column]);
+        }
+        p[width..].fill(0.0);
     }
-    // A few steps of depth for all columns: lines of the cache that are read and written stay in it.
-    const STEP: usize = 16;
-    for (at, packed) in packed.chunks_mut(STEP).enumerate() {
-        for j in 0..width {
-            let start = at * STEP * view.row + (first + j) * view.column;
-            if view.row == 1 {
-                let line = &view.values[start..][..packed.len()];
-                packed.iter_mut().zip(line).for_each(|(p, v)| p[j] = *v);
-            } else {
-                packed.iter_mut().enumerate().for_each(|(k, p)| p[j] = view.values[start + k * view.row]);
+}
+
+/// Puts element `k` of each of `count` lines, which begin `stride` apart, beside each other, `W` wide: line `j` goes to
+/// `packed[k * W + j]`. Missing lines are zero. As many elements as there is room for.
+fn interleave<const W: usize>(lines: &[f32], stride: usize, count: usize, packed: &mut [f32]) {
+    let depth = packed.len() / W;
+    assert!(count <= W && (count == 0 || (count - 1) * stride + depth <= lines.len()), "lines of the operand");
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: operands are packed only where the instructions are there; the lines and the room were measured.
+    unsafe {
+        interleave_avx512::<W>(lines, stride, count, packed);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("operands are packed only where the kernel is there");
+}
+
+/// 16 x 16 values at a time, turned in registers.
+///
+/// # Safety
+/// `count` is at most `W`, and `packed.len() / W` values from each line's begin lie within `lines`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn interleave_avx512<const W: usize>(lines: &[f32], stride: usize, count: usize, packed: &mut [f32]) {
+    use std::arch::x86_64::{_mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_setzero_ps};
+    const SIDE: usize = 16;
+    let depth = packed.len() / W;
+    for at in (0..W).step_by(SIDE) {
+        let wide = low_bits(W - at);
+        for k in (0..depth).step_by(SIDE) {
+            let deep = SIDE.min(depth - k);
+            let mut square = [_mm512_setzero_ps(); SIDE];
+            for (j, row) in square.iter_mut().enumerate().take(count.saturating_sub(at)) {
+                // SAFETY: `deep` values of a line; those that the mask hides are not read.
+                *row = unsafe { _mm512_maskz_loadu_ps(low_bits(deep), lines.as_ptr().add((at + j) * stride + k)) };
+            }
+            for (i, row) in turn(square).into_iter().enumerate().take(deep) {
+                // SAFETY: columns `at ..` of step `k + i` of the room; those that the mask hides are not written.
+                unsafe { _mm512_mask_storeu_ps(packed.as_mut_ptr().add((k + i) * W + at), wide, row) };
             }
         }
     }
 }
 
-fn tile(left: &[f32], right: &[f32], sums: &mut [[f32; NR]; MR]) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: operands are packed only where the instructions are there.
-    unsafe {
-        tile_avx512(left, right, sums);
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("operands are packed only where the kernel is there: {} {} {}", left.len(), right.len(), sums.len());
+/// A mask of the first `count` of 16 lanes.
+#[cfg(target_arch = "x86_64")]
+fn low_bits(count: usize) -> u16 {
+    if count >= 16 { u16::MAX } else { (1 << count) - 1 }
 }
 
+/// The transpose of 16 x 16 values.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn tile_avx512(left: &[f32], right: &[f32], sums: &mut [[f32; NR]; MR]) {
-    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps};
+fn turn(rows: [std::arch::x86_64::__m512; 16]) -> [std::arch::x86_64::__m512; 16] {
+    use std::arch::x86_64::{
+        _mm512_castpd_ps, _mm512_castps_pd, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_unpackhi_pd,
+        _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    };
+    // Pairs of rows, then fours: each register holds four columns' part of four rows, in its four quarters.
+    let mut fours = [_mm512_setzero_ps(); 16];
+    for (rows, fours) in rows.as_chunks::<4>().0.iter().zip(fours.as_chunks_mut::<4>().0) {
+        let low =
+            [_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpacklo_ps(rows[2], rows[3])].map(|v| _mm512_castps_pd(v));
+        let high =
+            [_mm512_unpackhi_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[2], rows[3])].map(|v| _mm512_castps_pd(v));
+        fours[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low[0], low[1]));
+        fours[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low[0], low[1]));
+        fours[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1]));
+        fours[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1]));
+    }
+    // Quarters of the same columns come together.
+    let mut out = [_mm512_setzero_ps(); 16];
+    for i in 0..4 {
+        let (a, b, c, d) = (fours[i], fours[4 + i], fours[8 + i], fours[12 + i]);
+        let even = [_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d)];
+        let odd = [_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d)];
+        out[i] = _mm512_shuffle_f32x4::<0x88>(even[0], even[1]);
+        out[4 + i] = _mm512_shuffle_f32x4::<0x88>(odd[0], odd[1]);
+        out[8 + i] = _mm512_shuffle_f32x4::<0xdd>(even[0], even[1]);
+        out[12 + i] = _mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]);
+    }
+    out
+}
+
+/// One tile of sums, times `scale`, to `out` or added to it: the first `rows` lines, `stride` apart, and `width` columns.
+///
+/// # Safety
+/// These parts of `out` may be written.
+unsafe fn tile(
+    left: &[f32],
+    right: &[f32],
+    out: (*mut f32, usize),
+    [rows, width]: [usize; 2],
+    (scale, add): (f32, bool),
+) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: operands are packed only where the instructions are there; the caller answers for `out`.
+    unsafe {
+        tile_avx512(left, right, out, [rows, width], (scale, add));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!(
+        "operands are packed only where the kernel is there: {left:?} {right:?} {out:?} {rows} {width} {scale} {add}"
+    );
+}
+
+/// # Safety
+/// As [`tile`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn tile_avx512(
+    left: &[f32],
+    right: &[f32],
+    (out, stride): (*mut f32, usize),
+    [rows, width]: [usize; 2],
+    (scale, add): (f32, bool),
+) {
+    use std::arch::x86_64::{
+        _MM_HINT_T0, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
+        _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps,
+    };
     let mut tile = [[_mm512_setzero_ps(); 2]; MR];
+    for i in 0..rows {
+        // A line of 32 sums lies on two or three of the cache's.
+        _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(i * stride).cast());
+        _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(i * stride + 16).cast());
+    }
     for (left, right) in left.as_chunks::<MR>().0.iter().zip(right.as_chunks::<NR>().0) {
+        _mm_prefetch::<_MM_HINT_T0>(right.as_ptr().wrapping_add(AHEAD * NR).cast());
+        _mm_prefetch::<_MM_HINT_T0>(right.as_ptr().wrapping_add(AHEAD * NR + 16).cast());
+        _mm_prefetch::<_MM_HINT_T0>(left.as_ptr().wrapping_add(AHEAD * MR).cast());
         // SAFETY: 16 values from 0 and from 16 on, of 32.
         let (low, high) = unsafe { (_mm512_loadu_ps(right.as_ptr()), _mm512_loadu_ps(right.as_ptr().add(16))) };
         for (tile, left) in tile.iter_mut().zip(left) {
@@ -234,11 +384,88 @@ fn tile_avx512(left: &[f32], right: &[f32], sums: &mut [[f32; NR]; MR]) {
             tile[1] = _mm512_fmadd_ps(left, high, tile[1]);
         }
     }
-    for (sums, tile) in sums.iter_mut().zip(tile) {
-        // SAFETY: 16 values from 0 and from 16 on, of 32.
-        unsafe {
-            _mm512_storeu_ps(sums.as_mut_ptr(), tile[0]);
-            _mm512_storeu_ps(sums.as_mut_ptr().add(16), tile[1]);
+    let scale = _mm512_set1_ps(scale);
+    let masks = [low_bits(width), low_bits(width.saturating_sub(16))];
+    for (i, tile) in tile.into_iter().enumerate().take(rows) {
+        for ((half, sums), mask) in tile.into_iter().enumerate().zip(masks) {
+            // SAFETY: a line that the caller gave; columns that the mask hides are neither read nor written.
+            unsafe {
+                let to = out.wrapping_add(i * stride + half * 16);
+                let sums = match add {
+                    true => _mm512_fmadd_ps(sums, scale, _mm512_maskz_loadu_ps(mask, to)),
+                    false => _mm512_mul_ps(sums, scale),
+                };
+                _mm512_mask_storeu_ps(to, mask, sums);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Tensor;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::golden::noise;
+
+    fn values(count: usize, seed: u64) -> Vec<f32> {
+        noise(&[count], seed).to_vec1().unwrap()
+    }
+
+    /// The product as it is defined, in f64.
+    fn clear(left: View<'_>, right: View<'_>, [rows, depth, columns]: [usize; 3]) -> Vec<f64> {
+        let at = |v: View<'_>, i: usize, j: usize| f64::from(v.values[i * v.row + j * v.column]);
+        (0..rows * columns)
+            .map(|n| (0..depth).map(|k| at(left, n / columns, k) * at(right, k, n % columns)).sum())
+            .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        /// However the operands lie, by our kernel (where it can run) and by the crate's.
+        #[test]
+        fn a_product_is_what_it_is_defined_as(
+            rows in 1usize..40, depth in 1usize..900, columns in 1usize..100, turned in prop::array::uniform2(any::<bool>()),
+            lines: bool, kernel: bool, add: bool, scale in 0.1f32..2.0, seed: u64,
+        ) {
+            let (a, b) = (values(rows * depth, seed), values(depth * columns, !seed));
+            let left = if turned[0] { View::columns(&a, rows) } else { View::rows(&a, depth) };
+            let right = if turned[1] { View::columns(&b, depth) } else { View::rows(&b, columns) };
+            let before = values(rows * columns, seed / 2);
+            let mut out = before.clone();
+            let packed = Left::laid_out(left, rows, depth, Vec::new(), kernel && has_kernel());
+            let write = |k: usize, line: &mut [f32]| {
+                line.iter_mut().enumerate().for_each(|(j, v)| *v = right.values[k * right.row + j * right.column]);
+            };
+            let given = if lines { Right::Lines(&write) } else { Right::View(right) };
+            // SAFETY: `out` has `rows` lines of `columns` values.
+            unsafe { packed.times(given, columns, (out.as_mut_ptr(), columns), (scale, add), &mut Vec::new()) };
+            for ((got, sum), before) in out.iter().zip(clear(left, right, [rows, depth, columns])).zip(before) {
+                let wanted = sum * f64::from(scale) + if add { f64::from(before) } else { 0.0 };
+                // Sums of values of both signs, whose rounding grows as the square root of their number.
+                prop_assert!((f64::from(*got) - wanted).abs() < 1e-6 * (depth as f64).sqrt() + 1e-6, "{got} for {wanted}");
+            }
+        }
+    }
+
+    /// What stands beside the sums in memory is another task's.
+    #[test]
+    fn nothing_beside_the_sums_is_written() {
+        let (a, b) = (values(13 * 5, 1), values(5 * 33, 2));
+        for kernel in [false, has_kernel()] {
+            let mut out = vec![7f32; 13 * 40];
+            let packed = Left::laid_out(View::rows(&a, 5), 13, 5, Vec::new(), kernel);
+            // SAFETY: 13 lines, 40 apart, of which 33 columns from the fourth on are written.
+            unsafe {
+                packed.times(View::rows(&b, 33), 33, (out.as_mut_ptr().add(4), 40), (1.0, false), &mut Vec::new())
+            };
+            let untouched = Tensor::from_vec(out, (13, 40), &candle_core::Device::Cpu).unwrap();
+            for (first, count) in [(0, 4), (37, 3)] {
+                let beside = untouched.narrow(1, first, count).unwrap().flatten_all().unwrap();
+                assert!(beside.to_vec1::<f32>().unwrap().iter().all(|v| *v == 7.0));
+            }
         }
     }
 }

@@ -4,6 +4,7 @@ use std::{path::PathBuf, str::FromStr};
 
 use clap::Args;
 use gateway::config::TierFlags;
+use model::checkpoint::Choice;
 use planner::{Bytes, Precision, size::PictureSize};
 
 use crate::compute::ComputeByStage;
@@ -32,6 +33,9 @@ pub struct PlanFlags {
     /// Plan for the checkpoint in this folder, of which only headers are read. Default: the published model.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,
+    /// Form in which the transformer's weights are taken, as `avatar generate` takes it.
+    #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
+    pub weights: Choice,
     #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
     #[command(flatten)]
     pub tier: TierFlags,

@@ -12,7 +12,7 @@ use gateway::{
     config::TierFlags,
     planning::{Fleet, FleetSource},
 };
-use model::checkpoint::Choice as Files;
+use model::checkpoint::Choice as Form;
 use planner::{Device, DeviceKind, ModelTable, Plan, Planner, Refusal, Request, plan::Choice};
 use serde_json::json;
 
@@ -41,7 +41,7 @@ pub fn tiers(flags: &TiersFlags) -> Result<(), Failure> {
 pub fn plan(flags: &PlanFlags) -> Result<(), Failure> {
     let TierOptions { tiers, choice: tier, allow_degrade } = tier_options(&flags.tier)?;
     let planner = Planner {
-        table: table(flags.models.as_deref())?,
+        table: table(flags.models.as_deref(), flags.weights)?,
         tiers,
         devices: devices(flags)?,
         tier,
@@ -89,20 +89,23 @@ pub fn here(options: TierOptions) -> Result<TierOptions, Failure> {
 
 /// What a gateway in this process plans for: the checkpoint below `models`, and this machine's CPU.
 #[must_use]
-pub fn fleet(models: &Path, compute: ComputeByStage) -> FleetSource {
+pub fn fleet(models: &Path, compute: ComputeByStage, weights: Form) -> FleetSource {
     let models = models.to_owned();
     FleetSource::new(move || {
         let told = |failure: Failure| failure.to_string();
-        Ok(Fleet { table: table(Some(&models)).map_err(told)?, devices: vec![cpu(None, compute).map_err(told)?] })
+        Ok(Fleet {
+            table: table(Some(&models), weights).map_err(told)?,
+            devices: vec![cpu(None, compute).map_err(told)?],
+        })
     })
 }
 
-fn table(models: Option<&Path>) -> Result<ModelTable, Failure> {
+fn table(models: Option<&Path>, weights: Form) -> Result<ModelTable, Failure> {
     match models {
         None => ModelTable::published().map_err(|e| Failure::local("the embedded table", e)),
         Some(models) => {
             let models = crate::generate::models_folder(Some(models))?;
-            model::blueprint::model_table(&models, Files::Auto).map_err(|e| Failure {
+            model::blueprint::model_table(&models, weights).map_err(|e| Failure {
                 code: "FAILED_PRECONDITION",
                 exit: FAILED,
                 ..Failure::input("models", e.to_string())

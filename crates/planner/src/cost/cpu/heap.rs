@@ -5,11 +5,12 @@ use super::Cpu;
 /// Tiles of the products and of attention, as `model::ops` has them.
 const MR: u64 = 12;
 const NR: u64 = 32;
-const PANEL: u64 = 256 << 10;
+const KC: u64 = 384;
+const COLUMNS: u64 = 256;
+const PANEL: u64 = 1 << 20;
 const QUERIES: u64 = 128;
 const KEYS: u64 = 512;
-const UNFOLDED: u64 = 128 << 10;
-const POSITIONS: u64 = 192;
+const POSITIONS: u64 = 256;
 /// Bytes of an f32.
 const WIDE: u64 = 4;
 
@@ -70,6 +71,11 @@ impl Heap {
         if self.cpu.packs { rows.next_multiple_of(MR) * depth * WIDE } else { 0 }
     }
 
+    /// A thread's part of the right operand of a product with so many columns, laid out.
+    fn room(&self, depth: u64, columns: u64) -> u64 {
+        if self.cpu.packs { (columns.next_multiple_of(NR) * depth.min(KC) + columns) * WIDE } else { 0 }
+    }
+
     /// Turns f32 values that were taken into a tensor.
     fn settle(&mut self, values: u64) -> u64 {
         if self.cpu.value_bytes == WIDE {
@@ -84,15 +90,15 @@ impl Heap {
     pub(super) fn linear(&mut self, rows: u64, widths: &[u64], out: u64, residual: bool) -> u64 {
         self.take(rows * out * WIDE);
         let columns: u64 = widths.iter().sum();
-        let panel = (PANEL / columns.max(1)).next_multiple_of(32).clamp(32, 512).min(out);
+        let most = (PANEL / columns.max(1)).next_multiple_of(32).clamp(32, COLUMNS);
+        let panel = out.div_ceil(self.cpu.threads.max(1)).next_multiple_of(32).clamp(32, most).min(out);
         let threads = self.cpu.threads.min(out.div_ceil(panel.max(1)));
         for (i, width) in widths.iter().enumerate() {
             let mut extra = self.widened(rows * width) + self.packed(rows, *width);
             if residual && i + 1 == widths.len() {
                 extra += self.widened(rows * out);
             }
-            let packed = if self.cpu.packs { width * NR * WIDE } else { 0 };
-            extra += threads * (panel * columns * WIDE + packed);
+            extra += threads * (panel * columns * WIDE + self.room(*width, panel));
             self.pass(extra + 2 * out * WIDE);
         }
         self.settle(rows * out)
@@ -115,9 +121,7 @@ impl Heap {
             self.widened(heads * queries * d) + self.widened(heads * keys * d) + self.widened(heads * keys * dv);
         let (rows, columns) = (QUERIES.min(queries), KEYS.min(keys));
         let mut room = rows * (columns + dv + 2) * WIDE;
-        if self.cpu.packs {
-            room += self.packed(rows, d) + self.packed(rows, columns) + d.max(columns) * NR * WIDE;
-        }
+        room += self.packed(rows, d) + self.packed(rows, columns) + self.room(d, columns).max(self.room(columns, dv));
         let threads = self.cpu.threads.min(heads * queries.div_ceil(QUERIES));
         self.pass(inputs + threads * room);
         self.settle(values)
@@ -130,15 +134,14 @@ impl Heap {
         let positions = frames * rows * columns;
         let depth = channels * kernel.pow(3);
         self.take(out * positions * WIDE);
-        let lines = frames * rows;
-        let step = (UNFOLDED / depth.max(1)).max(POSITIONS).div_ceil(columns.max(1)).min(lines.max(1));
-        let threads = self.cpu.threads.min(lines.div_ceil(step.max(1)));
-        let packed = if self.cpu.packs { depth * NR * WIDE } else { 0 };
-        let unfolded = depth * step * columns * WIDE;
+        let threads = self.cpu.threads.min(positions.div_ceil(POSITIONS));
+        let columns = POSITIONS.min(positions);
+        // Where the kernel is not to be had, a thread unfolds its positions as a whole.
+        let room = if self.cpu.packs { self.room(depth, columns) } else { depth * columns * WIDE };
         let extra = self.widened(channels * inp_positions)
             + self.widened(out * depth)
             + self.packed(out, depth)
-            + threads * (unfolded + packed);
+            + threads * room;
         self.pass(extra);
         if residual {
             let extra = self.widened(out * positions);
