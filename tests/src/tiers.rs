@@ -14,9 +14,9 @@ const CARDS: [u64; 8] = [6, 8, 10, 12, 16, 24, 48, 80];
 
 const HEAD: &str = "# Tiers and cards
 
-What the planner chooses for the published model at its full size, from its embedded table of tensors. Predicted, not measured: there
-is no GPU in this project's machines, so peaks are those of the memory model and seconds are left out. `cargo run -p e2e --bin tiers`
-prints this file; a test compares.
+What the planner chooses for the published model at its full size, from its embedded table of tensors. Predicted, not
+measured on any card: peaks are those of the memory model, and seconds are left out. `cargo run -p e2e --bin tiers` prints this file;
+a test compares.
 
 Every peak counts 256 MiB for a process's context on a card, and leaves 5 % of the card unused. bf16, fp8 and q4_k are allowed.
 ";

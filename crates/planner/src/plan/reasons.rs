@@ -76,29 +76,25 @@ pub(super) fn of_choice(planner: &Planner, job: &Job, chosen: &Chosen) -> Vec<St
 /// Why stages take turns: the two largest do not fit beside each other, or all of them together do not.
 fn in_turn(chosen: &Chosen, here: &[Stage], device: &str, usable: Bytes) -> String {
     let placed = |stage: Stage| &chosen.stages[stage as usize];
-    let largest = |but: Option<Stage>| {
-        here.iter().copied().filter(|stage| Some(*stage) != but).max_by_key(|stage| placed(*stage).resident)
-    };
+    let peak = |stage: Stage| placed(stage).resident.saturating_add(placed(stage).work);
     let weights = |stage: Stage| placed(stage).resident.saturating_sub(cuda::CONTEXT_BYTES);
-    if let Some(one) = largest(None)
-        && let Some(other) = largest(Some(one))
+    if let Some(one) = here.iter().copied().max_by_key(|stage| peak(*stage))
+        && let Some(other) = here.iter().copied().filter(|stage| *stage != one).max_by_key(|stage| weights(*stage))
+        && peak(one).saturating_add(weights(other)) > usable.0
     {
-        let peak = placed(one).resident.saturating_add(placed(one).work);
-        if peak.saturating_add(weights(other)) > usable.0 {
-            let (first, second) = if (one as usize) < other as usize { (one, other) } else { (other, one) };
-            let precision = match placed(one).fit {
-                Fit::Cuda(fit) if matches!(one, Stage::Diffusion | Stage::TextEncoder) => {
-                    format!(" at {}", fit.precision)
-                }
-                _ => String::new(),
-            };
-            return format!(
-                "{one}: {}{precision} does not fit beside {other} ({}) in {usable} of {device}, so {first} runs first and \
-                 is unloaded before {second}; every stage is there for its own work only",
-                Bytes(peak),
-                Bytes(weights(other)),
-            );
-        }
+        let (first, second) = if (one as usize) < other as usize { (one, other) } else { (other, one) };
+        let precision = match placed(one).fit {
+            Fit::Cuda(fit) if matches!(one, Stage::Diffusion | Stage::TextEncoder) => {
+                format!(" at {}", fit.precision)
+            }
+            _ => String::new(),
+        };
+        return format!(
+            "{one}: {}{precision} does not fit beside {other} ({}) in {usable} of {device}, so {first} runs first and \
+             is unloaded before {second}; every stage is there for its own work only",
+            Bytes(peak(one)),
+            Bytes(weights(other)),
+        );
     }
     let all = here.iter().map(|stage| weights(*stage)).fold(0, u64::saturating_add);
     format!(

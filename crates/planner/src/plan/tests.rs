@@ -73,7 +73,11 @@ fn the_largest_card_keeps_everything_in_16_bits() {
     assert!(fit.resident() && fit.precision == Precision::Bf16 && fit.token_chunks == 1 && !fit.branches_together);
     let small = planner(&["80GiB"]).plan(&request(128, 128, 9, 50)).unwrap();
     assert!(cuda_fit(&small, Stage::Diffusion).branches_together);
-    assert!(plan.reasons.iter().any(|r| r.contains("fit together in 76 GiB and stay loaded")), "{:#?}", plan.reasons);
+    assert!(
+        plan.reasons.iter().any(|r| r.contains("fit together in 76.00 GiB and stay loaded")),
+        "{:#?}",
+        plan.reasons
+    );
     assert_eq!((plan.tier.as_str(), plan.limited, plan.rank), ("maximum", false, [0; 4]));
 }
 
