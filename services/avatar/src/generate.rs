@@ -10,6 +10,7 @@ use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
     avatar_service_client::AvatarServiceClient, generate_request, generate_response,
 };
+use service_kit::config::Mistakes;
 use tonic::transport::Channel;
 
 use crate::{
@@ -42,13 +43,16 @@ struct Inputs {
 pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<Completed, Failure> {
     let mut signals = Signals::catch()?;
     let inputs = read_inputs(flags)?;
+    let mut mistakes = Mistakes::default();
+    let device = flags.device.resolve(&mut mistakes).filter(|_| mistakes.is_empty());
+    let device = device.ok_or_else(|| Failure::input("device", mistakes.to_string().trim_end().to_owned()))?;
     // The gateway's own files; gone with this function, whatever happens.
     let work = tempfile::Builder::new()
         .prefix("avatar-")
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
     let options = gateway::Options { data_dir: Some(work.path().to_owned()), ..gateway::Options::default() };
-    let system = in_process(&inputs.models, flags.compute, &options).await?;
+    let system = in_process(&inputs.models, flags.compute, device, &options).await?;
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
         () = signals.next() => Err(Failure::interrupted()),

@@ -3,6 +3,7 @@
 
 pub mod compute;
 pub mod config;
+pub mod devices;
 pub mod failure;
 pub mod generate;
 pub mod output;

@@ -5,7 +5,8 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::Args;
 use gateway::{Listeners, Options, config::OptionFlags};
 use service_kit::{
-    config::{CommonConfig, CommonFlags, EXIT_USAGE, Mistakes, parse_listen},
+    config::{CommonConfig, CommonFlags, DeviceFlags, EXIT_USAGE, Mistakes, parse_listen},
+    hardware::DeviceConfig,
     server,
 };
 
@@ -23,6 +24,9 @@ pub struct ServeFlags {
     /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
     #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
     pub compute: String,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub device: DeviceFlags,
     /// Address and port to serve gRPC on; port 0 takes a free one.
     #[arg(long, env = "AVATAR_GRPC", value_name = "ADDR:PORT", default_value = "127.0.0.1:50050")]
     pub grpc: String,
@@ -44,6 +48,8 @@ pub struct ServeConfig {
     pub models: PathBuf,
     /// Type to compute in, by stage.
     pub compute: ComputeByStage,
+    /// Device that all stages compute on.
+    pub device: DeviceConfig,
     /// Where to serve gRPC.
     pub grpc: SocketAddr,
     /// Where to serve REST.
@@ -66,13 +72,16 @@ impl ServeFlags {
             mistakes.note(format!("--models: {failure}; {advice}"));
         }
         let compute = mistakes.check("--compute", &self.compute, str::parse);
+        let device = self.device.resolve(&mut mistakes);
         let grpc = mistakes.check("--grpc", &self.grpc, parse_listen);
         let http = mistakes.check("--http", &self.http, parse_listen);
         let options = self.options.resolve(&mut mistakes);
         let common = self.common.resolve(&mut mistakes);
-        match (models, compute, grpc, http, options, common) {
-            (Ok(models), Some(compute), Some(grpc), Some(http), Some(options), Some(common)) if mistakes.is_empty() => {
-                Ok(ServeConfig { models, compute, grpc, http, options, common })
+        match (models, compute, device, grpc, http, options, common) {
+            (Ok(models), Some(compute), Some(device), Some(grpc), Some(http), Some(options), Some(common))
+                if mistakes.is_empty() =>
+            {
+                Ok(ServeConfig { models, compute, device, grpc, http, options, common })
             }
             _ => Err(mistakes),
         }
@@ -87,7 +96,7 @@ pub async fn serve(config: ServeConfig) -> Result<(), Failure> {
     let shutdown = server::shutdown_signal().map_err(failed("cannot catch signals"))?;
     let (grpc, grpc_address) = server::bind(config.grpc).await.map_err(failed("--grpc"))?;
     let (http, http_address) = server::bind(config.http).await.map_err(failed("--http"))?;
-    let system = in_process(&config.models, config.compute, &config.options).await?;
+    let system = in_process(&config.models, config.compute, config.device, &config.options).await?;
     // Both sockets listen: whoever connects now is answered.
     server::announce(&[("grpc", grpc_address), ("http", http_address)]);
     let listeners = Listeners { grpc, http };

@@ -9,6 +9,7 @@ use service_kit::{
     client::{self, MemoryIncoming},
     config::StageConfig,
     device::DeviceWorker,
+    hardware::DeviceConfig,
     server::{self, Lifetime},
 };
 use tokio_util::sync::CancellationToken;
@@ -31,10 +32,16 @@ pub struct InProcess {
 /// within a tokio runtime, which must live on as long as the system.
 ///
 /// Errors: the device's thread or the gateway's folder cannot be made.
-pub async fn in_process(models: &Path, compute: ComputeByStage, options: &Options) -> Result<InProcess, Failure> {
-    let config = StageConfig::local(models);
+pub async fn in_process(
+    models: &Path,
+    compute: ComputeByStage,
+    device: DeviceConfig,
+    options: &Options,
+) -> Result<InProcess, Failure> {
+    let config = StageConfig { device, ..StageConfig::local(models) };
     let of = |stage| StageConfig { compute: compute.of(stage), ..config.clone() };
-    let device = DeviceWorker::spawn("cpu", config.queue).map_err(|e| Failure::local("cannot start the device", e))?;
+    let device =
+        DeviceWorker::spawn(&config.device, config.queue).map_err(|e| Failure::local("cannot start the device", e))?;
     let shutdown = CancellationToken::new();
     let stages = Stages {
         audio_encoder: stage("audio-encoder", |incoming| {

@@ -7,6 +7,7 @@ mod forms;
 mod generate;
 mod hub;
 mod inputs;
+mod memory;
 mod processes;
 mod quirks;
 mod resizing;

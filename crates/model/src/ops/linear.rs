@@ -9,7 +9,7 @@ use super::{
     product::{Left, View},
     simd::vectorised,
 };
-use crate::weights::Matrix;
+use crate::{memory, weights::Matrix};
 
 /// Weights that one thread decodes at once (f32: 1 MiB), so that they stay in its cache while they are used.
 const PANEL: usize = 256 << 10;
@@ -54,6 +54,9 @@ pub fn linear(
     {
         candle_core::bail!("a bias, gate or residual that does not fit {rows} x {out}");
     }
+    // Beside the result, the widest input is laid out anew for the product.
+    let widest = rows * widths.iter().copied().max().unwrap_or(0);
+    memory::room_for(dtype, widest, widest + rows * out)?;
     let mut y = vec![0f32; rows * out];
     let product = Product { weight, rows, activation, bias, scale };
     for (i, x) in xs.iter().enumerate() {
