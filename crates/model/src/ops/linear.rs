@@ -6,13 +6,10 @@ use rayon::prelude::*;
 use super::{
     Activation,
     host::{self, Shared},
-    product::{Left, View},
+    product::{self, Left, View},
     simd::vectorised,
 };
 use crate::{memory, weights::Matrix};
-
-/// Weights that one thread decodes at once (f32: 1 MiB), so that they stay in its cache while they are used.
-const PANEL: usize = 256 << 10;
 
 /// The residual connection around a layer: `residual + gate·y`.
 #[derive(Debug, Clone, Copy)]
@@ -58,6 +55,9 @@ pub fn linear(
     let widest = rows * widths.iter().copied().max().unwrap_or(0);
     memory::room_for(dtype, widest, widest + rows * out)?;
     let mut y = vec![0f32; rows * out];
+    if y.is_empty() {
+        return host::tensor(y, &[rows, out], dtype);
+    }
     let product = Product { weight, rows, activation, bias, scale };
     for (i, x) in xs.iter().enumerate() {
         let column = widths[..i].iter().sum();
@@ -107,7 +107,8 @@ impl Product<'_> {
     fn run(&self, x: &[f32], column: usize, last: bool, residual: Option<&[f32]>, y: &mut [f32]) {
         let (out, columns) = (self.weight.rows(), self.weight.columns());
         let width = x.len().checked_div(self.rows).unwrap_or(0);
-        let panel = (PANEL / columns.max(1)).next_multiple_of(32).clamp(32, 512);
+        // A narrow layer is shared out among all threads all the same.
+        let panel = out.div_ceil(rayon::current_num_threads()).next_multiple_of(32).clamp(32, product::COLUMNS);
         let left = Left::new_threaded(View::rows(x, width), self.rows, width);
         let y = Shared::new(y);
         let panels: Vec<usize> = (0..out).step_by(panel).collect();
