@@ -84,8 +84,8 @@ pub enum Compute {
 /// The flags of a device.
 #[derive(Debug, Clone, Args)]
 pub struct DeviceFlags {
-    /// Device to compute on: `cpu`, or `cpu:4GiB` to hold no more than that on the heap, as on a card of that size; weights
-    /// mapped from their files do not count. A request that needs more fails with RESOURCE_EXHAUSTED.
+    /// Device to compute on: `cpu`, or `cpu:4GiB` to hold no more than that on the heap, as on a card of that size;
+    /// weights mapped from their files do not count. A request that needs more fails with RESOURCE_EXHAUSTED.
     #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
     /// Percent of the device's memory above which idle stages are unloaded and new work has to wait (20 to 100; 100 is

@@ -57,8 +57,7 @@ fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 /// Most tokens that pass a block's wide layers at once. These are four times as wide as the tokens, so at full length
-/// they would be most of what a block holds; with so many tokens, reading the weights again for each piece costs nothing
-/// that can be measured.
+/// they would be most of what a block holds; each piece reads the weights again, which so many tokens outweigh.
 pub const TOKENS_AT_ONCE: usize = 8192;
 
 /// Applies `f` to at most `chunk` tokens at a time, each of which it treats alone.
