@@ -111,6 +111,13 @@ def test_the_gateway_finds_every_stage(render) -> None:
         assert flag(found["Deployment", f"rel-avatar-{stage}"], "--listen") == f"0.0.0.0:{port['port']}"
 
 
+def test_the_form_of_the_weights_reaches_the_diffusion_stage_alone(render) -> None:
+    found = objects(render("models.weights=fp8"))
+    assert flag(found["Deployment", "rel-avatar-diffusion"], "--weights") == "fp8"
+    for stage in set(STAGES) - {"diffusion"}:
+        assert "--weights" not in container(found["Deployment", f"rel-avatar-{stage}"])["args"]
+
+
 def test_the_image_is_the_charts_version_and_never_latest(render) -> None:
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
     rendered = render()
@@ -150,6 +157,7 @@ def test_flags_are_those_of_the_programs(render) -> None:
         (["gateway.service.type=Ingress"], ["type"]),
         (["image.tag=latest"], ["image.tag", "name the version to run"]),
         (["log.format=xml"], ["format"]),
+        (["models.weights=q8_0"], ["weights", "fp8"]),
         (["models.existingClaim="], ["both empty", "set one of them"]),
         (["models.hostPath=/srv"], ["both set", "one place"]),
         (["models.existingClaim=", "models.hostPath=srv"], ["hostPath"]),

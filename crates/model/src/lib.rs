@@ -22,6 +22,7 @@ pub mod weights;
 mod error;
 #[cfg(test)]
 mod golden;
+mod onnx;
 mod precision;
 
 pub use error::{Error, Result};

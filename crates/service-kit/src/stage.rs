@@ -33,14 +33,16 @@ pub trait StageModel: Send + Sized + 'static {
     const STAGE: Stage;
     /// The stage's name: of its binary and its log lines.
     const NAME: &'static str;
+    /// What the stage is told besides the settings that every stage has.
+    type Options: Send + Sync + 'static;
 
     /// Reads the stage's weights out of the folder of the models.
     ///
     /// Errors: [`ServiceError::FailedPrecondition`] that names the file and the tensor.
-    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError>;
+    fn open(models: &Path, compute: Compute, options: &Self::Options) -> Result<Self, ServiceError>;
 
     /// The files below `models` that decide what the stage computes; none where they cannot be found.
-    fn files(models: &Path) -> Vec<PathBuf>;
+    fn files(models: &Path, options: &Self::Options) -> Vec<PathBuf>;
 
     /// Settings that the stage's checkpoint asks for. One that cannot be read asks for none.
     fn defaults(_models: &Path) -> Option<GenerationDefaults> {
@@ -61,9 +63,10 @@ pub trait StageModel: Send + Sized + 'static {
 }
 
 /// One stage on its device. All work on the model happens on the device's thread, where it loads at the first need.
-pub struct StageHost<M> {
+pub struct StageHost<M: StageModel> {
     models: PathBuf,
     compute: Compute,
+    options: M::Options,
     device: DeviceWorker,
     meter: StageMeter,
     loaded: AtomicBool,
@@ -74,10 +77,16 @@ pub struct StageHost<M> {
 impl<M: StageModel> StageHost<M> {
     /// A stage that has not loaded yet. Streams without an end of their own stop at `shutdown`.
     #[must_use]
-    pub fn new(config: &StageConfig, device: DeviceWorker, shutdown: CancellationToken) -> Arc<Self> {
+    pub fn new(
+        config: &StageConfig,
+        options: M::Options,
+        device: DeviceWorker,
+        shutdown: CancellationToken,
+    ) -> Arc<Self> {
         let host = Arc::new(Self {
             models: config.models.clone(),
             compute: config.compute,
+            options,
             device,
             meter: StageMeter::default(),
             loaded: AtomicBool::new(false),
@@ -153,7 +162,7 @@ impl<M: StageModel> StageHost<M> {
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
             tracing::info!(stage = M::NAME, models = %self.models.display(), "loading");
-            *slot = Some(self.meter.load(|| M::open(&self.models, self.compute))?);
+            *slot = Some(self.meter.load(|| M::open(&self.models, self.compute, &self.options))?);
             self.loaded.store(true, Relaxed);
             tracing::info!(stage = M::NAME, resident_bytes = self.meter.report().resident_bytes, "loaded");
         }
@@ -217,14 +226,15 @@ impl<M: StageModel> Tenant for StageHost<M> {
 }
 
 /// Answers `StageService` for one stage.
-pub struct StageServer<M>(Arc<StageHost<M>>);
+pub struct StageServer<M: StageModel>(Arc<StageHost<M>>);
 
 #[tonic::async_trait]
 impl<M: StageModel> StageService for StageServer<M> {
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
         let host = self.0.clone();
         let read = tokio::task::spawn_blocking(move || {
-            (checkpoint_digest(&host.models, &M::files(&host.models)).unwrap_or_default(), M::defaults(&host.models))
+            let files = M::files(&host.models, &host.options);
+            (checkpoint_digest(&host.models, &files).unwrap_or_default(), M::defaults(&host.models))
         });
         let (checkpoint_digest, defaults) = read.await.map_err(ServiceError::internal)?;
         let host = &self.0;
@@ -313,8 +323,9 @@ mod tests {
     impl StageModel for Weights {
         const STAGE: Stage = Stage::VaeDecode;
         const NAME: &'static str = "vae-decode";
+        type Options = ();
 
-        fn open(models: &Path, _: Compute) -> Result<Self, ServiceError> {
+        fn open(models: &Path, _: Compute, (): &()) -> Result<Self, ServiceError> {
             let file = models.join("vae-decode/w.safetensors");
             std::fs::read(&file)
                 .map(Self)
@@ -325,7 +336,7 @@ mod tests {
             work()
         }
 
-        fn files(models: &Path) -> Vec<PathBuf> {
+        fn files(models: &Path, (): &()) -> Vec<PathBuf> {
             Some(models.join("vae-decode/w.safetensors")).filter(|file| file.exists()).into_iter().collect()
         }
     }
@@ -333,7 +344,7 @@ mod tests {
     fn start(models: &Path) -> (StageServiceClient<Channel>, Arc<StageHost<Weights>>) {
         let shutdown = CancellationToken::new();
         let device = DeviceWorker::spawn(&StageConfig::local(models).device, 2).unwrap();
-        let host = StageHost::new(&StageConfig::local(models), device, shutdown.clone());
+        let host = StageHost::new(&StageConfig::local(models), (), device, shutdown.clone());
         let (channel, incoming) = client::in_memory();
         let life = Lifetime { shutdown, drain: Duration::from_secs(1) };
         let routes = Routes::new(host.stage_service());

@@ -43,14 +43,16 @@ struct Model<const STAGE: usize> {
 }
 
 impl<const N: usize> StageModel for Model<N> {
+    type Options = ();
+
     const STAGE: Stage = if N == 0 { Stage::Diffusion } else { Stage::VaeDecode };
     const NAME: &'static str = if N == 0 { "diffusion" } else { "vae-decode" };
 
-    fn open(_: &Path, _: Compute) -> Result<Self, ServiceError> {
+    fn open(_: &Path, _: Compute, (): &()) -> Result<Self, ServiceError> {
         Ok(Self { _weights: hold(16)?, kept: Vec::new() })
     }
 
-    fn files(_: &Path) -> Vec<PathBuf> {
+    fn files(_: &Path, (): &()) -> Vec<PathBuf> {
         Vec::new()
     }
 
@@ -71,8 +73,8 @@ fn start(mib: usize, pressure_percent: u8) -> (Host<0>, Host<1>) {
     let device = DeviceConfig { budget_bytes, pressure_percent, ..DeviceConfig::cpu() };
     let config = StageConfig { device, ..StageConfig::local("none") };
     let worker = DeviceWorker::spawn(&config.device, 4).unwrap();
-    let first = StageHost::new(&config, worker.clone(), CancellationToken::new());
-    (first, StageHost::new(&config, worker, CancellationToken::new()))
+    let first = StageHost::new(&config, (), worker.clone(), CancellationToken::new());
+    (first, StageHost::new(&config, (), worker, CancellationToken::new()))
 }
 
 #[tokio::test]

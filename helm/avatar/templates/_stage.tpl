@@ -10,6 +10,8 @@
       "--pressure-percent" (printf "%d" (int $root.Values.pressurePercent))
       "--compute" .settings.compute
       "--queue" (printf "%d" (int .settings.queue)) -}}
+{{- if eq .component "diffusion" }}{{ $args = concat $args (list "--weights" $models.weights) }}{{ end -}}
+{{- with .settings.faceModel }}{{ $args = concat $args (list "--face-model" .) }}{{ end -}}
 {{- $mount := dict "name" "models" "mountPath" "/models" "readOnly" true -}}
 {{- with $models.subPath }}{{ $_ := set $mount "subPath" . }}{{ end -}}
 {{- $volume := dict "name" "models" -}}

@@ -8,7 +8,7 @@ use std::{
 use model::{
     Precision,
     audio::AudioEncoder,
-    checkpoint::{self, Setup},
+    checkpoint::{self, Choice, Setup},
 };
 use proto::{
     tensor::HostTensor,
@@ -32,8 +32,9 @@ pub(crate) struct Model(AudioEncoder);
 impl StageModel for Model {
     const STAGE: Stage = Stage::AudioEncoder;
     const NAME: &'static str = "audio-encoder";
+    type Options = ();
 
-    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
+    fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
         AudioEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
@@ -43,8 +44,8 @@ impl StageModel for Model {
         model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
-    fn files(models: &Path) -> Vec<PathBuf> {
-        checkpoint::files(models, checkpoint::Stage::AudioEncoder)
+    fn files(models: &Path, (): &()) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::AudioEncoder, Choice::Auto)
     }
 }
 

@@ -6,7 +6,10 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
 };
-use model::{checkpoint::Stage, convert::Storage};
+use model::{
+    checkpoint::{Choice, Stage},
+    convert::Storage,
+};
 use proto::v1::{self, FaceBox, GenerationSpec};
 use service_kit::config::DeviceFlags;
 
@@ -159,6 +162,10 @@ pub struct GenerateFlags {
     #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
     #[command(flatten)]
     pub device: DeviceFlags,
+    /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
+    /// or auto for the most exact that is there. Another form than the chosen one is refused.
+    #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
+    pub weights: Choice,
     /// Seeds the noise; the same seed, inputs and models give the same video. Default 128.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -177,6 +184,9 @@ pub struct GenerateFlags {
     /// The face to animate, in pixels of the upright picture. Default: found.
     #[arg(long, value_name = "X,Y,WIDTH,HEIGHT", allow_hyphen_values = true)]
     pub face: Option<Face>,
+    /// Face detector to use instead of the built-in one: an ONNX file of UltraFace, YuNet, SCRFD or YOLO-face.
+    #[arg(long, env = "AVATAR_FACE_MODEL", value_name = "FILE")]
+    pub face_model: Option<PathBuf>,
     /// Denoise at least this many frames, 1 to 400; 129 is what the reference does. Default 1.
     #[arg(long, value_name = "N")]
     pub min_frames: Option<u32>,

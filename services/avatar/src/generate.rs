@@ -6,6 +6,7 @@ use std::{
 };
 
 use gateway::api::video::parity_name;
+use model::image::{Detector, unused_detector};
 use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
     avatar_service_client::AvatarServiceClient, generate_request, generate_response,
@@ -14,7 +15,7 @@ use service_kit::config::Mistakes;
 use tonic::transport::Channel;
 
 use crate::{
-    InProcess,
+    InProcess, Setup,
     config::GenerateFlags,
     failure::Failure,
     in_process,
@@ -35,6 +36,7 @@ struct Inputs {
     audio: Vec<u8>,
     output: Output,
     models: PathBuf,
+    detector: Detector,
 }
 
 /// Makes the video and shows its progress.
@@ -46,17 +48,27 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
     let mut mistakes = Mistakes::default();
     let device = flags.device.resolve(&mut mistakes).filter(|_| mistakes.is_empty());
     let device = device.ok_or_else(|| Failure::input("device", mistakes.to_string().trim_end().to_owned()))?;
+    let unused = flags.face_model.is_none() && flags.face.is_none();
+    let unused = unused.then(|| unused_detector(&inputs.models)).flatten();
+    if let Some(said) = &unused {
+        progress.warn(said);
+    }
     // The gateway's own files; gone with this function, whatever happens.
     let work = tempfile::Builder::new()
         .prefix("avatar-")
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
     let options = gateway::Options { data_dir: Some(work.path().to_owned()), ..gateway::Options::default() };
-    let system = in_process(&inputs.models, flags.compute, device, &options).await?;
+    let setup = Setup { compute: flags.compute, device, weights: flags.weights, detector: inputs.detector.clone() };
+    let system = in_process(&inputs.models, setup, &options).await?;
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
         () = signals.next() => Err(Failure::interrupted()),
     };
+    let result = result.map(|mut done: Completed| {
+        done.warnings.extend(unused);
+        done
+    });
     // A second signal does not wait for the current step.
     tokio::select! {
         () = system.stop(if result.is_ok() { Duration::ZERO } else { STOP }) => {}
@@ -71,7 +83,9 @@ fn read_inputs(flags: &GenerateFlags) -> Result<Inputs, Failure> {
     let audio = read_file("audio", &flags.audio, gateway::validate::AUDIO_BYTES)?;
     let output = Output::check(&flags.out, &[&flags.image, &flags.audio])?;
     let models = models_folder(flags.models.as_deref())?;
-    Ok(Inputs { spec: flags.spec(), picture, audio, output, models })
+    let detector =
+        Detector::open(flags.face_model.as_deref()).map_err(|e| Failure::input("face_model", e.to_string()))?;
+    Ok(Inputs { spec: flags.spec(), picture, audio, output, models, detector })
 }
 
 /// The models' folder, if one was given and is there.

@@ -14,4 +14,4 @@ pub mod weights;
 
 mod stages;
 
-pub use stages::{InProcess, in_process};
+pub use stages::{InProcess, Setup, in_process};

@@ -111,6 +111,18 @@ impl Progress {
         Self { form, quiet, denoising_since: None, shown_step: 0, warned: Vec::new() }
     }
 
+    /// Shows what the caller should know before the generation begins.
+    pub fn warn(&mut self, sentence: &str) {
+        if self.quiet {
+            return;
+        }
+        match &self.form {
+            Form::Json => print_line(&json!({ "event": "preparing", "message": sentence, "warning": true })),
+            Form::Bars { .. } | Form::Lines => eprintln!("warning: {sentence}"),
+        }
+        self.warned.push(sentence.to_owned());
+    }
+
     /// Shows one event of a generation that goes on.
     pub fn event(&mut self, event: &GenerationEvent) {
         if event.state() == GenerationState::Denoising && self.denoising_since.is_none() {

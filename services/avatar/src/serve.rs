@@ -4,13 +4,13 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 use gateway::{Listeners, Options, config::OptionFlags};
+use model::image::Detector;
 use service_kit::{
     config::{CommonConfig, CommonFlags, DeviceFlags, EXIT_USAGE, Mistakes, parse_listen},
-    hardware::DeviceConfig,
     server,
 };
 
-use crate::{compute::ComputeByStage, failure::Failure, generate::models_folder, in_process};
+use crate::{Setup, failure::Failure, generate::models_folder, in_process};
 
 /// Exit code: the settings are wrong.
 pub const EXIT_SETTINGS: u8 = EXIT_USAGE as u8;
@@ -27,6 +27,13 @@ pub struct ServeFlags {
     #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
     #[command(flatten)]
     pub device: DeviceFlags,
+    /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
+    /// or auto for the most exact that is there. Another form than the chosen one is refused.
+    #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
+    pub weights: String,
+    /// Face detector to use instead of the built-in one: an ONNX file of UltraFace, YuNet, SCRFD or YOLO-face.
+    #[arg(long, env = "AVATAR_FACE_MODEL", value_name = "FILE")]
+    pub face_model: Option<PathBuf>,
     /// Address and port to serve gRPC on; port 0 takes a free one.
     #[arg(long, env = "AVATAR_GRPC", value_name = "ADDR:PORT", default_value = "127.0.0.1:50050")]
     pub grpc: String,
@@ -46,10 +53,8 @@ pub struct ServeFlags {
 pub struct ServeConfig {
     /// Folder of the models.
     pub models: PathBuf,
-    /// Type to compute in, by stage.
-    pub compute: ComputeByStage,
-    /// Device that all stages compute on.
-    pub device: DeviceConfig,
+    /// How the stages compute.
+    pub setup: Setup,
     /// Where to serve gRPC.
     pub grpc: SocketAddr,
     /// Where to serve REST.
@@ -73,15 +78,29 @@ impl ServeFlags {
         }
         let compute = mistakes.check("--compute", &self.compute, str::parse);
         let device = self.device.resolve(&mut mistakes);
+        let weights = mistakes.check("--weights", &self.weights, str::parse);
+        let detector = Detector::open(self.face_model.as_deref());
+        if let Err(error) = &detector {
+            mistakes.note(format!("--face-model: {error}"));
+        }
         let grpc = mistakes.check("--grpc", &self.grpc, parse_listen);
         let http = mistakes.check("--http", &self.http, parse_listen);
         let options = self.options.resolve(&mut mistakes);
         let common = self.common.resolve(&mut mistakes);
-        match (models, compute, device, grpc, http, options, common) {
-            (Ok(models), Some(compute), Some(device), Some(grpc), Some(http), Some(options), Some(common))
-                if mistakes.is_empty() =>
-            {
-                Ok(ServeConfig { models, compute, device, grpc, http, options, common })
+        match (models, compute, device, weights, detector, grpc, http, options, common) {
+            (
+                Ok(models),
+                Some(compute),
+                Some(device),
+                Some(weights),
+                Ok(detector),
+                Some(grpc),
+                Some(http),
+                Some(options),
+                Some(common),
+            ) if mistakes.is_empty() => {
+                let setup = Setup { compute, device, weights, detector };
+                Ok(ServeConfig { models, setup, grpc, http, options, common })
             }
             _ => Err(mistakes),
         }
@@ -96,7 +115,7 @@ pub async fn serve(config: ServeConfig) -> Result<(), Failure> {
     let shutdown = server::shutdown_signal().map_err(failed("cannot catch signals"))?;
     let (grpc, grpc_address) = server::bind(config.grpc).await.map_err(failed("--grpc"))?;
     let (http, http_address) = server::bind(config.http).await.map_err(failed("--http"))?;
-    let system = in_process(&config.models, config.compute, config.device, &config.options).await?;
+    let system = in_process(&config.models, config.setup, &config.options).await?;
     // Both sockets listen: whoever connects now is answered.
     server::announce(&[("grpc", grpc_address), ("http", http_address)]);
     let listeners = Listeners { grpc, http };

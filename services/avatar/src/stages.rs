@@ -3,6 +3,7 @@
 use std::{future::Future, path::Path, time::Duration};
 
 use gateway::{Gateway, Options, Stages};
+use model::{checkpoint::Choice, image::Detector};
 use proto::v1::avatar_service_client::AvatarServiceClient;
 use service_kit::{
     ServiceError,
@@ -17,6 +18,19 @@ use tonic::transport::Channel;
 
 use crate::{compute::ComputeByStage, failure::Failure};
 
+/// How the stages of one process compute.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Type to compute in, by stage.
+    pub compute: ComputeByStage,
+    /// Device of all stages.
+    pub device: DeviceConfig,
+    /// The form of the transformer's weights.
+    pub weights: Choice,
+    /// What finds faces.
+    pub detector: Detector,
+}
+
 /// A running system: the same servers as six processes, without sockets.
 ///
 /// Dropping it stops the servers at once; [`stop`](Self::stop) lets generations end first.
@@ -26,18 +40,14 @@ pub struct InProcess {
     shutdown: CancellationToken,
 }
 
-/// Starts the five stages, which share one device, and the gateway before them.
+/// Starts the five stages, which share one device, and the gateway before them; `detector` finds the faces.
 ///
 /// Weights are read at the first request that needs them, so a folder that lacks some is noticed then. To be called
 /// within a tokio runtime, which must live on as long as the system.
 ///
 /// Errors: the device's thread or the gateway's folder cannot be made.
-pub async fn in_process(
-    models: &Path,
-    compute: ComputeByStage,
-    device: DeviceConfig,
-    options: &Options,
-) -> Result<InProcess, Failure> {
+pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Result<InProcess, Failure> {
+    let Setup { compute, device, weights, detector } = setup;
     let config = StageConfig { device, ..StageConfig::local(models) };
     let of = |stage| StageConfig { compute: compute.of(stage), ..config.clone() };
     let device =
@@ -51,10 +61,12 @@ pub async fn in_process(
             text_encoder::serve_on(of("text-encoder"), device.clone(), incoming, shutdown.clone())
         }),
         image_encoder: stage("image-encoder", |incoming| {
-            image_encoder::serve_on(of("image-encoder"), device.clone(), incoming, shutdown.clone())
+            let config = image_encoder::config::Config { stage: of("image-encoder"), detector };
+            image_encoder::serve_on(config, device.clone(), incoming, shutdown.clone())
         }),
         diffusion: stage("diffusion", |incoming| {
-            diffusion::serve_on(of("diffusion"), device.clone(), incoming, shutdown.clone())
+            let config = diffusion::config::Config { stage: of("diffusion"), weights };
+            diffusion::serve_on(config, device.clone(), incoming, shutdown.clone())
         }),
         vae_decode: stage("vae-decode", |incoming| {
             vae_decode::serve_on(of("vae-decode"), device.clone(), incoming, shutdown.clone())

@@ -10,7 +10,7 @@ use std::{
 use candle_core::Device;
 use model::{
     Precision,
-    checkpoint::{self, Setup},
+    checkpoint::{self, Choice, Setup},
     diffusion::DiffusionStage,
 };
 use proto::{
@@ -50,9 +50,11 @@ pub(crate) struct Model {
 impl StageModel for Model {
     const STAGE: Stage = Stage::Diffusion;
     const NAME: &'static str = "diffusion";
+    /// The form of the weights.
+    type Options = Choice;
 
-    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
-        DiffusionStage::open(models, &setup(compute))
+    fn open(models: &Path, compute: Compute, choice: &Choice) -> Result<Self, ServiceError> {
+        DiffusionStage::open(models, &setup(compute, *choice))
             .map(|stage| Self { stage, sessions: HashMap::new() })
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
@@ -61,8 +63,8 @@ impl StageModel for Model {
         model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
-    fn files(models: &Path) -> Vec<PathBuf> {
-        checkpoint::files(models, checkpoint::Stage::Diffusion)
+    fn files(models: &Path, choice: &Choice) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::Diffusion, *choice)
     }
 
     fn defaults(models: &Path) -> Option<GenerationDefaults> {
@@ -290,13 +292,13 @@ fn wrap(part: TensorPart) -> PredictResponse {
     PredictResponse { body: Some(predict_response::Body::Part(part)) }
 }
 
-fn setup(compute: Compute) -> Setup {
+fn setup(compute: Compute, choice: Choice) -> Setup {
     let precision = match compute {
         Compute::F32 => Precision::F32,
         Compute::Bf16 => Precision::Bf16,
         Compute::F16 => Precision::F16,
     };
-    Setup { precision, ..Setup::default() }
+    Setup { precision, choice, ..Setup::default() }
 }
 
 fn fault(error: model::Error) -> ServiceError {

@@ -2,10 +2,10 @@
 
 use std::io;
 
+use model::image::{Detector, unused_detector};
 use proto::v1::image_encoder_service_server::ImageEncoderServiceServer;
 use service_kit::{
     ServiceError,
-    config::StageConfig,
     device::DeviceWorker,
     server::{self, Connection, Lifetime},
     stage::StageHost,
@@ -13,6 +13,8 @@ use service_kit::{
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+
+use crate::config::Config;
 
 pub mod config;
 mod service;
@@ -23,18 +25,18 @@ pub const SERVICES: [&str; 2] = ["avatar.v1.ImageEncoderService", "avatar.v1.Sta
 /// Serves on a device of its own until `shutdown`, then as long as calls in flight take, at most the drain time.
 ///
 /// Errors: the device's thread does not start, or the server fails.
-pub async fn serve<I, C>(config: StageConfig, incoming: I, shutdown: CancellationToken) -> Result<(), ServiceError>
+pub async fn serve<I, C>(config: Config, incoming: I, shutdown: CancellationToken) -> Result<(), ServiceError>
 where
     I: Stream<Item = Result<C, io::Error>>,
     C: Connection,
 {
-    let device = DeviceWorker::spawn(&config.device, config.queue)?;
+    let device = DeviceWorker::spawn(&config.stage.device, config.stage.queue)?;
     serve_on(config, device, incoming, shutdown).await
 }
 
 /// As [`serve`], on a device that other stages use too.
 pub async fn serve_on<I, C>(
-    config: StageConfig,
+    config: Config,
     device: DeviceWorker,
     incoming: I,
     shutdown: CancellationToken,
@@ -43,8 +45,12 @@ where
     I: Stream<Item = Result<C, io::Error>>,
     C: Connection,
 {
-    let host = StageHost::new(&config, device, shutdown.clone());
-    let service = service::Service::new(host.clone(), config.max_tensor_bytes);
+    let Config { stage: config, detector } = config;
+    if let (Detector::BuiltIn, Some(said)) = (&detector, unused_detector(&config.models)) {
+        tracing::warn!("{said}");
+    }
+    let host = StageHost::new(&config, (), device, shutdown.clone());
+    let service = service::Service::new(host.clone(), config.max_tensor_bytes, detector);
     let routes = Routes::new(host.stage_service()).add_service(ImageEncoderServiceServer::new(service));
     server::serve(routes, &SERVICES, incoming, Lifetime { shutdown, drain: config.common.drain_timeout }).await
 }

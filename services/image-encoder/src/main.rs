@@ -7,10 +7,10 @@ use service_kit::{config, server, telemetry};
 
 fn main() -> ExitCode {
     let config = config::parse_or_exit::<Flags>();
-    telemetry::init(&config.common.log);
+    telemetry::init(&config.stage.common.log);
     server::run_process(|| async {
         let shutdown = server::shutdown_signal()?;
-        let (listener, address) = server::bind(config.listen).await?;
+        let (listener, address) = server::bind(config.stage.listen).await?;
         server::announce(&[("grpc", address)]);
         image_encoder::serve(config, server::tcp(listener), shutdown).await
     })

@@ -7,8 +7,8 @@ use std::{
 
 use model::{
     Precision,
-    checkpoint::{self, Setup},
-    image::{ImageEncoder, Rgb8, face},
+    checkpoint::{self, Choice, Setup},
+    image::{Detector, ImageEncoder, Rgb8, face},
 };
 use proto::{
     tensor::HostTensor,
@@ -36,8 +36,9 @@ pub(crate) struct Model(ImageEncoder);
 impl StageModel for Model {
     const STAGE: Stage = Stage::ImageEncoder;
     const NAME: &'static str = "image-encoder";
+    type Options = ();
 
-    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
+    fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
         ImageEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
@@ -47,8 +48,8 @@ impl StageModel for Model {
         model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
-    fn files(models: &Path) -> Vec<PathBuf> {
-        checkpoint::files(models, checkpoint::Stage::ImageEncoder)
+    fn files(models: &Path, (): &()) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::ImageEncoder, Choice::Auto)
     }
 }
 
@@ -56,11 +57,12 @@ impl StageModel for Model {
 pub(crate) struct Service {
     host: Arc<StageHost<Model>>,
     limits: Limits,
+    detector: Detector,
 }
 
 impl Service {
-    pub(crate) fn new(host: Arc<StageHost<Model>>, max_tensor_bytes: u64) -> Self {
-        Self { host, limits: Limits::new(max_tensor_bytes, 1) }
+    pub(crate) fn new(host: Arc<StageHost<Model>>, max_tensor_bytes: u64, detector: Detector) -> Self {
+        Self { host, limits: Limits::new(max_tensor_bytes, 1), detector }
     }
 }
 
@@ -84,8 +86,10 @@ impl ImageEncoderService for Service {
         let picture = picture_of(picture)?;
         let given =
             header.face.map(|f| face::FaceBox { x: f.x, y: f.y, width: f.width, height: f.height, score: None });
+        let detector = self.detector.clone();
         let work = move |model: &mut Model, _: &_| {
-            let reference = model.0.encode(&picture, header.width, header.height, given).map_err(fault)?;
+            let size = (header.width, header.height);
+            let reference = model.0.encode_with(&picture, size, given, &detector).map_err(fault)?;
             let host = |name, tensor| HostTensor::from_candle(name, tensor).map_err(ServiceError::internal);
             let tensors =
                 vec![host("reference_latents", &reference.latents)?, host("face_mask", &reference.face_mask)?];

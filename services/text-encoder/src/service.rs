@@ -7,7 +7,7 @@ use std::{
 
 use model::{
     Precision,
-    checkpoint::{self, Setup},
+    checkpoint::{self, Choice, Setup},
     image::Rgb8,
     text::{Branch, TextEncoder},
 };
@@ -36,8 +36,9 @@ pub(crate) struct Model(TextEncoder);
 impl StageModel for Model {
     const STAGE: Stage = Stage::TextEncoder;
     const NAME: &'static str = "text-encoder";
+    type Options = ();
 
-    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
+    fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
         TextEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
@@ -47,8 +48,8 @@ impl StageModel for Model {
         model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
-    fn files(models: &Path) -> Vec<PathBuf> {
-        checkpoint::files(models, checkpoint::Stage::TextEncoder)
+    fn files(models: &Path, (): &()) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::TextEncoder, Choice::Auto)
     }
 }
 

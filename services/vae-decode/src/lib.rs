@@ -43,7 +43,7 @@ where
     I: Stream<Item = Result<C, io::Error>>,
     C: Connection,
 {
-    let host = StageHost::new(&config, device, shutdown.clone());
+    let host = StageHost::new(&config, (), device, shutdown.clone());
     let service = service::Service::new(host.clone(), config.max_tensor_bytes);
     let routes = Routes::new(host.stage_service()).add_service(VaeDecodeServiceServer::new(service));
     server::serve(routes, &SERVICES, incoming, Lifetime { shutdown, drain: config.common.drain_timeout }).await

@@ -8,7 +8,7 @@ use std::{
 use candle_core::Device;
 use model::{
     Precision,
-    checkpoint::{self, Setup},
+    checkpoint::{self, Choice, Setup},
     vae::VaeStage,
 };
 use proto::{
@@ -40,8 +40,9 @@ pub(crate) struct Model(VaeStage);
 impl StageModel for Model {
     const STAGE: Stage = Stage::VaeDecode;
     const NAME: &'static str = "vae-decode";
+    type Options = ();
 
-    fn open(models: &Path, compute: Compute) -> Result<Self, ServiceError> {
+    fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
         VaeStage::open(models, &setup(compute)).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
 
@@ -49,8 +50,8 @@ impl StageModel for Model {
         model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
-    fn files(models: &Path) -> Vec<PathBuf> {
-        checkpoint::files(models, checkpoint::Stage::VaeDecode)
+    fn files(models: &Path, (): &()) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::VaeDecode, Choice::Auto)
     }
 }
 

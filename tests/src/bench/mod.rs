@@ -57,11 +57,11 @@ pub fn block(block: Block, tokens: usize, runs: usize) -> Result<Row> {
     let name = format!("{block:?} block, {tokens} tokens").to_lowercase();
     match block {
         Block::Double => {
-            let (block, rope) = (DoubleBlock::load(&made::double_block(HIDDEN)?, HIDDEN)?, rope(0)?);
+            let (block, rope) = (DoubleBlock::load(&made::block("double_blocks")?, HIDDEN)?, rope(0)?);
             measure(name, runs, || Ok(block.forward(&image, &text, &vec, &rope)?.0))
         }
         Block::Single => {
-            let (block, rope) = (SingleBlock::load(&made::single_block(HIDDEN)?, HIDDEN)?, rope(TEXT)?);
+            let (block, rope) = (SingleBlock::load(&made::block("single_blocks")?, HIDDEN)?, rope(TEXT)?);
             let x = Tensor::cat(&[&image, &text], 0)?;
             measure(name, runs, || Ok(block.forward(&x, &vec, &rope)?))
         }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use candle_core::DType;
 use clap::Parser;
-use e2e::parity::{self, Report};
+use e2e::parity::{self, Drift, Report};
 
 /// Runs reference cases through the product's own functions and compares every output tensor.
 ///
@@ -20,6 +20,10 @@ struct Arguments {
     /// Type that the networks compute in. The cases' tolerances are for f32; other types show their drift.
     #[arg(long, value_enum, default_value = "f32")]
     compute: Compute,
+    /// Print how far the networks drift in bf16 and f16, as the rows of `docs/benchmarks/precision.md`, and compare
+    /// nothing.
+    #[arg(long, conflicts_with_all = ["json", "compute"])]
+    drift: bool,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -38,6 +42,18 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if arguments.drift {
+        return match Drift::measure(&cases) {
+            Ok(rows) => {
+                rows.iter().for_each(|row| println!("{row}"));
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let compute = match arguments.compute {
         Compute::F32 => DType::F32,
         Compute::Bf16 => DType::BF16,

@@ -22,6 +22,8 @@ pub struct Comparison {
     pub relative: f64,
     /// Largest absolute difference.
     pub absolute: f64,
+    /// Root mean square of the differences over that of the reference: how far a network drifts in 16 bits.
+    pub drift: f64,
     /// The limit on `relative` (or on `absolute`, for 8-bit levels).
     pub tolerance: f64,
     /// Index of the largest difference.
@@ -39,6 +41,7 @@ impl Comparison {
             holds: false,
             relative: f64::NAN,
             absolute: f64::NAN,
+            drift: f64::NAN,
             tolerance: f64::NAN,
             at: Vec::new(),
             pairs: Vec::new(),
@@ -99,12 +102,15 @@ impl<'a> Outputs<'a> {
         let (got, want_values) = (flat(got)?, flat(want)?);
         let dims = want.dims();
         let (mut scale, mut worst) = (0.0f64, (0.0f64, 0usize));
+        let (mut differences, mut references) = (0.0f64, 0.0f64);
         let counted: Vec<usize> = (0..want_values.len()).filter(|&i| counts(&index(i, dims))).collect();
         for &i in &counted {
             scale = scale.max(want_values[i].abs());
             let difference = (got[i] - want_values[i]).abs();
             // A NaN differs by more than anything.
             let difference = if difference.is_nan() { f64::INFINITY } else { difference };
+            differences += difference * difference;
+            references += want_values[i] * want_values[i];
             if difference > worst.0 {
                 worst = (difference, i);
             }
@@ -122,6 +128,7 @@ impl<'a> Outputs<'a> {
             holds,
             relative: if worst.0 == 0.0 { 0.0 } else { worst.0 / scale },
             absolute: worst.0,
+            drift: if worst.0 == 0.0 { 0.0 } else { (differences / references).sqrt() },
             tolerance: levels.unwrap_or(relative_limit),
             at: index(worst.1, dims),
             pairs,

@@ -6,6 +6,7 @@
 
 mod case;
 mod compare;
+mod drift;
 mod kinds;
 mod loop_kind;
 mod media_kinds;
@@ -19,6 +20,7 @@ use serde::Serialize;
 
 pub use case::Case;
 pub use compare::{Comparison, Outputs};
+pub use drift::Drift;
 
 /// What came of one case.
 #[derive(Debug, Serialize)]

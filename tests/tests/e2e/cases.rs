@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use e2e::parity;
+use e2e::parity::{self, Drift};
 
 #[test]
 fn every_reference_case_holds() {
@@ -28,6 +28,25 @@ fn the_mel_spectrum_is_within_1e_6_of_the_reference() {
     assert!(report.holds(), "{report:?}");
     let mel = report.tensors.iter().find(|t| t.tensor == "mel").unwrap();
     assert!(mel.relative <= 1e-6, "{mel:?}");
+}
+
+/// The table is measured by `parity --drift`; a drift that doubles is a defect, one that halves a table to be written anew.
+#[test]
+fn every_network_drifts_in_16_bits_as_the_documented_table_says() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let table = std::fs::read_to_string(tests.join("../docs/benchmarks/precision.md")).unwrap();
+    let stated = Drift::read(&table).unwrap();
+    let measured = Drift::measure(&parity::find(&tests.join("goldens")).unwrap()).unwrap();
+    let names = |rows: &[Drift]| -> Vec<_> { rows.iter().map(|row| (row.case.clone(), row.tensor.clone())).collect() };
+    assert_eq!(names(&measured), names(&stated));
+    let near = |measured: f64, stated: f64| measured < 2.0 * stated && measured > stated / 2.0;
+    let wrong: Vec<String> = measured
+        .iter()
+        .zip(&stated)
+        .filter(|(measured, stated)| !(near(measured.bf16, stated.bf16) && near(measured.f16, stated.f16)))
+        .map(|(measured, stated)| format!("{measured} measured, stated is {stated}"))
+        .collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]

@@ -3,6 +3,9 @@
 //! A form that holds the same values gives the same bits. One that holds rounded values drifts, as much as was
 //! measured; the bounds are twice that.
 
+mod blocks;
+mod converted;
+mod hostile;
 mod official;
 mod outputs;
 mod pickles;
@@ -250,7 +253,7 @@ fn the_command_line_makes_the_same_video_of_both_layouts_and_another_in_16_bits(
     fs::write(path("a.png"), portrait()).unwrap();
     fs::write(path("a.wav"), tone(0.2, 16_000)).unwrap();
     let (image, sound) = (path("a.png"), path("a.wav"));
-    let video = |models: &Path, name: &str, compute: &str| {
+    let video = |models: &Path, name: &str, compute: &str, weights: &str| {
         let (models, out) = (models.to_str().unwrap(), path(name));
         let done = avatar(&[
             "generate",
@@ -268,17 +271,25 @@ fn the_command_line_makes_the_same_video_of_both_layouts_and_another_in_16_bits(
             "2",
             "--compute",
             compute,
+            "--weights",
+            weights,
         ]);
         if !done.status.success() {
             return Err((done.status.code(), text(&done.stderr)));
         }
         Ok(video_stream(out.as_ref()))
     };
-    let exact = video(native.path(), "native.mp4", "f32").unwrap();
-    assert!(video(official.path(), "official.mp4", "f32").unwrap() == exact);
-    assert!(video(native.path(), "bf16.mp4", "bf16").unwrap() != exact);
-    assert!(video(native.path(), "f16.mp4", "diffusion=f16,vae-decode=bf16").unwrap() != exact);
-    let (code, error) = video(native.path(), "none.mp4", "decoder=bf16").unwrap_err();
+    let exact = video(native.path(), "native.mp4", "f32", "bf16").unwrap();
+    assert!(video(official.path(), "official.mp4", "f32", "auto").unwrap() == exact);
+    assert!(video(native.path(), "bf16.mp4", "bf16", "auto").unwrap() != exact);
+    assert!(video(native.path(), "f16.mp4", "diffusion=f16,vae-decode=bf16", "auto").unwrap() != exact);
+    let (code, error) = video(native.path(), "none.mp4", "decoder=bf16", "auto").unwrap_err();
     assert_eq!(code, Some(2));
     assert!(error.contains("--compute") && error.contains("vae-decode"), "{error}");
+    let (code, error) = video(official.path(), "none.mp4", "f32", "fp8").unwrap_err();
+    assert_eq!(code, Some(1));
+    assert!(error.contains(torch::FP8), "{error}");
+    let (code, error) = video(native.path(), "none.mp4", "f32", "q4_k").unwrap_err();
+    assert_eq!(code, Some(2));
+    assert!(error.contains("--weights") && error.contains("auto, bf16, fp8, int8"), "{error}");
 }

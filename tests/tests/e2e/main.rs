@@ -2,6 +2,7 @@
 
 mod boundaries;
 mod cases;
+mod face_model;
 mod fetch;
 mod forms;
 mod generate;

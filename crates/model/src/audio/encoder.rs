@@ -6,8 +6,8 @@ use crate::{
     Result,
     attention::{attention, join_heads, split_heads},
     nn::{LayerNorm, Linear},
-    ops::Activation,
-    weights::Weights,
+    ops::{Activation, linear},
+    weights::{Matrix, Weights},
 };
 
 const EPS: f32 = 1e-5;
@@ -23,10 +23,11 @@ pub struct WhisperEncoder {
     mels: usize,
 }
 
-/// Convolution of three columns, in f32: there are two, before all else.
+/// Convolution of three rows and its GELU, in f32: there are two, before all else.
 #[derive(Debug)]
 struct Conv {
-    weight: Tensor,
+    /// `(out, 3·inp)`, the first row's inputs first.
+    weight: Matrix,
     bias: Tensor,
     stride: usize,
 }
@@ -106,10 +107,10 @@ impl WhisperEncoder {
             return Err(crate::Error::input("mel", reason));
         }
         let mel = mel.to_device(self.positions.device())?.to_dtype(DType::F32)?;
-        let x = self.conv1.forward(&mel.unsqueeze(0)?)?.gelu_erf()?; // (1, width, 2·positions)
-        let x = self.conv2.forward(&x)?.gelu_erf()?; //                 (1, width, positions)
-        let x = x.transpose(1, 2)?.contiguous()?.broadcast_add(&self.positions.to_dtype(DType::F32)?)?;
-        let mut x = x.to_dtype(self.positions.dtype())?;
+        let x = self.conv1.forward(&mel.t()?.contiguous()?)?; // (2·positions, width)
+        let x = self.conv2.forward(&x)?; //                       (positions, width)
+        let x = (x + self.positions.to_dtype(DType::F32)?)?;
+        let mut x = x.to_dtype(self.positions.dtype())?.unsqueeze(0)?;
         let mut states = vec![x.squeeze(0)?];
         for layer in &self.layers {
             x = layer.forward(&x)?;
@@ -124,12 +125,21 @@ impl WhisperEncoder {
 
 impl Conv {
     fn load(weights: &Weights, (inp, out): (usize, usize), stride: usize) -> Result<Self> {
-        let weight = weights.get_as(&[out, inp, 3], "weight", DType::F32)?;
-        Ok(Self { weight, bias: weights.get_as(&[out], "bias", DType::F32)?.reshape((1, out, 1))?, stride })
+        let weight = weights.get_as(&[out, inp, 3], "weight", DType::F32)?.transpose(1, 2)?.reshape((out, 3 * inp))?;
+        Ok(Self { weight: Matrix::new(&weight)?, bias: weights.get_as(&[out], "bias", DType::F32)?, stride })
     }
 
+    /// - `x`: `(L, inp)`, `L` a multiple of the stride
+    /// - returns: `(L / stride, out)`
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.conv1d(&self.weight, 1, self.stride, 1, 1)?.broadcast_add(&self.bias)
+        let (length, inp) = x.dims2()?;
+        let rows = length / self.stride;
+        // A row of zeros before the first and after the last; a line then holds the rows that one step passes.
+        let x = x.pad_with_zeros(0, 1, 1)?.reshape(((length + 2) / self.stride, self.stride * inp))?;
+        let taps: Vec<Tensor> = (0..3)
+            .map(|tap| x.narrow(0, tap / self.stride, rows)?.narrow(1, tap % self.stride * inp, inp))
+            .collect::<candle_core::Result<_>>()?;
+        linear(&[&taps[0], &taps[1], &taps[2]], &self.weight, Some(&self.bias), Activation::GeluErf, None)
     }
 }
 

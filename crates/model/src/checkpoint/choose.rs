@@ -20,6 +20,7 @@ pub(super) fn transformer(folder: &Path, choice: Choice) -> Result<Vec<PathBuf>>
         Choice::Auto => &[BF16, FP8, SAFETENSORS_BF16, SAFETENSORS_INT8],
         Choice::Bf16 => &[BF16, SAFETENSORS_BF16],
         Choice::Fp8 => &[FP8],
+        Choice::Int8 => &[SAFETENSORS_INT8],
     };
     let Some(name) = accepted.iter().find(|name| folder.join(name).is_file()) else {
         return Err(Error::file(folder, format!("none of its files is there: looked for {}", accepted.join(", "))));

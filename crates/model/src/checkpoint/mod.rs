@@ -10,12 +10,19 @@ pub(crate) mod official;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use candle_core::Device;
 
 pub use self::names::network_name;
-use crate::{Error, Precision, Result, weights::Weights};
+use crate::{
+    Error, Precision, Result, blueprint,
+    weights::{Encoding, Weights},
+};
 
 /// A part of the system with weights of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -108,7 +115,7 @@ pub enum Layout {
     Official,
 }
 
-/// Which of the transformer's files is taken where the official tree has several.
+/// In which form the transformer's weights are taken, where the official tree has several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Choice {
     /// The most exact that is there: bf16, else fp8, else int8.
@@ -118,6 +125,45 @@ pub enum Choice {
     Bf16,
     /// fp8 with its map of scales and nothing else.
     Fp8,
+    /// int8 with scales by row and nothing else.
+    Int8,
+}
+
+impl Choice {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Auto, Self::Bf16, Self::Fp8, Self::Int8];
+
+    /// The name that the command line takes.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// Whether the transformer's large layers, stored in these encodings, are in the form that was chosen. Files in
+    /// 8 bits keep some of them in 16.
+    fn is(self, stored: &BTreeSet<&str>) -> bool {
+        let has = |encoding: Encoding| stored.contains(encoding.name());
+        match self {
+            Self::Auto => true,
+            Self::Bf16 => stored.len() == 1 && has(Encoding::Bf16),
+            Self::Fp8 => has(Encoding::F8E4M3),
+            Self::Int8 => has(Encoding::I8),
+        }
+    }
+}
+
+impl FromStr for Choice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let names = || Self::ALL.map(Self::name).join(", ");
+        Self::ALL.into_iter().find(|choice| choice.name() == text).ok_or_else(|| format!("not one of {}", names()))
+    }
 }
 
 /// How a stage is opened.
@@ -127,7 +173,7 @@ pub struct Setup {
     pub device: Device,
     /// The type in which they compute.
     pub precision: Precision,
-    /// Which of several files is taken.
+    /// The form of the transformer's weights.
     pub choice: Choice,
 }
 
@@ -151,9 +197,22 @@ pub struct Source {
 
 impl Source {
     /// Opens the tensors under the network's own names.
+    ///
+    /// Errors: as [`Weights::open_files`]; the transformer's weights are in another form than the one chosen.
     pub fn open(&self, setup: &Setup) -> Result<Weights> {
         let rename = |name: &str| network_name(self.network, name);
-        Weights::open_files(&self.folder, &self.files, &rename, setup.precision.dtype(), &setup.device)
+        let weights = Weights::open_files(&self.folder, &self.files, &rename, setup.precision.dtype(), &setup.device)?;
+        if self.network == Network::Transformer && setup.choice != Choice::Auto {
+            let listed = weights.list();
+            let large = listed.iter().filter(|t| blueprint::Network::Transformer.quantises(&t.name, &t.shape));
+            let stored: BTreeSet<&str> = large.map(|tensor| tensor.encoding.name()).collect();
+            if !setup.choice.is(&stored) {
+                let found = stored.into_iter().collect::<Vec<_>>().join(", ");
+                let reason = format!("its large layers are in {found}; {} was chosen", setup.choice.name());
+                return Err(Error::file(&self.folder, reason));
+            }
+        }
+        Ok(weights)
     }
 }
 
@@ -205,8 +264,8 @@ impl Located {
 
 /// The files that decide what a stage computes; none where they cannot be found.
 #[must_use]
-pub fn files(models: &Path, stage: Stage) -> Vec<PathBuf> {
-    locate(models, stage, Choice::Auto).map(|located| located.files()).unwrap_or_default()
+pub fn files(models: &Path, stage: Stage, choice: Choice) -> Vec<PathBuf> {
+    locate(models, stage, choice).map(|located| located.files()).unwrap_or_default()
 }
 
 /// Finds a stage's files below `models`.

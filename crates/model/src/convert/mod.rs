@@ -114,10 +114,7 @@ pub fn stages(
     out: &Path,
     tell: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Vec<(Stage, Vec<Converted>)>> {
-    let plans: Vec<Vec<Plan<'_>>> = sources
-        .iter()
-        .map(|source| source.parts.iter().map(|part| Plan::new(part, storage)).collect())
-        .collect::<Result<_>>()?;
+    let plans = plans(sources, storage)?;
     let all = plans.iter().flatten();
     let total = all.fold((0, 0), |(n, bytes), plan| (n + plan.result.tensors, bytes + plan.result.bytes));
     let mut meter = Meter::new(total, tell);
@@ -134,6 +131,17 @@ pub fn stages(
         results.push((source.stage, converted));
     }
     Ok(results)
+}
+
+/// Bytes of the tensors that [`stages`] would write; headers, configs and tokenizers come on top.
+///
+/// Errors: a checkpoint that is not complete, or has tensors that no network has.
+pub fn bytes(sources: &[Source], storage: Storage) -> Result<u64> {
+    Ok(plans(sources, storage)?.iter().flatten().map(|plan| plan.result.bytes).fold(0, u64::saturating_add))
+}
+
+fn plans(sources: &[Source], storage: Storage) -> Result<Vec<Vec<Plan<'_>>>> {
+    sources.iter().map(|source| source.parts.iter().map(|part| Plan::new(part, storage)).collect()).collect()
 }
 
 /// What is to be done with one network.

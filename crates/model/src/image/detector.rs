@@ -1,6 +1,40 @@
+use std::{path::Path, sync::Arc};
+
 use rustface::{ImageData, create_detector_with_model, read_model};
 
-use super::{Rgb8, face::FaceBox, resize_bilinear};
+use super::{FaceNetwork, Rgb8, face::FaceBox, resize_bilinear};
+use crate::Result;
+
+/// What finds faces in a picture.
+#[derive(Debug, Clone, Default)]
+pub enum Detector {
+    /// The one that is compiled in: [`detect`].
+    #[default]
+    BuiltIn,
+    /// A network from a file.
+    Network(Arc<FaceNetwork>),
+}
+
+impl Detector {
+    /// Opens a network's file; without one it is the built-in detector.
+    ///
+    /// Errors: as [`FaceNetwork::open`].
+    pub fn open(file: Option<&Path>) -> Result<Self> {
+        file.map_or(Ok(Self::BuiltIn), |file| Ok(Self::Network(Arc::new(FaceNetwork::open(file)?))))
+    }
+
+    /// Finds faces.
+    ///
+    /// - returns: boxes in pixels of the picture, the largest first
+    ///
+    /// Errors: as [`FaceNetwork::detect`]; the built-in detector has none.
+    pub fn detect(&self, picture: &Rgb8) -> Result<Vec<FaceBox>> {
+        match self {
+            Self::BuiltIn => Ok(detect(picture)),
+            Self::Network(network) => network.detect(picture),
+        }
+    }
+}
 
 /// The detector's own data, out of the `rustface` package.
 const MODEL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/seeta_fd_frontal_v1.0.bin"));

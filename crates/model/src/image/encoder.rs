@@ -2,7 +2,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{Rgb8, face, face::FaceBox, resize_lanczos, vae_pixels};
+use super::{Detector, Rgb8, face, face::FaceBox, resize_lanczos, vae_pixels};
 use crate::{
     Error, Result,
     checkpoint::{Network, Setup, Stage, locate},
@@ -54,6 +54,20 @@ impl ImageEncoder {
     ///
     /// Errors: another size; a face that is not finite, empty, or outside the picture.
     pub fn encode(&self, picture: &Rgb8, width: u32, height: u32, face: Option<FaceBox>) -> Result<Reference> {
+        self.encode_with(picture, (width, height), face, &Detector::BuiltIn)
+    }
+
+    /// As [`encode`](Self::encode), with a detector of the caller's choice; it sees the picture at the size that is
+    /// generated.
+    ///
+    /// Errors: also those of the detector.
+    pub fn encode_with(
+        &self,
+        picture: &Rgb8,
+        (width, height): (u32, u32),
+        face: Option<FaceBox>,
+        detector: &Detector,
+    ) -> Result<Reference> {
         let unit = 2 * self.config.spatial_compression_ratio;
         for (field, size) in [("width", width as usize), ("height", height as usize)] {
             if size == 0 || size % unit != 0 {
@@ -69,7 +83,7 @@ impl ImageEncoder {
         let (faces, chosen) = match face {
             Some(face) => (Vec::new(), Some(face.scaled(x, y))),
             None => {
-                let faces = face::detect(&resized);
+                let faces = detector.detect(&resized)?;
                 let chosen = face::largest(&faces).copied();
                 (faces, chosen)
             }
@@ -83,7 +97,8 @@ impl ImageEncoder {
             let reason = format!("{h}x{w} latents of {height}x{width} pixels, one for 8x8 pixels is needed");
             return Err(Error::input("spatial_compression_ratio", reason));
         }
-        let given = |face: &FaceBox| face.scaled(1.0 / x, 1.0 / y);
+        // Within the picture, so that a caller can give one of them back.
+        let given = |face: &FaceBox| face.scaled(1.0 / x, 1.0 / y).within(picture);
         Ok(Reference {
             face_mask: Tensor::from_vec(mask, (1, 1, h, w), &self.device)?,
             faces: faces.iter().map(given).collect(),

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Rgb8;
+
 pub use super::detector::detect;
 
 /// Pixels of one latent, along each side.
@@ -37,6 +39,28 @@ impl FaceBox {
     #[must_use]
     pub fn scaled(&self, x: f64, y: f64) -> Self {
         Self { x: self.x * x, y: self.y * y, width: self.width * x, height: self.height * y, score: self.score }
+    }
+}
+
+impl FaceBox {
+    /// Whether it is a box at all, and some of it lies in the picture.
+    #[must_use]
+    pub(super) fn overlaps(&self, picture: &Rgb8) -> bool {
+        let finite = [self.x, self.y, self.width, self.height].iter().all(|v| v.is_finite());
+        let Self { x, y, width, height, .. } = self.within(picture);
+        finite && x >= 0.0 && y >= 0.0 && width > 0.0 && height > 0.0
+    }
+
+    /// The part of it that lies in the picture.
+    #[must_use]
+    pub(super) fn within(&self, picture: &Rgb8) -> Self {
+        let span = |start: f64, size: f64, limit: usize| {
+            let begin = start.max(0.0);
+            (begin, (start + size).min(limit as f64) - begin)
+        };
+        let ((x, width), (y, height)) =
+            (span(self.x, self.width, picture.width), span(self.y, self.height, picture.height));
+        Self { x, y, width, height, score: self.score }
     }
 }
 
@@ -130,6 +154,9 @@ pub struct Detection {
 /// Values of one candidate: centre, size, objectness, five points, class score.
 const CANDIDATE: usize = 16;
 
+/// Most candidates, of the best, that are held against each other.
+const MOST_CANDIDATES: usize = 4096;
+
 /// Filters the candidates of the reference's detector network, best first.
 ///
 /// - `candidates`: `(N, 16)`: centre x and y, width, height, objectness, five points, class score, in network pixels
@@ -154,6 +181,8 @@ pub fn postprocess(candidates: &[f32], rule: &Postprocess) -> Vec<Detection> {
         .filter(|c| c.score > rule.confidence)
         .collect();
     found.sort_by(|a, b| b.score.total_cmp(&a.score));
+    // No picture has so many faces, and the work below grows with the square.
+    found.truncate(MOST_CANDIDATES);
     let mut kept: Vec<Candidate<'_>> = Vec::new();
     for candidate in found {
         if kept.iter().all(|better| overlap(&better.corners, &candidate.corners) <= rule.overlap) {

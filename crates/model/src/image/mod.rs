@@ -4,15 +4,23 @@ pub mod face;
 
 mod detector;
 mod encoder;
+mod face_family;
+mod face_network;
 mod opencv;
 mod pillow;
+mod torch_detector;
 
+#[cfg(test)]
+mod face_network_tests;
 #[cfg(test)]
 mod tests;
 
+pub use detector::Detector;
 pub use encoder::{ImageEncoder, Reference};
+pub use face_network::FaceNetwork;
 pub use opencv::resize_cv2_linear;
 pub use pillow::{resize_bilinear, resize_lanczos};
+pub use torch_detector::unused_detector;
 
 use candle_core::{Device, Tensor};
 

@@ -11,6 +11,9 @@ use super::{
 };
 use crate::{memory, weights::Matrix};
 
+/// Most values of a weight that one thread decodes at once (f32: 4 MiB).
+const PANEL: usize = 1 << 20;
+
 /// The residual connection around a layer: `residual + gate·y`.
 #[derive(Debug, Clone, Copy)]
 pub struct Gate<'a> {
@@ -107,8 +110,9 @@ impl Product<'_> {
     fn run(&self, x: &[f32], column: usize, last: bool, residual: Option<&[f32]>, y: &mut [f32]) {
         let (out, columns) = (self.weight.rows(), self.weight.columns());
         let width = x.len().checked_div(self.rows).unwrap_or(0);
+        let most = (PANEL / columns.max(1)).next_multiple_of(32).clamp(32, product::COLUMNS);
         // A narrow layer is shared out among all threads all the same.
-        let panel = out.div_ceil(rayon::current_num_threads()).next_multiple_of(32).clamp(32, product::COLUMNS);
+        let panel = out.div_ceil(rayon::current_num_threads()).next_multiple_of(32).clamp(32, most);
         let left = Left::new_threaded(View::rows(x, width), self.rows, width);
         let y = Shared::new(y);
         let panels: Vec<usize> = (0..out).step_by(panel).collect();

@@ -16,9 +16,9 @@ const KC: usize = 384;
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 24;
 
-/// Columns of the right operand that one call should be given: as many as make a part of it (f32: 192 KiB) stay in a
+/// Columns of the right operand that one call should be given: as many as make a part of it (f32: 384 KiB) stay in a
 /// core's second cache, so that the left operand is read seldom.
-pub(crate) const COLUMNS: usize = 128;
+pub(crate) const COLUMNS: usize = 256;
 
 /// A matrix in memory: element `(i, j)` is at `i·row + j·column`.
 #[derive(Clone, Copy)]
@@ -49,6 +49,20 @@ impl<'a> View<'a> {
     }
 }
 
+/// The right operand of a product.
+#[derive(Clone, Copy)]
+pub(crate) enum Right<'a> {
+    View(View<'a>),
+    /// Writes a row of the operand, of as many columns as the line has. Rows are asked for in order, once.
+    Lines(&'a dyn Fn(usize, &mut [f32])),
+}
+
+impl<'a> From<View<'a>> for Right<'a> {
+    fn from(view: View<'a>) -> Self {
+        Self::View(view)
+    }
+}
+
 /// The left operand of products, laid out for the kernel.
 pub(crate) struct Left<'a> {
     view: View<'a>,
@@ -58,16 +72,8 @@ pub(crate) struct Left<'a> {
     packed: Vec<f32>,
 }
 
-/// Makes tests take the crate's path where the kernel could run.
-#[cfg(test)]
-pub(super) static PLAIN: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
-
 /// Whether the kernel can run here.
 pub(crate) fn has_kernel() -> bool {
-    #[cfg(test)]
-    if PLAIN.load(std::sync::atomic::Ordering::Relaxed) {
-        return false;
-    }
     #[cfg(target_arch = "x86_64")]
     {
         is_x86_feature_detected!("avx512f")
@@ -80,10 +86,15 @@ pub(crate) fn has_kernel() -> bool {
 
 impl<'a> Left<'a> {
     /// Lays out `rows` x `depth` values; `room` is memory to use again.
-    pub(crate) fn new(view: View<'a>, rows: usize, depth: usize, mut room: Vec<f32>) -> Self {
+    pub(crate) fn new(view: View<'a>, rows: usize, depth: usize, room: Vec<f32>) -> Self {
+        Self::laid_out(view, rows, depth, room, has_kernel())
+    }
+
+    /// For our kernel or, without a layout of its own, for the crate's.
+    fn laid_out(view: View<'a>, rows: usize, depth: usize, mut room: Vec<f32>, kernel: bool) -> Self {
         assert!(view.holds(rows, depth), "the left operand lies within its values");
         room.clear();
-        if has_kernel() {
+        if kernel {
             room.resize(rows.div_ceil(MR) * MR * depth, 0.0);
             for (block, packed) in room.chunks_exact_mut((MR * depth).max(1)).enumerate() {
                 pack_left(view, block * MR..rows.min((block + 1) * MR), depth, packed);
@@ -115,16 +126,27 @@ impl<'a> Left<'a> {
     ///
     /// # Safety
     /// `out` may be written for all its rows and columns, and nobody else touches these meanwhile.
-    pub(crate) unsafe fn times(
+    pub(crate) unsafe fn times<'r>(
         &self,
-        right: View<'_>,
+        right: impl Into<Right<'r>>,
         columns: usize,
         (out, stride): (*mut f32, usize),
         (scale, add): (f32, bool),
         room: &mut Vec<f32>,
     ) {
-        assert!(right.holds(self.depth, columns), "the right operand lies within its values");
+        let right = right.into();
+        if let Right::View(view) = right {
+            assert!(view.holds(self.depth, columns), "the right operand lies within its values");
+        }
         if self.packed.is_empty() || self.depth == 0 {
+            let view = match right {
+                Right::View(view) => view,
+                Right::Lines(write) => {
+                    room.resize(self.depth * columns, 0.0);
+                    room.chunks_exact_mut(columns.max(1)).enumerate().for_each(|(row, line)| write(row, line));
+                    View::rows(room, columns)
+                }
+            };
             // SAFETY: the operands lie within their values, and the caller answers for `out`.
             unsafe {
                 gemm::gemm(
@@ -138,9 +160,9 @@ impl<'a> Left<'a> {
                     self.view.values.as_ptr(),
                     self.view.column as isize,
                     self.view.row as isize,
-                    right.values.as_ptr(),
-                    right.column as isize,
-                    right.row as isize,
+                    view.values.as_ptr(),
+                    view.column as isize,
+                    view.row as isize,
                     1.0,
                     scale,
                     false,
@@ -153,14 +175,29 @@ impl<'a> Left<'a> {
         }
         let groups = columns.div_ceil(NR);
         let length = groups * NR * KC.min(self.depth);
-        if room.len() < length {
-            room.resize(length, 0.0);
-        }
+        // Past the packed part, a line of the operand before it is packed.
+        room.resize(room.len().max(length + columns), 0.0);
+        let (room, line) = room.split_at_mut(length);
+        let line = &mut line[..columns];
         for first in (0..self.depth).step_by(KC) {
             let deep = KC.min(self.depth - first);
-            for (group, packed) in room.chunks_exact_mut(deep * NR).enumerate().take(groups) {
-                let range = group * NR..columns.min((group + 1) * NR);
-                pack_right(right.from_row(first), range, packed);
+            match right {
+                Right::View(view) => {
+                    for (group, packed) in room.chunks_exact_mut(deep * NR).enumerate().take(groups) {
+                        let range = group * NR..columns.min((group + 1) * NR);
+                        pack_right(view.from_row(first), range, packed);
+                    }
+                }
+                Right::Lines(write) => {
+                    for k in 0..deep {
+                        write(first + k, line);
+                        for (group, part) in line.chunks(NR).enumerate() {
+                            let to = &mut room[(group * deep + k) * NR..][..NR];
+                            to[..part.len()].copy_from_slice(part);
+                            to[part.len()..].fill(0.0);
+                        }
+                    }
+                }
             }
             for block in 0..self.rows.div_ceil(MR) {
                 let left = &self.packed[(block * self.depth + first) * MR..][..deep * MR];
@@ -358,6 +395,75 @@ unsafe fn tile_avx512(
                     false => _mm512_mul_ps(sums, scale),
                 };
                 _mm512_mask_storeu_ps(to, mask, sums);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Tensor;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::golden::noise;
+
+    fn values(count: usize, seed: u64) -> Vec<f32> {
+        noise(&[count], seed).to_vec1().unwrap()
+    }
+
+    /// The product as it is defined, in f64.
+    fn clear(left: View<'_>, right: View<'_>, [rows, depth, columns]: [usize; 3]) -> Vec<f64> {
+        let at = |v: View<'_>, i: usize, j: usize| f64::from(v.values[i * v.row + j * v.column]);
+        (0..rows * columns)
+            .map(|n| (0..depth).map(|k| at(left, n / columns, k) * at(right, k, n % columns)).sum())
+            .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        /// However the operands lie, by our kernel (where it can run) and by the crate's.
+        #[test]
+        fn a_product_is_what_it_is_defined_as(
+            rows in 1usize..40, depth in 1usize..900, columns in 1usize..100, turned in prop::array::uniform2(any::<bool>()),
+            lines: bool, kernel: bool, add: bool, scale in 0.1f32..2.0, seed: u64,
+        ) {
+            let (a, b) = (values(rows * depth, seed), values(depth * columns, !seed));
+            let left = if turned[0] { View::columns(&a, rows) } else { View::rows(&a, depth) };
+            let right = if turned[1] { View::columns(&b, depth) } else { View::rows(&b, columns) };
+            let before = values(rows * columns, seed / 2);
+            let mut out = before.clone();
+            let packed = Left::laid_out(left, rows, depth, Vec::new(), kernel && has_kernel());
+            let write = |k: usize, line: &mut [f32]| {
+                line.iter_mut().enumerate().for_each(|(j, v)| *v = right.values[k * right.row + j * right.column]);
+            };
+            let given = if lines { Right::Lines(&write) } else { Right::View(right) };
+            // SAFETY: `out` has `rows` lines of `columns` values.
+            unsafe { packed.times(given, columns, (out.as_mut_ptr(), columns), (scale, add), &mut Vec::new()) };
+            for ((got, sum), before) in out.iter().zip(clear(left, right, [rows, depth, columns])).zip(before) {
+                let wanted = sum * f64::from(scale) + if add { f64::from(before) } else { 0.0 };
+                // Sums of values of both signs, whose rounding grows as the square root of their number.
+                prop_assert!((f64::from(*got) - wanted).abs() < 1e-6 * (depth as f64).sqrt() + 1e-6, "{got} for {wanted}");
+            }
+        }
+    }
+
+    /// What stands beside the sums in memory is another task's.
+    #[test]
+    fn nothing_beside_the_sums_is_written() {
+        let (a, b) = (values(13 * 5, 1), values(5 * 33, 2));
+        for kernel in [false, has_kernel()] {
+            let mut out = vec![7f32; 13 * 40];
+            let packed = Left::laid_out(View::rows(&a, 5), 13, 5, Vec::new(), kernel);
+            // SAFETY: 13 lines, 40 apart, of which 33 columns from the fourth on are written.
+            unsafe {
+                packed.times(View::rows(&b, 33), 33, (out.as_mut_ptr().add(4), 40), (1.0, false), &mut Vec::new())
+            };
+            let untouched = Tensor::from_vec(out, (13, 40), &candle_core::Device::Cpu).unwrap();
+            for (first, count) in [(0, 4), (37, 3)] {
+                let beside = untouched.narrow(1, first, count).unwrap().flatten_all().unwrap();
+                assert!(beside.to_vec1::<f32>().unwrap().iter().all(|v| *v == 7.0));
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Fast operations against clear ones, on random shapes.
 
-use std::{cell::Cell, sync::atomic::Ordering};
+use std::cell::Cell;
 
 use candle_core::{DType, Device, Result, Tensor};
 use proptest::prelude::*;
@@ -47,9 +47,8 @@ proptest! {
     #[test]
     fn a_layer_equals_the_clear_one(
         rows in 0usize..40, inp in 1usize..70, second in 0usize..30, out in 1usize..70,
-        activation in prop::sample::select(&ACTIVATIONS[..]), bias: bool, residual: bool, gate: bool, plain: bool,
+        activation in prop::sample::select(&ACTIVATIONS[..]), bias: bool, residual: bool, gate: bool,
     ) {
-        product::PLAIN.store(plain, Ordering::Relaxed);
         let (x0, x1) = (random(&[rows, inp], 1.0), random(&[rows, second], 1.0));
         let xs: Vec<&Tensor> = if second > 0 { vec![&x0, &x1] } else { vec![&x0] };
         let weight = Matrix::new(&random(&[out, inp + second], 0.3)).unwrap();
@@ -85,9 +84,8 @@ proptest! {
     #[test]
     fn attention_equals_the_clear_one(
         batch in 1usize..3, count in 1usize..4, queries in 1usize..200, keys in 1usize..1300,
-        d in 1usize..40, dv in 1usize..40, mask in 0usize..4, plain: bool,
+        d in 1usize..40, dv in 1usize..40, mask in 0usize..4,
     ) {
-        product::PLAIN.store(plain, Ordering::Relaxed);
         let q = random(&[batch, count, queries, d], 1.0);
         let (k, v) = (random(&[batch, count, keys, d], 1.0), random(&[batch, count, keys, dv], 1.0));
         // As in the networks: scores of about 1, whose own rounding is small beside the exponential's.
@@ -110,8 +108,7 @@ proptest! {
 
     /// A row depends on its own input alone, so tokens can be taken in any portions.
     #[test]
-    fn tokens_in_portions_give_what_all_together_give(rows in 2usize..60, portion in 1usize..60, queries in 2usize..200, plain: bool) {
-        product::PLAIN.store(plain, Ordering::Relaxed);
+    fn tokens_in_portions_give_what_all_together_give(rows in 2usize..60, portion in 1usize..60, queries in 2usize..200) {
         let x = random(&[rows, 48], 1.0);
         let weight = Matrix::new(&random(&[40, 48], 0.3)).unwrap();
         let layer = |x: &Tensor| linear(&[x], &weight, None, Activation::GeluTanh, None).unwrap();

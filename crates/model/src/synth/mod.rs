@@ -17,11 +17,11 @@ use serde::Serialize;
 pub use self::sizes::{Depth, Size};
 use crate::{
     Error, Result,
-    blueprint::Network,
+    blueprint::{Network, Spec},
     checkpoint::Stage,
     convert::{
         Converted, Meter, Progress, Storage, stored_bytes,
-        stream::{self, Job},
+        stream::{self, Job, Rows as _},
     },
     weights::Encoding,
 };
@@ -62,12 +62,8 @@ pub fn write(
 ) -> Result<Vec<(Stage, Vec<Converted>)>> {
     let values = Values::new(options.seed);
     let plans: Vec<_> = options.stages.iter().map(|stage| (*stage, options.size.stage(*stage))).collect();
-    let of_spec = |network, spec: &crate::blueprint::Spec| encoding(options.storage, network, &spec.name, &spec.shape);
-    let sheets = plans.iter().flat_map(|(_, (sheets, _))| sheets);
-    let total = sheets.flat_map(|sheet| sheet.tensors.iter().map(move |spec| (sheet.network, spec)));
-    let total = total
-        .fold((0, 0), |(n, bytes), (network, spec)| (n + 1, bytes + stored_bytes(of_spec(network, spec), &spec.shape)));
-    let mut meter = Meter::new(total, tell);
+    let tensors = plans.iter().flat_map(|(_, (sheets, _))| sheets).map(|sheet| sheet.tensors.len()).sum();
+    let mut meter = Meter::new((tensors, bytes(options)), tell);
     let mut results = Vec::with_capacity(plans.len());
     for (stage, (sheets, config)) in &plans {
         meter.stage = stage.name();
@@ -85,7 +81,7 @@ pub fn write(
                 .map(|spec| Job {
                     name: spec.name.clone(),
                     shape: spec.shape.clone(),
-                    encoding: of_spec(sheet.network, spec),
+                    encoding: encoding(options.storage, sheet.network, spec),
                     rows: Random::new(values, spec),
                 })
                 .collect();
@@ -103,10 +99,31 @@ pub fn write(
     Ok(results)
 }
 
-fn encoding(storage: Storage, network: Network, name: &str, shape: &[usize]) -> Encoding {
+/// Bytes of the tensors that [`write()`] writes; headers, configs and tokenizers come on top.
+#[must_use]
+pub fn bytes(options: &Options) -> u64 {
+    let sheets = options.stages.iter().flat_map(|stage| options.size.stage(*stage).0);
+    let of_sheet = |sheet: sizes::Sheet| {
+        let of_spec = |spec: &Spec| stored_bytes(encoding(options.storage, sheet.network, spec), &spec.shape);
+        sheet.tensors.iter().map(of_spec).sum::<u64>()
+    };
+    sheets.map(of_sheet).sum()
+}
+
+/// All values of one tensor, as a checkpoint of that seed would have them before they are rounded to its precision.
+#[must_use]
+pub fn values_of(spec: &Spec, seed: u64) -> Vec<f32> {
+    let mut values = vec![0.0; spec.parameters()];
+    let random = Random::new(Values::new(seed), spec);
+    let (rows, _) = random.sides();
+    random.fill(0..rows, &mut values);
+    values
+}
+
+fn encoding(storage: Storage, network: Network, spec: &Spec) -> Encoding {
     match network {
         Network::Whisper | Network::VaeEncoder | Network::VaeDecoder => Encoding::F32,
-        _ => storage.target(network, name, shape, Encoding::Bf16).encoding,
+        _ => storage.target(network, &spec.name, &spec.shape, Encoding::Bf16).encoding,
     }
 }
 

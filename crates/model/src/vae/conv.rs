@@ -5,18 +5,14 @@ use crate::{
     Error, Result, memory,
     ops::{
         host,
-        product::{Left, View},
+        product::{Left, Right, View},
     },
     weights::Weights,
 };
 
-/// Values of the unfolded input that one thread holds at once (f32: 512 KiB), so that they stay in its L2 cache: a
-/// product with few output channels does too little arithmetic to fetch them from further away.
-const UNFOLDED: usize = 128 << 10;
-
-/// Least positions of one product. With many input channels the unfolded input is larger than the cache all the
-/// same, and then more positions make better use of each weight that is fetched.
-const POSITIONS: usize = 192;
+/// Positions of one product: enough that a weight that was fetched is used often, few enough that the unfolded part
+/// of the input stays in a core's cache.
+const POSITIONS: usize = 256;
 
 /// What happens around a convolution, without a copy of the whole tensor for each.
 #[derive(Debug, Clone, Copy)]
@@ -103,37 +99,28 @@ impl CausalConv3d {
         Ok(host::tensor(y, &[batch, self.out, to, ho, wo], x.dtype())?)
     }
 
-    /// Unfolds the input some rows of positions at a time and multiplies: `x` `(C, T, H, W)` to `y` `(O, T', H', W')`.
+    /// Unfolds the input some positions at a time while it is multiplied: `x` `(C, T, H, W)` to `y` `(O, T', H', W')`.
     ///
     /// Every tile is one thread's, and its arithmetic does not depend on the number of threads.
     fn convolve(&self, x: &[f32], weight: &[f32], axes: &Axes, y: &mut [f32]) {
         let depth = self.inp * self.kernel.pow(3);
         let [to, ho, wo] = axes.out;
-        let rows = to * ho;
-        let volume = rows * wo;
+        let volume = to * ho * wo;
         assert!(y.len() == self.out * volume && weight.len() == self.out * depth, "sizes are checked by the caller");
-        let step = (UNFOLDED / depth).max(POSITIONS).div_ceil(wo).min(rows);
-        let tiles: Vec<usize> = (0..rows).step_by(step).collect();
+        let tiles: Vec<usize> = (0..volume).step_by(POSITIONS).collect();
         let y = Shared(y.as_mut_ptr());
         let left = Left::new_threaded(View::rows(weight, depth), self.out, depth);
-        tiles.into_par_iter().for_each_init(
-            Default::default,
-            |(unfolded, packed): &mut (Vec<f32>, Vec<f32>), first| {
-                let last = (first + step).min(rows);
-                let positions = (last - first) * wo;
-                unfolded.resize(depth * positions, 0.0);
-                for (k, line) in unfolded.chunks_exact_mut(positions).enumerate() {
-                    axes.unfold(x, k, first..last, line);
-                }
-                let y: &Shared = &y;
-                // SAFETY: columns `first·wo ..` of the `out` lines of `y`, which lie within it; no two tiles have a
-                // column in common.
-                unsafe {
-                    let to = (y.0.add(first * wo), volume);
-                    left.times(View::rows(unfolded, positions), positions, to, (1.0, false), packed);
-                }
-            },
-        );
+        tiles.into_par_iter().for_each_init(Vec::new, |room, first| {
+            let last = (first + POSITIONS).min(volume);
+            let y: &Shared = &y;
+            // SAFETY: columns `first ..` of the `out` lines of `y`, which lie within it; no two tiles have a column in
+            // common.
+            unsafe {
+                let to = (y.0.add(first), volume);
+                let unfolded = Right::Lines(&|k, line| axes.unfold(x, k, first..last, line));
+                left.times(unfolded, last - first, to, (1.0, false), room);
+            }
+        });
     }
 
     /// The same with candle's operations only, on any device and in any type: one two-dimensional convolution
@@ -251,26 +238,29 @@ impl Axes {
         Self { size, out, kernel, sources, plain: stride[2] == 1 && factors[2] == 1 }
     }
 
-    /// Writes line `k` (channel and kernel offset) of the unfolded input for the given rows of positions.
-    fn unfold(&self, x: &[f32], k: usize, rows: std::ops::Range<usize>, line: &mut [f32]) {
+    /// Writes line `k` (channel and kernel offset) of the unfolded input for the given positions.
+    fn unfold(&self, x: &[f32], k: usize, positions: std::ops::Range<usize>, mut line: &mut [f32]) {
         let ([t, h, w], [to, ho, wo], n) = (self.size, self.out, self.kernel);
         let (c, kt, kh, kw) = (k / (n * n * n), k / (n * n) % n, k / n % n, k % n);
         let times = &self.sources[0][kt * to..][..to];
         let heights = &self.sources[1][kh * ho..][..ho];
         let widths = &self.sources[2][kw * wo..][..wo];
-        // Positions whose source is `position + kw - n / 2`; the others repeat an edge.
-        let lead = (n / 2).saturating_sub(kw).min(wo);
-        let trail = kw.saturating_sub(n / 2).min(wo);
-        for (row, line) in rows.zip(line.chunks_mut(wo)) {
+        let (mut row, mut from) = (positions.start / wo, positions.start % wo);
+        while !line.is_empty() {
+            let (part, rest) = line.split_at_mut(line.len().min(wo - from));
             let source = &x[((c * t + times[row / ho]) * h + heights[row % ho]) * w..][..w];
-            if self.plain && lead + trail < wo {
-                let middle = wo - lead - trail;
-                line[..lead].fill(source[0]);
-                line[lead..lead + middle].copy_from_slice(&source[trail..trail + middle]);
-                line[lead + middle..].fill(source[w - 1]);
+            if self.plain {
+                // Position `p` reads `p + kw - n / 2`; past an edge that is repeated.
+                let before = (n / 2).saturating_sub(kw).saturating_sub(from).min(part.len());
+                let start = (from + before + kw).saturating_sub(n / 2).min(w);
+                let middle = (w - start).min(part.len() - before);
+                part[..before].fill(source[0]);
+                part[before..before + middle].copy_from_slice(&source[start..start + middle]);
+                part[before + middle..].fill(source[w - 1]);
             } else {
-                line.iter_mut().zip(widths).for_each(|(value, &i)| *value = source[i]);
+                part.iter_mut().zip(&widths[from..]).for_each(|(value, &i)| *value = source[i]);
             }
+            (row, from, line) = (row + 1, 0, rest);
         }
     }
 }

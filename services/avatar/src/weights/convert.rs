@@ -21,6 +21,10 @@ pub struct ConvertFlags {
     /// Folder of the models: the official tree as downloaded, or one subfolder a stage.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: PathBuf,
+    /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
+    /// or auto for the most exact that is there. Another form than the chosen one is refused.
+    #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
+    pub weights: Choice,
     /// Folder to write; made if missing, refused if it is not empty. It appears when it is whole.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -41,12 +45,13 @@ pub struct ConvertFlags {
 
 /// Converts a checkpoint, whole or not at all, and shows what became of it.
 ///
-/// Errors: the folder to write is not empty or cannot be written; a stage's weights are missing or not complete.
+/// Errors: the folder to write is not empty, cannot be written or has no room; a stage's weights are missing or not complete.
 pub fn convert(flags: &ConvertFlags) -> Result<(), Failure> {
     let place = Place::begin(&flags.out)?;
     let mut report = Report::new(flags.json, flags.quiet);
-    let open = |stage: &Stage| Source::open(&flags.models, *stage, Choice::Auto);
+    let open = |stage: &Stage| Source::open(&flags.models, *stage, flags.weights);
     let sources: Vec<Source> = or_all(&flags.stages).iter().map(open).collect::<Result<_, _>>().map_err(failure)?;
+    place.check_space(convert::bytes(&sources, flags.precision).map_err(failure)?)?;
     let results = convert::stages(&sources, flags.precision, place.path(), &mut |p| report.tell(p)).map_err(failure)?;
     report.end();
     place.finish()?;
@@ -89,6 +94,7 @@ mod tests {
     fn flags(models: &std::path::Path, out: &std::path::Path) -> ConvertFlags {
         ConvertFlags {
             models: models.to_owned(),
+            weights: Choice::Auto,
             out: out.to_owned(),
             precision: Storage::Fp8,
             stages: vec![Stage::Diffusion],

@@ -48,6 +48,13 @@ impl Place {
         self.made.path()
     }
 
+    /// Checks that as many bytes can be written.
+    ///
+    /// Errors: as [`check_space`].
+    pub(super) fn check_space(&self, needed: u64) -> Result<(), Failure> {
+        check_space(self.made.path(), &self.out, needed)
+    }
+
     /// Gives the folder its name.
     pub(super) fn finish(self) -> Result<(), Failure> {
         // Renaming onto an empty folder replaces it.
@@ -62,6 +69,21 @@ fn wrong(out: &Path, reason: impl std::fmt::Display) -> Failure {
     Failure::input("out", format!("{}: {reason}", out.display()))
 }
 
+/// Checks that so many bytes can be written to a folder; `named` is what the user calls it.
+///
+/// Errors: they cannot; the sentence has both numbers of bytes.
+pub(super) fn check_space(folder: &Path, named: &Path, needed: u64) -> Result<(), Failure> {
+    // A filesystem that does not tell is tried.
+    let Ok(space) = rustix::fs::statvfs(folder) else { return Ok(()) };
+    let free = space.f_bavail.saturating_mul(space.f_frsize);
+    if needed <= free {
+        return Ok(());
+    }
+    let message = format!("{}: {needed} bytes are needed and {free} are free", named.display());
+    let advice = Some("free some space, name another --out, or take fewer --stages");
+    Err(Failure { code: "RESOURCE_EXHAUSTED", message, field: None, exit: crate::failure::FAILED, advice })
+}
+
 /// Bytes of all files below a folder.
 pub(super) fn folder_bytes(folder: &Path) -> std::io::Result<u64> {
     std::fs::read_dir(folder)?.try_fold(0, |sum, entry| {
@@ -69,4 +91,21 @@ pub(super) fn folder_bytes(folder: &Path) -> std::io::Result<u64> {
         let kind = entry.metadata()?;
         Ok(sum + if kind.is_dir() { folder_bytes(&entry.path())? } else { kind.len() })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_the_folder_and_both_numbers() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let place = Place::begin(&out).unwrap();
+        place.check_space(1).unwrap();
+        let refused = place.check_space(u64::MAX).unwrap_err();
+        assert_eq!((refused.code, refused.exit), ("RESOURCE_EXHAUSTED", crate::failure::FAILED));
+        let named = format!("{}: {} bytes are needed and ", out.display(), u64::MAX);
+        assert!(refused.message.starts_with(&named) && refused.message.ends_with(" are free"), "{refused}");
+    }
 }

@@ -15,12 +15,13 @@ use crate::{
 
 /// Writes a random checkpoint, whole or not at all, and says how large it is.
 ///
-/// Errors: the folder is not empty, or cannot be written; more blocks than the model has.
+/// Errors: the folder is not empty, cannot be written or has no room; more blocks than the model has.
 pub fn synth(flags: &SynthFlags) -> Result<(), Failure> {
     let size = size(flags)?;
     let place = Place::begin(&flags.out)?;
-    let mut report = Report::new(flags.json, flags.quiet || flags.size == SynthSize::Tiny);
     let options = Options { size, storage: flags.precision, stages: or_all(&flags.stages), seed: flags.seed };
+    place.check_space(synth::bytes(&options))?;
+    let mut report = Report::new(flags.json, flags.quiet || flags.size == SynthSize::Tiny);
     let results = synth::write(&options, place.path(), &mut |p| report.tell(p)).map_err(failure)?;
     report.end();
     let bytes = folder_bytes(place.path()).map_err(|e| Failure::local(flags.out.display(), e))?;

@@ -36,6 +36,10 @@ pub struct VerifyFlags {
     /// Folder of the models: the official tree as downloaded, or one subfolder a stage.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: PathBuf,
+    /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
+    /// or auto for the most exact that is there. Another form than the chosen one is refused.
+    #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
+    pub weights: Choice,
     /// Stages to check, with commas between. Default: all.
     #[arg(long, value_name = "STAGE,..", value_delimiter = ',', value_parser = stage)]
     pub stages: Vec<Stage>,
@@ -88,7 +92,7 @@ pub fn verify(flags: &VerifyFlags) -> Result<bool, Failure> {
     let mut faults = Vec::new();
     for stage in or_all(&flags.stages) {
         report.say(stage.name(), "checking names, shapes and values");
-        check(&flags.models, stage, &mut files, &mut faults);
+        check((&flags.models, flags.weights), stage, &mut files, &mut faults);
     }
     let bytes: u64 = files.values().map(|file| file.bytes).sum();
     report.say("checksums", &format!("{} files, {}", files.len(), size(bytes)));
@@ -112,10 +116,15 @@ fn read_sums(path: &Path) -> Result<Sums, Failure> {
 }
 
 /// Checks one stage: what its headers say, then its values, then whether the networks open.
-fn check(models: &Path, stage: Stage, files: &mut BTreeMap<PathBuf, FoundFile>, faults: &mut Vec<Fault>) {
+fn check(
+    (models, choice): (&Path, Choice),
+    stage: Stage,
+    files: &mut BTreeMap<PathBuf, FoundFile>,
+    faults: &mut Vec<Fault>,
+) {
     let name = Some(stage.name());
     let before = faults.len();
-    if let Ok(located) = locate(models, stage, Choice::Auto) {
+    if let Ok(located) = locate(models, stage, choice) {
         for path in located.files() {
             let file = files.entry(path.clone()).or_default();
             file.stages.insert(stage.name());
@@ -123,7 +132,7 @@ fn check(models: &Path, stage: Stage, files: &mut BTreeMap<PathBuf, FoundFile>, 
             file.bytes = std::fs::metadata(&path).map_or(0, |m| m.len());
         }
     }
-    let source = match Source::open(models, stage, Choice::Auto) {
+    let source = match Source::open(models, stage, choice) {
         Ok(source) => source,
         Err(error) => {
             faults.push(Fault { stage: name, file: None, tensor: None, reason: error.to_string() });
@@ -146,7 +155,7 @@ fn check(models: &Path, stage: Stage, files: &mut BTreeMap<PathBuf, FoundFile>, 
     if faults.len() > before {
         return;
     }
-    let setup = Setup::default();
+    let setup = Setup { choice, ..Setup::default() };
     let opened = match stage {
         Stage::AudioEncoder => AudioEncoder::open(models, &setup).map(drop),
         Stage::TextEncoder => TextEncoder::open(models, &setup).map(drop),
@@ -293,6 +302,7 @@ mod tests {
     fn flags(models: &Path) -> VerifyFlags {
         VerifyFlags {
             models: models.to_owned(),
+            weights: Choice::Auto,
             stages: Vec::new(),
             checksums: None,
             write_checksums: None,
@@ -329,7 +339,7 @@ mod tests {
         let mut files = BTreeMap::new();
         let mut faults = Vec::new();
         for stage in Stage::ALL {
-            check(&models, stage, &mut files, &mut faults);
+            check((&models, Choice::Auto), stage, &mut files, &mut faults);
         }
         let of: Vec<_> = faults.iter().filter_map(|fault| fault.stage).collect();
         assert_eq!(of, ["audio-encoder", "vae-decode"], "{faults:?}");

@@ -30,11 +30,11 @@ pub fn native() -> TempDir {
     models
 }
 
-fn json(path: &Path) -> Value {
+pub fn json(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-fn save(path: &Path, value: &Value) {
+pub fn save(path: &Path, value: &Value) {
     fs::write(path, value.to_string()).unwrap();
 }
 

@@ -19,6 +19,11 @@ impl Plain {
         Self { dtype: Dtype::F32, shape: shape.to_vec(), bytes }
     }
 
+    pub fn bf16(shape: &[usize], values: &[f32]) -> Self {
+        let bytes = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+        Self { dtype: Dtype::BF16, shape: shape.to_vec(), bytes }
+    }
+
     /// The values of a bf16 or f32 tensor.
     pub fn values(&self) -> Vec<f32> {
         match self.dtype {
@@ -82,8 +87,7 @@ pub fn renamed(sheet: &Sheet, name: impl Fn(&str) -> String) -> Sheet {
     sheet.iter().map(|(old, plain)| (name(old), plain.clone())).collect()
 }
 
-/// The weights that quantised checkpoints quantise: those of the blocks' layers.
+/// Whether it is one of the transformer's weights that quantised checkpoints quantise.
 pub fn quantised(name: &str, plain: &Plain) -> bool {
-    let blocks = ["double_blocks.", "single_blocks."].iter().any(|part| name.starts_with(part));
-    blocks && name.ends_with(".weight") && plain.shape.len() == 2
+    model::blueprint::Network::Transformer.quantises(name, &plain.shape)
 }

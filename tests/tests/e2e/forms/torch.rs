@@ -15,11 +15,11 @@ use super::{
 };
 
 const PLAIN: &str = "mp_rank_00_model_states.pt";
-const FP8: &str = "mp_rank_00_model_states_fp8.pt";
+pub const FP8: &str = "mp_rank_00_model_states_fp8.pt";
 const FP8_MAP: &str = "mp_rank_00_model_states_fp8_map.pt";
 
 /// The official tree as published: transformer and VAE in archives, Whisper in one too.
-fn published(native: &std::path::Path) -> TempDir {
+pub fn published(native: &std::path::Path) -> TempDir {
     let official = official::of(native);
     let path = |folder: &str| official.path().join(folder);
     fs::remove_file(path(TRANSFORMERS).join(BF16)).unwrap();
@@ -31,6 +31,16 @@ fn published(native: &std::path::Path) -> TempDir {
     fs::remove_file(path(WHISPER).join("model.safetensors")).unwrap();
     pickles::write(&path(WHISPER).join("pytorch_model.bin"), None, &whisper);
     official
+}
+
+/// The transformer in fp8 and the map of its scales, as a folder has them beside the bf16 ones.
+pub fn add_fp8(native: &std::path::Path, folder: &std::path::Path) {
+    let (sheet, scales) = fp8(native);
+    pickles::write(&folder.join(FP8), Some("module"), &sheet);
+    let by_module =
+        |(name, scale): (String, f32)| (name.trim_end_matches(".weight").to_owned(), Plain::f32(&[1], &[scale]));
+    let scales: Sheet = scales.into_iter().map(by_module).collect();
+    pickles::write(&folder.join(FP8_MAP), Some("module"), &scales);
 }
 
 #[test]
@@ -47,12 +57,7 @@ fn the_published_fp8_weights_with_their_map_stay_near() {
     let native = native();
     let official = published(native.path());
     let folder = official.path().join(TRANSFORMERS);
-    let (sheet, scales) = fp8(native.path());
-    pickles::write(&folder.join(FP8), Some("module"), &sheet);
-    let by_module =
-        |(name, scale): (String, f32)| (name.trim_end_matches(".weight").to_owned(), Plain::f32(&[1], &[scale]));
-    let scales: Sheet = scales.into_iter().map(by_module).collect();
-    pickles::write(&folder.join(FP8_MAP), Some("module"), &scales);
+    add_fp8(native.path(), &folder);
     let exact = output(velocity, native.path());
     assert!(output(velocity, official.path()) == exact, "bf16 comes first");
     let chosen = Setup { choice: Choice::Fp8, ..Setup::default() };

@@ -5,8 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{failed, plan::Wanted};
-use crate::failure::Failure;
+use super::plan::Wanted;
+use crate::{failure::Failure, weights::place::check_space};
 
 /// Held while files are written. The file stays: removing it would let two processes hold one each.
 const LOCK: &str = ".avatar-fetch.lock";
@@ -81,16 +81,7 @@ impl Folder {
             file.bytes.saturating_sub(begun)
         };
         let needed = files.iter().map(left).fold(0, u64::saturating_add);
-        // A filesystem that does not tell is tried.
-        let Ok(space) = rustix::fs::statvfs(&self.path) else { return Ok(()) };
-        let free = space.f_bavail.saturating_mul(space.f_frsize);
-        if needed <= free {
-            return Ok(());
-        }
-        let place = self.path.display();
-        let message = format!("{place}: {needed} bytes are needed and {free} are free");
-        let advice = Some("free some space, name another --out, or take fewer --stages");
-        Err(Failure { advice, ..failed("RESOURCE_EXHAUSTED", message) })
+        check_space(&self.path, &self.path, needed)
     }
 }
 
