@@ -8,6 +8,7 @@ mod forms;
 mod generate;
 mod hub;
 mod inputs;
+mod memory;
 mod processes;
 mod quirks;
 mod resizing;
