@@ -87,6 +87,36 @@ impl Stages {
         }
     }
 
+    /// Unloads the stages that share a device with `stage` and are loaded; gives their names.
+    ///
+    /// One that does not answer keeps what it has: nothing is lost by trying.
+    pub async fn unload_beside(&self, stage: Stage) -> Vec<&'static str> {
+        let all = [
+            (Stage::AudioEncoder, &self.audio_encoder),
+            (Stage::TextEncoder, &self.text_encoder),
+            (Stage::ImageEncoder, &self.image_encoder),
+            (Stage::Diffusion, &self.diffusion),
+            (Stage::VaeDecode, &self.vae_decode),
+        ];
+        let Some((_, own)) = all.iter().find(|(one, _)| *one == stage) else { return Vec::new() };
+        let Some(device) = describe(own).await.map(|said| said.device_id).filter(|id| !id.is_empty()) else {
+            return Vec::new();
+        };
+        let mut unloaded = Vec::new();
+        for (other, channel) in all.iter().filter(|(other, _)| *other != stage) {
+            let beside = describe(channel).await.is_some_and(|said| said.loaded && said.device_id == device);
+            if !beside {
+                continue;
+            }
+            let name = crate::fault::stage_name(*other);
+            match StageServiceClient::new((*channel).clone()).unload(v1::UnloadRequest {}).await {
+                Ok(_) => unloaded.push(name),
+                Err(status) => tracing::warn!(stage = name, %status, "it was not unloaded"),
+            }
+        }
+        unloaded
+    }
+
     /// Speech (N samples, 16 kHz) to `features`.
     pub async fn encode_audio(&self, header: EncodeAudioHeader, samples: HostTensor) -> Result<Encoded, Fault> {
         use v1::{encode_audio_request::Body, encode_audio_response::Body as Answer};
@@ -184,6 +214,13 @@ impl Stages {
         let stream = call.map_err(|status| fault(&status, Stage::VaeDecode))?.into_inner();
         Ok(Frames { stream, reader: TensorReader::new(TENSOR_BYTES, u64::MAX), memory: None })
     }
+}
+
+/// What a stage says of itself, if it answers.
+async fn describe(channel: &Channel) -> Option<v1::DescribeResponse> {
+    let mut client = StageServiceClient::new(channel.clone());
+    let answer = tokio::time::timeout(DESCRIBE_TIMEOUT, client.describe(v1::DescribeRequest {})).await;
+    answer.ok()?.ok().map(Response::into_inner)
 }
 
 /// What a stage answered.

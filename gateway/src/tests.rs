@@ -153,6 +153,93 @@ async fn survives_a_lost_session() {
     assert_eq!(script.opened.load(Ordering::SeqCst), 2);
 }
 
+/// A script in which calls of one stage find the device full.
+fn full(stage: Stage, calls: impl IntoIterator<Item = usize>) -> Arc<Script> {
+    Arc::new(Script { out_of_memory: calls.into_iter().map(|call| (stage, call)).collect(), ..Script::default() })
+}
+
+#[tokio::test]
+async fn memory_that_ends_at_a_stages_first_call_is_made_free_and_the_call_repeated() {
+    for stage in [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode] {
+        let script = full(stage, [0]);
+        let (_gateway, record) = start(&script, 2).await;
+        let generation = ended(&record).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{stage:?}: {generation:?}");
+        assert_eq!(script.unloads.load(Ordering::SeqCst), 4, "{stage:?}: the other four are unloaded");
+        assert_eq!(script.passes.lock().unwrap().len(), 2, "{stage:?}: no step is repeated");
+        let events: Vec<_> = Arc::clone(&record).events(1).collect().await;
+        let told = events.iter().find(|event| event.message.contains("ran out of memory")).unwrap();
+        assert!(told.stage() == stage && told.message.contains("unloaded") && !told.warning, "{told:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_step_without_memory_goes_on_from_its_own_latents_with_one_pass_a_call() {
+    let plain = Arc::new(Script::default());
+    let (_gateway, record) = start(&plain, 4).await;
+    ended(&record).await;
+    // Call 0 opens the session; call 3 is step 2, and fails again after the other stages are gone.
+    let script = full(Stage::Diffusion, [3, 4]);
+    let (_gateway, record) = start(&script, 4).await;
+    let generation = ended(&record).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let passes = script.passes.lock().unwrap();
+    let seen: Vec<_> = passes.iter().map(|(header, _)| (header.step, header.items.len())).collect();
+    assert_eq!(seen, [(0, 2), (1, 2), (2, 1), (2, 1), (3, 1), (3, 1)]);
+    let values = |script: &Script| -> Vec<Vec<f32>> {
+        script.passes.lock().unwrap().iter().flat_map(|(_, latents)| latents.clone()).collect()
+    };
+    drop(passes);
+    assert_eq!(values(&script), values(&plain), "every step has the latents that it has without the fault");
+}
+
+/// 18 steps by the reference's literals: features are kept and reused at the end.
+#[tokio::test]
+async fn every_rung_is_taken_in_turn_and_the_last_one_runs_without_features() {
+    let script = full(Stage::Diffusion, [17, 18, 19]);
+    let (_gateway, record) = start_with(&script, by_the_reference(18), 5).await;
+    let generation = ended(&record).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let passes = script.passes.lock().unwrap();
+    let late: Vec<_> = passes.iter().filter(|(header, _)| header.step >= 16).collect();
+    assert_eq!(late.len(), 4, "two steps of two passes, one a call");
+    assert!(late.iter().all(|(header, _)| header.mode() == PassMode::Full && !header.keep_features));
+    let warnings = generation.outcome.unwrap().warnings;
+    assert!(warnings.iter().any(|said| said.contains("no features kept")), "{warnings:?}");
+}
+
+#[tokio::test]
+async fn when_nothing_is_left_to_try_the_failure_lists_what_was_tried() {
+    let script = full(Stage::Diffusion, 17..40);
+    let (_gateway, record) = start_with(&script, by_the_reference(18), 5).await;
+    let failure = ended(&record).await.failure.unwrap();
+    assert_eq!((failure.code.as_str(), failure.stage()), ("RESOURCE_EXHAUSTED", Stage::Diffusion));
+    for part in ["900 bytes needed, 100 of 1000 free", "unloaded", "one pass a call", "no features kept"] {
+        assert!(failure.message.contains(part), "{part} in {}", failure.message);
+    }
+    assert!(script.decodes.lock().unwrap().is_empty() && script.sessions.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_decoder_without_memory_takes_smaller_tiles_and_never_repeats_a_step() {
+    let script = full(Stage::VaeDecode, [0, 1, 2]);
+    let (_gateway, record) = start(&script, 2).await;
+    let generation = ended(&record).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let divisors: Vec<_> = script.decodes.lock().unwrap().iter().map(|header| header.tile_divisor).collect();
+    assert_eq!(divisors, [1, 1, 2, 4]);
+    assert_eq!(script.passes.lock().unwrap().len(), 2);
+    let warnings = generation.outcome.unwrap().warnings;
+    assert!(warnings.iter().any(|said| said.contains("tiles 4 times shorter")), "{warnings:?}");
+
+    let script = full(Stage::VaeDecode, 0..20);
+    let (_gateway, record) = start(&script, 2).await;
+    let failure = ended(&record).await.failure.unwrap();
+    assert_eq!((failure.code.as_str(), failure.stage()), ("RESOURCE_EXHAUSTED", Stage::VaeDecode));
+    assert!(failure.message.contains("tiles 2 times shorter; tiles 4 times shorter"), "{failure:?}");
+    assert_eq!((script.passes.lock().unwrap().len(), script.decodes.lock().unwrap().len()), (2, 4));
+}
+
 #[tokio::test]
 async fn a_stage_that_refuses_the_prompt_fails_the_generation_with_the_field() {
     let script = Arc::new(Script { refuse_prompt: true, ..Script::default() });

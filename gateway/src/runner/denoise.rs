@@ -1,6 +1,6 @@
 //! The denoise loop over the wire: the sampler says which passes it needs, the transformer runs them.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use proto::{
     tensor::HostTensor,
@@ -8,6 +8,7 @@ use proto::{
 };
 
 use super::{
+    ladder::Ladder,
     prepare::Prepared,
     run::Run,
     session::{Session, StepPasses},
@@ -36,6 +37,11 @@ pub(crate) async fn denoise(
         Parity::Unspecified => (StepPlan::scaled(schedule), Rounding::Nowhere),
         Parity::Reference => (StepPlan::reference(schedule), Rounding::Reference),
     };
+    let features = plan.steps().iter().any(|step| step.keep_features);
+    let mut ladder = Ladder::of(Stage::Diffusion, features);
+    while let Err(fault) = session.open().await {
+        session.fit(ladder.next(run, fault).await?);
+    }
     let setup = Setup { plan, clip: clip.clone(), shape, rounding };
     let start = noise(settings.seed, shape.values(clip.latent_frames));
     let mut sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
@@ -50,7 +56,7 @@ pub(crate) async fn denoise(
             shape: [channels, clip.window, rows, columns],
             items: sampler.requests().into_iter().map(item).collect(),
         };
-        for (index, velocity) in session.predict(passes).await?.into_iter().enumerate() {
+        for (index, velocity) in predict(run, session, &mut ladder, passes).await?.into_iter().enumerate() {
             sampler.accept(index, velocity).map_err(|error| wrong(number, &error))?;
         }
         sampler.advance().map_err(|error| wrong(number, &error))?;
@@ -59,10 +65,31 @@ pub(crate) async fn denoise(
             return Err(Fault::new(Kind::Internal, message).at(Stage::Diffusion));
         }
         let done = sampler.step();
-        run.step_done(done as u32, began.elapsed().as_secs_f64() / done as f64);
+        run.step_done(session.memory(), done as u32, began.elapsed().as_secs_f64() / done as f64);
     }
     HostTensor::from_f32("latents", &[channels, clip.kept_latent_frames, rows, columns], &sampler.kept_latents())
         .map_err(|error| Fault::internal("the latents cannot be sent", &error))
+}
+
+/// Runs a step's passes; where memory ends, with less and from the same latents.
+async fn predict(
+    run: &Run,
+    session: &mut Session,
+    ladder: &mut Ladder,
+    passes: StepPasses,
+) -> Result<Vec<Vec<f32>>, Fault> {
+    ladder.renew();
+    let passes = Arc::new(passes);
+    let mut outcome = session.predict(&passes).await;
+    loop {
+        match outcome {
+            Ok(velocities) => return Ok(velocities),
+            Err(fault) => {
+                session.fit(ladder.next(run, fault).await?);
+                outcome = session.retry(&passes).await;
+            }
+        }
+    }
 }
 
 /// A pass as the transformer takes it, with its latents.

@@ -8,11 +8,8 @@ use proto::{
     },
 };
 
-use super::{prepare::Prepared, run::Run};
-use crate::{
-    fault::{Fault, Kind},
-    stages::with_retries,
-};
+use super::{ladder::climb, prepare::Prepared, run::Run};
+use crate::fault::{Fault, Kind};
 
 /// Faces besides the largest whose boxes a sentence names.
 const SHOWN_FACES: usize = 8;
@@ -45,7 +42,8 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
     let audio = async {
         let began = run.stage_began(Stage::AudioEncoder);
         let header = EncodeAudioHeader { generation_id: run.id() };
-        let mut encoded = with_retries(|| run.stages.encode_audio(header.clone(), samples.clone())).await?;
+        let mut encoded =
+            climb(run, Stage::AudioEncoder, |_| run.stages.encode_audio(header.clone(), samples.clone())).await?;
         run.stage_ended(Stage::AudioEncoder, began, encoded.memory);
         encoded.take("features", Stage::AudioEncoder)
     };
@@ -55,7 +53,8 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         let truncate_prompt = prepared.settings.truncate_prompt;
         let (width, height) = (size.width, size.height);
         let header = EncodePromptHeader { generation_id: run.id(), prompt, width, height, truncate_prompt };
-        let (mut encoded, summary) = with_retries(|| run.stages.encode_prompt(header.clone(), pixels.clone())).await?;
+        let (mut encoded, summary) =
+            climb(run, Stage::TextEncoder, |_| run.stages.encode_prompt(header.clone(), pixels.clone())).await?;
         run.stage_ended(Stage::TextEncoder, began, encoded.memory);
         let states = TEXT_STATES.iter().map(|name| encoded.take(name, Stage::TextEncoder));
         Ok((states.collect::<Result<Vec<_>, _>>()?, summary))
@@ -65,7 +64,7 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         let face = prepared.settings.face;
         let header = EncodeReferenceHeader { generation_id: run.id(), width: size.width, height: size.height, face };
         let (mut encoded, summary) =
-            with_retries(|| run.stages.encode_reference(header.clone(), pixels.clone())).await?;
+            climb(run, Stage::ImageEncoder, |_| run.stages.encode_reference(header.clone(), pixels.clone())).await?;
         run.stage_ended(Stage::ImageEncoder, began, encoded.memory);
         let latents = encoded.take("reference_latents", Stage::ImageEncoder)?;
         Ok((latents, encoded.take("face_mask", Stage::ImageEncoder)?, summary))

@@ -3,6 +3,7 @@
 mod decode;
 mod denoise;
 mod encode;
+mod ladder;
 pub(crate) mod prepare;
 mod run;
 mod session;
@@ -102,7 +103,6 @@ async fn drive(run: &Run, prepared: Prepared, workshop: &Workshop) -> Result<Out
         fps: planner::clip::FPS as f32,
     };
     let mut session = Session::new(run.stages.clone(), header, conditions.tensors);
-    session.open().await?;
     let latents = denoise::denoise(run, &prepared, &mut session, conditions.channels).await?;
     run.stage_ended(Stage::Diffusion, began, session.memory());
     drop(session);

@@ -34,13 +34,16 @@ struct Inside {
     progress: Progress,
     reports: BTreeMap<i32, StageReport>,
     warnings: Vec<String>,
+    /// By stage, as it said last: whether its device is nearly full, and how many stages had to go.
+    pressure: BTreeMap<i32, (bool, u64)>,
 }
 
 impl Run {
     /// Begins the run of a generation with `steps` steps.
     pub(crate) fn begin(record: Arc<Record>, stages: Stages, steps: u32) -> Self {
         let progress = Progress { steps, ..Progress::default() };
-        let inside = Mutex::new(Inside { progress, reports: BTreeMap::new(), warnings: Vec::new() });
+        let (reports, pressure) = (BTreeMap::new(), BTreeMap::new());
+        let inside = Mutex::new(Inside { progress, reports, warnings: Vec::new(), pressure });
         Self { record, stages, began: Instant::now(), inside }
     }
 
@@ -71,7 +74,9 @@ impl Run {
         let seconds = began.elapsed().as_secs_f64();
         let report = StageReport { stage: stage.into(), seconds, peak_bytes: memory.peak_bytes };
         self.lock().reports.insert(stage.into(), report);
-        self.note(stage, format!("{} took {seconds:.1} s", stage_name(stage)));
+        self.watch_pressure(stage, memory);
+        let held = said_of_memory(&memory).map(|said| format!(", {said}")).unwrap_or_default();
+        self.note(stage, format!("{} took {seconds:.1} s{held}", stage_name(stage)));
     }
 
     /// Says what the caller should know, now and in the outcome.
@@ -94,14 +99,31 @@ impl Run {
     }
 
     /// Says that `done` steps are done, the last of which began `pace_seconds` per step ago.
-    pub(crate) fn step_done(&self, done: u32, pace_seconds: f64) {
+    pub(crate) fn step_done(&self, memory: MemoryReport, done: u32, pace_seconds: f64) {
+        self.watch_pressure(Stage::Diffusion, memory);
         let progress = self.progress(|progress| {
             progress.step = done;
             let share = done as f32 / progress.steps.max(1) as f32;
             progress.percent = ENCODED_PERCENT + (DENOISED_PERCENT - ENCODED_PERCENT) * share;
             progress.remaining_seconds = Some(pace_seconds * f64::from(progress.steps.saturating_sub(done)));
         });
-        self.record.publish(Change { progress: Some(progress), stage: Stage::Diffusion, ..Change::default() });
+        let message = said_of_memory(&memory).unwrap_or_default();
+        self.record.publish(Change { progress: Some(progress), stage: Stage::Diffusion, message, ..Change::default() });
+    }
+
+    /// Says when a stage's device becomes nearly full, when it is so no more, and when idle stages had to go.
+    fn watch_pressure(&self, stage: Stage, memory: MemoryReport) {
+        let before = self.lock().pressure.insert(stage.into(), (memory.pressure, memory.unloaded_stages));
+        let (pressed, unloaded) = before.unwrap_or((false, memory.unloaded_stages));
+        let name = stage_name(stage);
+        if let Some(count) = memory.unloaded_stages.checked_sub(unloaded).filter(|&count| count > 0) {
+            self.note(stage, format!("{name}'s device was nearly full; idle stages unloaded: {count}"));
+        }
+        match (pressed, memory.pressure) {
+            (false, true) => self.note(stage, format!("{name}'s device is nearly full; new work has to wait")),
+            (true, false) => self.note(stage, format!("{name}'s device has room again")),
+            _ => {}
+        }
     }
 
     /// Says that `done` of `frames` frames are decoded.
@@ -138,7 +160,8 @@ impl Run {
         })
     }
 
-    fn note(&self, stage: Stage, message: String) {
+    /// Says something that the caller need not act on.
+    pub(crate) fn note(&self, stage: Stage, message: String) {
         tracing::info!(generation_id = %self.record.id(), "{message}");
         let progress = self.progress(|_| {});
         self.record.publish(Change { progress: Some(progress), stage, message, ..Change::default() });
@@ -155,4 +178,18 @@ impl Run {
     fn lock(&self) -> MutexGuard<'_, Inside> {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a stage and its device hold; nothing of a stage that does not tell.
+fn said_of_memory(memory: &MemoryReport) -> Option<String> {
+    if memory.budget_bytes == 0 {
+        return None;
+    }
+    let percent = memory.process_bytes as f64 * 100.0 / memory.budget_bytes as f64;
+    let (now, budget, peak) = (gib(memory.process_bytes), gib(memory.budget_bytes), gib(memory.peak_bytes));
+    Some(format!("holds {now} of {budget} ({percent:.0} %), its peak {peak}"))
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1u32 << 30))
 }

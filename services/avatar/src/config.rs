@@ -11,6 +11,7 @@ use model::{
     convert::Storage,
 };
 use proto::v1::{self, FaceBox, GenerationSpec};
+use service_kit::config::DeviceFlags;
 
 use crate::weights::{
     convert::{ConvertFlags, stage},
@@ -45,9 +46,19 @@ pub enum Command {
     Plan(crate::plan::flags::PlanFlags),
     /// List the tiers: the memory that each is for, and what it lets a request ask for.
     Tiers(crate::plan::flags::TiersFlags),
+    /// List this machine's devices with their memory: the processor, and CUDA devices where a driver answers.
+    Devices(DevicesFlags),
     /// Get, make, convert and check checkpoints.
     #[command(subcommand)]
     Weights(WeightsCommand),
+}
+
+/// The flags of `avatar devices`.
+#[derive(Debug, Args)]
+pub struct DevicesFlags {
+    /// Print one JSON object on standard output.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What to do with checkpoints.
@@ -154,6 +165,9 @@ pub struct GenerateFlags {
     /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
     #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
     pub compute: ComputeByStage,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub device: DeviceFlags,
     /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
     /// or auto for the most exact that is there. Another form than the chosen one is refused.
     #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]

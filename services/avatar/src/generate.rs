@@ -5,16 +5,17 @@ use std::{
     time::Duration,
 };
 
-use gateway::{TierOptions, api::video::parity_name};
+use gateway::api::video::parity_name;
 use model::image::{Detector, unused_detector};
 use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
     avatar_service_client::AvatarServiceClient, generate_request, generate_response,
 };
+use service_kit::config::Mistakes;
 use tonic::transport::Channel;
 
 use crate::{
-    InProcess,
+    InProcess, Setup,
     config::GenerateFlags,
     failure::Failure,
     in_process,
@@ -37,7 +38,6 @@ struct Inputs {
     output: Output,
     models: PathBuf,
     detector: Detector,
-    tier: TierOptions,
 }
 
 /// Makes the video and shows its progress.
@@ -46,6 +46,9 @@ struct Inputs {
 pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<Completed, Failure> {
     let mut signals = Signals::catch()?;
     let inputs = read_inputs(flags)?;
+    let mut mistakes = Mistakes::default();
+    let device = flags.device.resolve(&mut mistakes).filter(|_| mistakes.is_empty());
+    let device = device.ok_or_else(|| Failure::input("device", mistakes.to_string().trim_end().to_owned()))?;
     let unused = flags.face_model.is_none() && flags.face.is_none();
     let unused = unused.then(|| unused_detector(&inputs.models)).flatten();
     if let Some(said) = &unused {
@@ -56,12 +59,10 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         .prefix("avatar-")
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
-    let options = gateway::Options {
-        data_dir: Some(work.path().to_owned()),
-        tier: inputs.tier.clone(),
-        ..gateway::Options::default()
-    };
-    let system = in_process(&inputs.models, flags.compute, flags.weights, inputs.detector.clone(), &options).await?;
+    let tier = plan::here(plan::tier_options(&flags.tier)?, &device);
+    let options = gateway::Options { data_dir: Some(work.path().to_owned()), tier, ..gateway::Options::default() };
+    let setup = Setup { compute: flags.compute, device, weights: flags.weights, detector: inputs.detector.clone() };
+    let system = in_process(&inputs.models, setup, &options).await?;
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
         () = signals.next() => Err(Failure::interrupted()),
@@ -86,8 +87,7 @@ fn read_inputs(flags: &GenerateFlags) -> Result<Inputs, Failure> {
     let models = models_folder(flags.models.as_deref())?;
     let detector =
         Detector::open(flags.face_model.as_deref()).map_err(|e| Failure::input("face_model", e.to_string()))?;
-    let tier = plan::tier_options_here(&flags.tier)?;
-    Ok(Inputs { spec: flags.spec(), picture, audio, output, models, detector, tier })
+    Ok(Inputs { spec: flags.spec(), picture, audio, output, models, detector })
 }
 
 /// The models' folder, if one was given and is there.

@@ -3,6 +3,7 @@
 
 pub mod compute;
 pub mod config;
+pub mod devices;
 pub mod failure;
 pub mod generate;
 pub mod output;
@@ -14,4 +15,4 @@ pub mod weights;
 
 mod stages;
 
-pub use stages::{InProcess, in_process};
+pub use stages::{InProcess, Setup, in_process};

@@ -4,6 +4,7 @@ use std::{process::ExitCode, time::Duration};
 
 use avatar::{
     config::{Cli, Command, GenerateFlags, WeightsCommand},
+    devices,
     failure::{FAILED, Failure},
     generate::generate,
     plan,
@@ -27,6 +28,11 @@ fn main() -> ExitCode {
         Command::Serve(flags) => run_serve(flags),
         Command::Plan(flags) => end(flags.json, plan::plan(&flags)),
         Command::Tiers(flags) => end(flags.json, plan::tiers(&flags)),
+        Command::Devices(flags) => {
+            telemetry::init(&LogConfig { filter: "warn".to_owned(), format: LogFormat::Text });
+            devices::show(&flags);
+            ExitCode::SUCCESS
+        }
         Command::Weights(WeightsCommand::Fetch(flags)) => run_fetch(&flags),
         Command::Weights(WeightsCommand::Synth(flags)) => end(flags.json, weights::synth::synth(&flags)),
         Command::Weights(WeightsCommand::Convert(flags)) => end(flags.json, weights::convert::convert(&flags)),

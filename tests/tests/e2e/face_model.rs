@@ -26,7 +26,7 @@ fn picture(folder: &Path) -> PathBuf {
         |i: usize| if (32..48).contains(&(i % 64)) && (16..32).contains(&(i / 64)) { [255, 0, 0] } else { [0; 3] };
     fs::write(&raw, (0..64 * 64).flat_map(pixel).collect::<Vec<u8>>()).unwrap();
     let made = Command::new("ffmpeg")
-        .args(["-v", "error", "-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", "64x64", "-i"])
+        .args(["-y", "-v", "error", "-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", "64x64", "-i"])
         .arg(&raw)
         .args(["-pix_fmt", "rgb24"])
         .arg(&png)

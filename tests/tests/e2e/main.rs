@@ -8,6 +8,7 @@ mod forms;
 mod generate;
 mod hub;
 mod inputs;
+mod memory;
 mod planning;
 mod processes;
 mod quirks;

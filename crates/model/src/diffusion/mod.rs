@@ -20,7 +20,7 @@ mod tests;
 use candle_core::{DType, Device, Tensor};
 
 pub use audio::{AudioAdapter, AudioProjection, face_gate, group_frames};
-pub use blocks::{DoubleBlock, FinalLayer, Mlp, SingleBlock};
+pub use blocks::{DoubleBlock, FinalLayer, Mlp, SingleBlock, TOKENS_AT_ONCE};
 pub use cache::{FeatureCache, Features};
 pub use config::{Defaults, TransformerConfig};
 pub use embed::{Embedder, PatchEmbed, TimeEmbedder, grid_of, timestep_embedding, unpatchify};

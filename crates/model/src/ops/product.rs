@@ -413,11 +413,14 @@ mod tests {
         noise(&[count], seed).to_vec1().unwrap()
     }
 
-    /// The product as it is defined, in f64.
-    fn clear(left: View<'_>, right: View<'_>, [rows, depth, columns]: [usize; 3]) -> Vec<f64> {
+    /// The product as it is defined, in f64, and the sum of its terms' sizes.
+    fn clear(left: View<'_>, right: View<'_>, [rows, depth, columns]: [usize; 3]) -> Vec<(f64, f64)> {
         let at = |v: View<'_>, i: usize, j: usize| f64::from(v.values[i * v.row + j * v.column]);
         (0..rows * columns)
-            .map(|n| (0..depth).map(|k| at(left, n / columns, k) * at(right, k, n % columns)).sum())
+            .map(|n| {
+                let terms = (0..depth).map(|k| at(left, n / columns, k) * at(right, k, n % columns));
+                terms.fold((0.0, 0.0), |(sum, sizes), term| (sum + term, sizes + term.abs()))
+            })
             .collect()
     }
 
@@ -442,10 +445,11 @@ mod tests {
             let given = if lines { Right::Lines(&write) } else { Right::View(right) };
             // SAFETY: `out` has `rows` lines of `columns` values.
             unsafe { packed.times(given, columns, (out.as_mut_ptr(), columns), (scale, add), &mut Vec::new()) };
-            for ((got, sum), before) in out.iter().zip(clear(left, right, [rows, depth, columns])).zip(before) {
+            for ((got, (sum, sizes)), before) in out.iter().zip(clear(left, right, [rows, depth, columns])).zip(before) {
                 let wanted = sum * f64::from(scale) + if add { f64::from(before) } else { 0.0 };
-                // Sums of values of both signs, whose rounding grows as the square root of their number.
-                prop_assert!((f64::from(*got) - wanted).abs() < 1e-6 * (depth as f64).sqrt() + 1e-6, "{got} for {wanted}");
+                // Roundings of both signs: they grow as the square root of their number.
+                let near = f64::from(f32::EPSILON) * (depth as f64).sqrt() * (1.0 + sizes * f64::from(scale));
+                prop_assert!((f64::from(*got) - wanted).abs() < near, "{got} for {wanted}");
             }
         }
     }

@@ -6,6 +6,7 @@ use clap::Args;
 use gateway::config::TierFlags;
 use model::checkpoint::Choice;
 use planner::{Bytes, Precision, size::PictureSize};
+use service_kit::hardware::DeviceName;
 
 use crate::compute::ComputeByStage;
 
@@ -23,13 +24,12 @@ pub struct TiersFlags {
 /// The flags of `avatar plan`.
 #[derive(Debug, Args)]
 pub struct PlanFlags {
-    /// Plan for cards of so much memory that need not be here, such as `8GiB` or `8GiB,12GiB`. Default: this machine's
-    /// CPU.
-    #[arg(long, value_name = "BYTES,..", value_delimiter = ',', conflicts_with = "ram")]
+    /// Plan for cards of so much memory that need not be here, such as `8GiB` or `8GiB,12GiB`, instead of --device.
+    #[arg(long, value_name = "BYTES,..", value_delimiter = ',')]
     pub vram: Vec<Bytes>,
-    /// Plan for this machine's CPU with so much memory, such as `4GiB`. Default: what is available.
-    #[arg(long, value_name = "BYTES")]
-    pub ram: Option<Bytes>,
+    /// Plan for a device of this machine: `cpu`, `cpu:4GiB` for so much of its memory, or a card as in `cuda:0`.
+    #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceName,
     /// Plan for the checkpoint in this folder, of which only headers are read. Default: the published model.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,

@@ -13,8 +13,9 @@ use gateway::{
     planning::{Fleet, FleetSource},
 };
 use model::checkpoint::Choice as Form;
-use planner::{Device, DeviceKind, ModelTable, Plan, Planner, Refusal, Request, plan::Choice};
+use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Refusal, Request};
 use serde_json::json;
+use service_kit::hardware::{DeviceConfig, DeviceName, Driver, Nvml, cards, host_memory};
 
 use self::flags::{PlanFlags, TiersFlags};
 use crate::{
@@ -73,30 +74,20 @@ pub fn tier_options(flags: &TierFlags) -> Result<TierOptions, Failure> {
     flags.resolve().map_err(|(flag, told)| Failure::input(flag, told))
 }
 
-/// As [`tier_options`], with the tier of this machine instead of `auto`.
-pub fn tier_options_here(flags: &TierFlags) -> Result<TierOptions, Failure> {
-    here(tier_options(flags)?)
-}
-
-/// The options with the tier of this machine instead of `auto`.
-pub fn here(options: TierOptions) -> Result<TierOptions, Failure> {
-    if options.choice != Choice::Auto {
-        return Ok(options);
-    }
-    let (total, _) = machine::memory()?;
-    Ok(options.on_device(total))
-}
-
-/// What a gateway in this process plans for: the checkpoint below `models`, and this machine's CPU.
+/// The options with the tier of the device instead of `auto`.
 #[must_use]
-pub fn fleet(models: &Path, compute: ComputeByStage, weights: Form) -> FleetSource {
+pub fn here(options: TierOptions, device: &DeviceConfig) -> TierOptions {
+    options.on_device(Bytes(device.budget_bytes))
+}
+
+/// What a gateway in this process plans for: the checkpoint below `models`, and the device of its stages.
+#[must_use]
+pub fn fleet(models: &Path, (compute, weights): (ComputeByStage, Form), device: DeviceName) -> FleetSource {
     let models = models.to_owned();
     FleetSource::new(move || {
         let told = |failure: Failure| failure.to_string();
-        Ok(Fleet {
-            table: table(Some(&models), weights).map_err(told)?,
-            devices: vec![cpu(None, compute).map_err(told)?],
-        })
+        let table = table(Some(&models), weights).map_err(told)?;
+        Ok(Fleet { table, devices: vec![local(device, compute).map_err(told)?] })
     })
 }
 
@@ -116,19 +107,40 @@ fn table(models: Option<&Path>, weights: Form) -> Result<ModelTable, Failure> {
 
 fn devices(flags: &PlanFlags) -> Result<Vec<Device>, Failure> {
     if flags.vram.is_empty() {
-        return Ok(vec![cpu(flags.ram, flags.compute)?]);
+        return Ok(vec![local(flags.device, flags.compute)?]);
     }
     Ok(flags.vram.iter().enumerate().map(|(i, total)| Device::card(i, *total)).collect())
 }
 
-/// This machine's CPU, with a budget or with what is available of its memory.
-fn cpu(budget: Option<planner::Bytes>, compute: ComputeByStage) -> Result<Device, Failure> {
-    let (total, free) = match budget {
-        Some(budget) => (budget, budget),
-        None => machine::memory()?,
-    };
-    let kind = DeviceKind::Cpu(machine::cpus(compute));
-    Ok(Device { name: "cpu".to_owned(), kind, total, free, rates: rates::of_this_machine() })
+/// A device of this machine: the CPU with a budget or with what is free of its memory, or a card as its driver says.
+fn local(name: DeviceName, compute: ComputeByStage) -> Result<Device, Failure> {
+    match name {
+        DeviceName::Cpu { budget_bytes } => {
+            let host = host_memory();
+            Ok(Device {
+                name: "cpu".to_owned(),
+                kind: DeviceKind::Cpu(machine::cpus(compute)),
+                total: Bytes(budget_bytes.unwrap_or(host.total_bytes)),
+                free: Bytes(budget_bytes.unwrap_or(host.free_bytes)),
+                rates: rates::of_this_machine(),
+            })
+        }
+        DeviceName::Cuda { index } => {
+            let driver = Nvml::load();
+            let all = cards(driver.as_ref().map(|driver| driver as &dyn Driver));
+            let card = all.iter().find(|card| card.index == index).ok_or_else(|| {
+                Failure::input(
+                    "device",
+                    format!("cuda:{index}: there is no such card here; --vram plans for one all the same"),
+                )
+            })?;
+            Ok(Device {
+                free: Bytes(card.free_bytes),
+                name: name.to_string(),
+                ..Device::card(0, Bytes(card.total_bytes))
+            })
+        }
+    }
 }
 
 /// A refusal as a command's failure.

@@ -99,6 +99,21 @@ fn refine(heap: &mut Heap, t: &Transformer, rows: u64) {
     heap.give(mask);
 }
 
+/// Tokens that pass a block's wide layers at once, as `model::diffusion` has them.
+const TOKENS_AT_ONCE: u64 = 8192;
+
+/// Takes what the other pieces of the tokens gave, where they are more than one; at the end all are joined.
+fn pieces(heap: &mut Heap, rows: u64, width: u64) -> u64 {
+    match rows.saturating_sub(TOKENS_AT_ONCE) {
+        0 => 0,
+        others => {
+            let whole = heap.tensor(rows * width);
+            heap.pass(2 * whole);
+            heap.take_tensor(others * width)
+        }
+    }
+}
+
 /// A double block; its inputs are taken already, and what it gives takes their place.
 fn double(heap: &mut Heap, t: &Transformer, [image, text]: [u64; 2]) {
     let h = t.hidden;
@@ -116,12 +131,14 @@ fn double(heap: &mut Heap, t: &Transformer, [image, text]: [u64; 2]) {
     heap.give(joined);
     let after = |heap: &mut Heap, rows: u64| {
         let x = heap.linear(rows, &[h], h, true);
-        let normed = heap.map(rows * h);
-        let inner = heap.linear(rows, &[h], t.inner, false);
+        let others = pieces(heap, rows, h);
+        let piece = rows.min(TOKENS_AT_ONCE);
+        let normed = heap.map(piece * h);
+        let inner = heap.linear(piece, &[h], t.inner, false);
         heap.give(normed);
-        let out = heap.linear(rows, &[t.inner], h, true);
+        let out = heap.linear(piece, &[t.inner], h, true);
         heap.give(inner + x);
-        out
+        others + out
     };
     let out = after(heap, image) + after(heap, text);
     heap.give(seen + out);
@@ -146,11 +163,13 @@ fn single(heap: &mut Heap, t: &Transformer, rows: u64) {
     let normed = heap.map(rows * h);
     let qkv = heap.linear(rows, &[h], 3 * h, false);
     let heads = heap.map(rows * 3 * h);
-    heap.give(qkv);
-    let inner = heap.linear(rows, &[h], t.inner, false);
-    heap.give(normed);
+    heap.give(normed + qkv);
     let seen = heap.attention(h / t.head.max(1), rows, rows, [t.head; 2]);
     heap.give(heads);
-    let out = heap.linear(rows, &[h, t.inner], h, true);
-    heap.give(seen + inner + out);
+    let others = pieces(heap, rows, h);
+    let piece = rows.min(TOKENS_AT_ONCE);
+    let normed = heap.map(piece * h);
+    let inner = heap.linear(piece, &[h], t.inner, false);
+    let out = heap.linear(piece, &[h, t.inner], h, true);
+    heap.give(normed + inner + out + others + seen);
 }
