@@ -1,18 +1,19 @@
 //! Who may come in, and whose turn it is.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
-use proto::v1::GenerationDefaults;
+use proto::v1::{GenerationDefaults, PlanGenerationRequest};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    config::Options,
+    config::{Options, TierOptions},
     fault::{Fault, Kind},
     intake::Upload,
+    planning::FleetSource,
     runner::{self, Workshop, prepare::Prepared},
     stages::Stages,
     store::{Change, Record, Store, StoreError},
@@ -43,6 +44,8 @@ struct Inner {
     closing: CancellationToken,
     /// What the diffusion stage said last, for when it does not answer.
     defaults: Mutex<Option<GenerationDefaults>>,
+    /// Who knows the checkpoint and the devices, if anybody does.
+    fleet: OnceLock<FleetSource>,
 }
 
 /// A place in the queue, held until the generation has ended.
@@ -66,8 +69,32 @@ impl Gateway {
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             defaults: Mutex::new(None),
+            fleet: OnceLock::new(),
         };
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The same gateway, which plans for the checkpoint and the devices that `source` tells of. The first source stays.
+    #[must_use]
+    pub fn planning_for(self, source: FleetSource) -> Self {
+        self.inner.fleet.get_or_init(|| source);
+        self
+    }
+
+    /// The tiers, and which one's limits hold.
+    #[must_use]
+    pub fn tiers(&self) -> &TierOptions {
+        &self.inner.options.tier
+    }
+
+    /// Makes a plan.
+    ///
+    /// Errors: as [`crate::planning::plan`].
+    pub async fn plan(&self, request: PlanGenerationRequest) -> Result<planner::Plan, Fault> {
+        let inner = Arc::clone(&self.inner);
+        tokio::task::spawn_blocking(move || crate::planning::plan(&request, &inner.options.tier, inner.fleet.get()))
+            .await
+            .map_err(|error| Fault::internal("the plan could not be made", &error))?
     }
 
     /// The public gRPC service, without health and reflection.
@@ -108,7 +135,8 @@ impl Gateway {
             if validate::needs_defaults(&upload.spec) { self.defaults().await? } else { GenerationDefaults::default() };
         let settings = validate::resolve(upload.spec.clone(), &defaults)?;
         let limit = self.inner.options.max_audio_seconds;
-        let prepared = tokio::task::spawn_blocking(move || Prepared::read(upload, settings, limit))
+        let tier = self.inner.options.tier.clone();
+        let prepared = tokio::task::spawn_blocking(move || Prepared::read(upload, settings, limit, &tier))
             .await
             .map_err(|error| Fault::internal("the files could not be read", &error))??;
         if self.inner.closing.is_cancelled() {

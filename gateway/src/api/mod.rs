@@ -2,5 +2,6 @@
 
 mod form;
 mod openapi;
+mod plan;
 pub mod rest;
 pub mod video;

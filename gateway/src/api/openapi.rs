@@ -4,6 +4,7 @@ use axum::Json;
 use utoipa::{OpenApi, ToSchema};
 
 use super::{
+    plan::{self, PlanBody, TierList},
     rest,
     video::{Deleted, ErrorBody, ErrorObject, Face, Video, VideoError},
 };
@@ -52,8 +53,17 @@ pub(crate) struct CreateVideo {
         title = "Talking avatar videos",
         description = "A picture, a recording and a sentence become a talking video."
     ),
-    paths(rest::create, rest::show, rest::content, rest::remove, rest::cancel, rest::healthz),
-    components(schemas(CreateVideo, Video, VideoError, Face, Deleted, ErrorBody, ErrorObject))
+    paths(
+        rest::create,
+        rest::show,
+        rest::content,
+        rest::remove,
+        rest::cancel,
+        rest::healthz,
+        plan::create,
+        plan::tiers
+    ),
+    components(schemas(CreateVideo, Video, VideoError, Face, Deleted, ErrorBody, ErrorObject, PlanBody, TierList))
 )]
 struct Api;
 

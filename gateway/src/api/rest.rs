@@ -17,7 +17,7 @@ use tokio_util::io::ReaderStream;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
-    form, openapi,
+    form, openapi, plan,
     video::{Deleted, ErrorBody, Video},
 };
 use crate::{
@@ -41,6 +41,8 @@ pub(crate) fn router(gateway: Gateway) -> Router {
         .route("/v1/videos/{id}", get(show).delete(remove))
         .route("/v1/videos/{id}/content", get(content))
         .route("/v1/videos/{id}/cancel", post(cancel))
+        .route("/v1/plans", post(plan::create))
+        .route("/v1/tiers", get(plan::tiers))
         .route("/openapi.json", get(openapi::document))
         .route("/healthz", get(healthz))
         .fallback(unknown)

@@ -1,12 +1,15 @@
 //! Reads a request's files and settles what is made of them.
 
 use planner::{
+    Tier,
     clip::{ClipPlan, FPS, REFERENCE_WINDOW, SAMPLES_PER_FRAME, frames_of},
     size::{PictureSize, generation_size, reference_size},
+    tiers::{Change, Wanted},
 };
 use proto::v1::{Generation, Parity, Progress};
 
 use crate::{
+    config::TierOptions,
     fault::{Fault, Kind},
     intake::Upload,
     media::{
@@ -14,6 +17,7 @@ use crate::{
         audio::{Audio, MODEL_RATE},
         picture::Picture,
     },
+    planning::past_limits,
     sampler::{MOST_HEARD_FRAMES, ReferenceSpeech},
     validate::{Settings, face_inside},
 };
@@ -42,20 +46,31 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
-    /// Decodes the files. Blocking.
-    pub(crate) fn read(upload: Upload, settings: Settings, max_audio_seconds: u32) -> Result<Self, Fault> {
+    /// Decodes the files, and holds the request to the tier's limits. Blocking.
+    pub(crate) fn read(
+        upload: Upload,
+        mut settings: Settings,
+        max_audio_seconds: u32,
+        tier: &TierOptions,
+    ) -> Result<Self, Fault> {
         let picture = media::picture::decode(&upload.picture).map_err(refused)?;
         if let Some(face) = &settings.face {
             face_inside(face, picture.width, picture.height)?;
         }
-        let audio = media::audio::decode(upload.audio, f64::from(max_audio_seconds)).map_err(refused)?;
+        let mut audio = media::audio::decode(upload.audio, f64::from(max_audio_seconds)).map_err(refused)?;
+        let warnings = match tier.limit() {
+            Some(limit) => within(limit, tier.allow_degrade, &mut settings, &mut audio)?,
+            None => Vec::new(),
+        };
+        let window = tier.limit().map_or(REFERENCE_WINDOW, |tier| tier.limits.window());
         let frames = (audio.samples.len() / SAMPLES_PER_FRAME).max(1);
         if settings.parity == Parity::Reference {
-            return Ok(Self::by_the_reference(settings, picture, audio, frames));
+            let prepared = Self::by_the_reference(settings, picture, audio, frames);
+            return Ok(Self { warnings: [warnings, prepared.warnings].concat(), ..prepared });
         }
         let size = generation_size(settings.size, picture.width, picture.height);
-        let plan = ClipPlan::new(frames, settings.min_frames as usize, REFERENCE_WINDOW);
-        Ok(Self { settings, picture, audio, size, plan, heard: frames, warnings: Vec::new() })
+        let plan = ClipPlan::new(frames, settings.min_frames as usize, window);
+        Ok(Self { settings, picture, audio, size, plan, heard: frames, warnings })
     }
 
     /// Follows the reference's rules for the size and for speech of `frames` frames; says what they cut.
@@ -76,9 +91,7 @@ impl Prepared {
             ));
         }
         if plan.frames < frames {
-            let track = &mut audio.soundtrack;
-            let samples = plan.frames * track.rate as usize / FPS as usize;
-            track.samples.truncate(samples * track.channels as usize);
+            cut_soundtrack(&mut audio, plan.frames);
         }
         Self { settings, picture, audio, size, plan, heard, warnings }
     }
@@ -96,6 +109,42 @@ impl Prepared {
             ..Generation::default()
         }
     }
+}
+
+/// Leaves of the sound that is heard in the video what goes with so many frames.
+fn cut_soundtrack(audio: &mut Audio, frames: usize) {
+    let track = &mut audio.soundtrack;
+    let samples = frames * track.rate as usize / FPS as usize;
+    track.samples.truncate(samples * track.channels as usize);
+}
+
+/// Holds a request to a tier's limits; what is lowered is told in sentences.
+///
+/// Errors: a value is past its limit and may not be lowered.
+fn within(tier: &Tier, lower: bool, settings: &mut Settings, audio: &mut Audio) -> Result<Vec<String>, Fault> {
+    let wanted = Wanted {
+        size: settings.size,
+        steps: settings.steps,
+        seconds: audio.samples.len() as f64 / f64::from(MODEL_RATE),
+        window_frames: (settings.parity == Parity::Reference).then_some(frames_of(REFERENCE_WINDOW) as u32),
+    };
+    let excesses = tier.excesses(&wanted);
+    if !excesses.is_empty() && !lower {
+        return Err(past_limits(&excesses));
+    }
+    let (lowered, changes) = tier.lowered(&wanted).map_err(|excess| past_limits(&[excess]))?;
+    settings.size = lowered.size;
+    settings.steps = lowered.steps;
+    if changes.iter().any(|change: &Change| change.field == "audio") {
+        let frames = (lowered.seconds * f64::from(FPS)) as usize;
+        audio.samples.truncate(frames * SAMPLES_PER_FRAME);
+        cut_soundtrack(audio, frames);
+    }
+    let said: Vec<String> = changes.iter().map(|change| format!("Tier {}: {change}.", tier.name)).collect();
+    for sentence in &said {
+        tracing::warn!(tier = tier.name, "{sentence}");
+    }
+    Ok(said)
 }
 
 /// What the media code refused, as the caller's fault where it is.

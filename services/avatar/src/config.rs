@@ -42,6 +42,12 @@ pub enum Command {
     Serve(crate::serve::ServeFlags),
     /// List this machine's devices with their memory: the processor, and CUDA devices where a driver answers.
     Devices(DevicesFlags),
+    /// Say what would be done on some devices: tier, placement, fit, bytes and seconds, with reasons.
+    ///
+    /// No weight is read. Exit codes: 0 there is a plan, 1 nothing fits, 2 wrong usage or past the tier's limits.
+    Plan(crate::plan::flags::PlanFlags),
+    /// List the tiers: the memory that each is for, and what it lets a request ask for.
+    Tiers(crate::plan::flags::TiersFlags),
     /// Get, make, convert and check checkpoints.
     #[command(subcommand)]
     Weights(WeightsCommand),
@@ -194,6 +200,9 @@ pub struct GenerateFlags {
     /// 400 (16 s), and takes its literal steps and rounding. Not together with --min-frames. Default: ours.
     #[arg(long, value_enum, value_name = "RULES")]
     pub parity: Option<Parity>,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub tier: gateway::config::TierFlags,
     /// Print one JSON object a line on standard output: events, and last the result or the failure.
     #[arg(long)]
     pub json: bool,

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use gateway::api::video::parity_name;
+use gateway::{TierOptions, api::video::parity_name};
 use model::image::{Detector, unused_detector};
 use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
@@ -20,6 +20,7 @@ use crate::{
     failure::Failure,
     in_process,
     output::{Output, Part},
+    plan,
     progress::{Completed, Progress},
     signals::Signals,
 };
@@ -37,6 +38,7 @@ struct Inputs {
     output: Output,
     models: PathBuf,
     detector: Detector,
+    tier: TierOptions,
 }
 
 /// Makes the video and shows its progress.
@@ -58,8 +60,12 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         .prefix("avatar-")
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
-    let options = gateway::Options { data_dir: Some(work.path().to_owned()), ..gateway::Options::default() };
     let setup = Setup { compute: flags.compute, device, weights: flags.weights, detector: inputs.detector.clone() };
+    let options = gateway::Options {
+        data_dir: Some(work.path().to_owned()),
+        tier: inputs.tier.clone(),
+        ..gateway::Options::default()
+    };
     let system = in_process(&inputs.models, setup, &options).await?;
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
@@ -85,7 +91,8 @@ fn read_inputs(flags: &GenerateFlags) -> Result<Inputs, Failure> {
     let models = models_folder(flags.models.as_deref())?;
     let detector =
         Detector::open(flags.face_model.as_deref()).map_err(|e| Failure::input("face_model", e.to_string()))?;
-    Ok(Inputs { spec: flags.spec(), picture, audio, output, models, detector })
+    let tier = plan::tier_options_here(&flags.tier)?;
+    Ok(Inputs { spec: flags.spec(), picture, audio, output, models, detector, tier })
 }
 
 /// The models' folder, if one was given and is there.

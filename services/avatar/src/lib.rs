@@ -7,6 +7,7 @@ pub mod devices;
 pub mod failure;
 pub mod generate;
 pub mod output;
+pub mod plan;
 pub mod progress;
 pub mod serve;
 pub mod signals;

@@ -7,6 +7,7 @@ use avatar::{
     devices,
     failure::{FAILED, Failure},
     generate::generate,
+    plan,
     progress::Progress,
     serve,
     weights::{
@@ -30,6 +31,8 @@ fn main() -> ExitCode {
             devices::show(&flags);
             ExitCode::SUCCESS
         }
+        Command::Plan(flags) => end(flags.json, plan::plan(&flags)),
+        Command::Tiers(flags) => end(flags.json, plan::tiers(&flags)),
         Command::Weights(WeightsCommand::Fetch(flags)) => run_fetch(&flags),
         Command::Weights(WeightsCommand::Synth(flags)) => end(flags.json, weights::synth::synth(&flags)),
         Command::Weights(WeightsCommand::Convert(flags)) => end(flags.json, weights::convert::convert(&flags)),

@@ -10,7 +10,7 @@ use service_kit::{
     server,
 };
 
-use crate::{Setup, failure::Failure, generate::models_folder, in_process};
+use crate::{Setup, failure::Failure, generate::models_folder, in_process, plan};
 
 /// Exit code: the settings are wrong.
 pub const EXIT_SETTINGS: u8 = EXIT_USAGE as u8;
@@ -85,7 +85,10 @@ impl ServeFlags {
         }
         let grpc = mistakes.check("--grpc", &self.grpc, parse_listen);
         let http = mistakes.check("--http", &self.http, parse_listen);
-        let options = self.options.resolve(&mut mistakes);
+        let options = self.options.resolve(&mut mistakes).and_then(|options| {
+            let tier = plan::here(options.tier).map_err(|failure| mistakes.note(format!("--tier: {failure}"))).ok()?;
+            Some(Options { tier, ..options })
+        });
         let common = self.common.resolve(&mut mistakes);
         match (models, compute, device, weights, detector, grpc, http, options, common) {
             (

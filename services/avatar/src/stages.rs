@@ -73,6 +73,7 @@ pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Resul
         }),
     };
     let gateway = Gateway::new(options, stages).map_err(|e| Failure::local("cannot start the gateway", e))?;
+    let gateway = gateway.planning_for(crate::plan::fleet(models, compute, weights));
     let routes = gateway.grpc_routes();
     let lifetime = Lifetime { shutdown: shutdown.clone(), drain: config.common.drain_timeout };
     let channel =

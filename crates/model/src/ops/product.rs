@@ -72,8 +72,9 @@ pub(crate) struct Left<'a> {
     packed: Vec<f32>,
 }
 
-/// Whether the kernel can run here.
-pub(crate) fn has_kernel() -> bool {
+/// Whether products have a kernel of our own here, which wants its operands laid out anew.
+#[must_use]
+pub fn has_kernel() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         is_x86_feature_detected!("avx512f")
