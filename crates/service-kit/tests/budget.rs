@@ -125,7 +125,14 @@ async fn new_work_waits_while_a_generation_fills_the_device_and_begins_when_it_h
     assert!(matches!(error, ServiceError::ResourceExhausted { retry_after: Some(_), .. }), "{error:?}");
     // What a generation that is under way needs is not refused.
     second.submit(|_, _| Ok(())).unwrap().await.unwrap();
-    second.submit(|model, _| Ok(model.kept = Vec::new())).unwrap().await.unwrap();
+    second
+        .submit(|model, _| {
+            model.kept = Vec::new();
+            Ok(())
+        })
+        .unwrap()
+        .await
+        .unwrap();
     first.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
     assert!(!first.memory().pressure);
 }

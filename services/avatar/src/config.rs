@@ -40,14 +40,14 @@ pub enum Command {
     ///
     /// Prints `ready grpc=ADDR http=ADDR` once it answers. SIGTERM ends it gracefully. Exit code 64: wrong settings.
     Serve(crate::serve::ServeFlags),
+    /// List this machine's devices with their memory: the processor, and CUDA devices where a driver answers.
+    Devices(DevicesFlags),
     /// Say what would be done on some devices: tier, placement, fit, bytes and seconds, with reasons.
     ///
     /// No weight is read. Exit codes: 0 there is a plan, 1 nothing fits, 2 wrong usage or past the tier's limits.
     Plan(crate::plan::flags::PlanFlags),
     /// List the tiers: the memory that each is for, and what it lets a request ask for.
     Tiers(crate::plan::flags::TiersFlags),
-    /// List this machine's devices with their memory: the processor, and CUDA devices where a driver answers.
-    Devices(DevicesFlags),
     /// Get, make, convert and check checkpoints.
     #[command(subcommand)]
     Weights(WeightsCommand),

@@ -26,13 +26,13 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Generate(flags) => run_generate(&flags),
         Command::Serve(flags) => run_serve(flags),
-        Command::Plan(flags) => end(flags.json, plan::plan(&flags)),
-        Command::Tiers(flags) => end(flags.json, plan::tiers(&flags)),
         Command::Devices(flags) => {
             telemetry::init(&LogConfig { filter: "warn".to_owned(), format: LogFormat::Text });
             devices::show(&flags);
             ExitCode::SUCCESS
         }
+        Command::Plan(flags) => end(flags.json, plan::plan(&flags)),
+        Command::Tiers(flags) => end(flags.json, plan::tiers(&flags)),
         Command::Weights(WeightsCommand::Fetch(flags)) => run_fetch(&flags),
         Command::Weights(WeightsCommand::Synth(flags)) => end(flags.json, weights::synth::synth(&flags)),
         Command::Weights(WeightsCommand::Convert(flags)) => end(flags.json, weights::convert::convert(&flags)),

@@ -40,7 +40,7 @@ impl<'a> View<'a> {
     }
 
     /// What is left below row `first`.
-    fn from_row(&self, first: usize) -> Self {
+    fn below(&self, first: usize) -> Self {
         Self { values: self.values.get(first * self.row..).unwrap_or_default(), ..*self }
     }
 
@@ -186,7 +186,7 @@ impl<'a> Left<'a> {
                 Right::View(view) => {
                     for (group, packed) in room.chunks_exact_mut(deep * NR).enumerate().take(groups) {
                         let range = group * NR..columns.min((group + 1) * NR);
-                        pack_right(view.from_row(first), range, packed);
+                        pack_right(view.below(first), range, packed);
                     }
                 }
                 Right::Lines(write) => {
@@ -218,7 +218,7 @@ impl<'a> Left<'a> {
 
 /// `depth` x 12 values of some rows; missing rows stay zero.
 fn pack_left(view: View<'_>, rows: std::ops::Range<usize>, depth: usize, packed: &mut [f32]) {
-    let first = view.from_row(rows.start);
+    let first = view.below(rows.start);
     if view.column == 1 {
         interleave::<MR>(first.values, view.row, rows.len(), packed);
         return;
