@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser};
 use http::Uri;
+use planner::{Tier, Tiers, plan::Choice, tiers::EMERGENCY};
 use service_kit::config::{CommonConfig, CommonFlags, Mistakes, Settings, parse_listen, parse_number};
 
 use crate::{stages::StageUris, store::Retention, validate::MOST_AUDIO_SECONDS};
@@ -79,6 +80,92 @@ pub struct OptionFlags {
     /// The program that writes the video.
     #[arg(long, env = "AVATAR_FFMPEG", value_name = "PROGRAM", default_value = "ffmpeg")]
     pub ffmpeg: PathBuf,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub tier: TierFlags,
+}
+
+/// The flags about tiers; shared by every command that holds requests to one.
+#[derive(Debug, Clone, Default, Args)]
+pub struct TierFlags {
+    /// Hold requests to a tier's limits on size, frames of a pass, speech and steps: to those of the tier of that name
+    /// (`avatar tiers` lists them), or with `auto` to those of the tier that the memory at hand is for. Default: none.
+    #[arg(long, env = "AVATAR_TIER", value_name = "auto|NAME")]
+    pub tier: Option<String>,
+    /// TOML file that adds tiers, or changes values of those there are.
+    #[arg(long, env = "AVATAR_TIERS", value_name = "FILE")]
+    pub tiers: Option<PathBuf>,
+    /// Take tier `emergency`, whatever the memory and whatever --tier says.
+    #[arg(long, env = "AVATAR_FORCE_EMERGENCY")]
+    pub force_emergency: bool,
+    /// Lower what is past a tier's limit, and say so, instead of refusing it.
+    #[arg(long, env = "AVATAR_ALLOW_DEGRADE")]
+    pub allow_degrade: bool,
+}
+
+/// What [`TierFlags`] say.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TierOptions {
+    /// The tiers that there are.
+    pub tiers: Tiers,
+    /// Which one's limits hold.
+    pub choice: Choice,
+    /// Lower what is past a limit instead of refusing it.
+    pub allow_degrade: bool,
+}
+
+/// Largest file of tiers that is read.
+const TIERS_BYTES: u64 = 64 << 10;
+
+impl TierFlags {
+    /// Reads the file of tiers, and looks the name up.
+    ///
+    /// Errors: the flag's name, and what is wrong.
+    pub fn resolve(&self) -> Result<TierOptions, (&'static str, String)> {
+        let tiers = match self.tiers.as_deref() {
+            Some(file) => read_tiers(file).map_err(|e| ("tiers", format!("{}: {e}", file.display())))?,
+            None => Tiers::default(),
+        };
+        let choice = match self.tier.as_deref() {
+            _ if self.force_emergency => Choice::Named(EMERGENCY.to_owned()),
+            None => Choice::Unlimited,
+            Some("auto") => Choice::Auto,
+            Some(name) => Choice::Named(name.to_owned()),
+        };
+        if let Choice::Named(name) = &choice {
+            tiers.named(name).map_err(|e| ("tier", e.to_string()))?;
+        }
+        Ok(TierOptions { tiers, choice, allow_degrade: self.allow_degrade })
+    }
+}
+
+fn read_tiers(file: &std::path::Path) -> Result<Tiers, String> {
+    let length = std::fs::metadata(file).map_err(|e| e.to_string())?.len();
+    if length > TIERS_BYTES {
+        return Err(format!("{length} bytes, the limit is {TIERS_BYTES}"));
+    }
+    let text = std::fs::read_to_string(file).map_err(|e| e.to_string())?;
+    Tiers::with_file(&text).map_err(|e| e.to_string())
+}
+
+impl TierOptions {
+    /// The tier that requests are held to.
+    #[must_use]
+    pub fn limit(&self) -> Option<&Tier> {
+        match &self.choice {
+            Choice::Named(name) => self.tiers.named(name).ok(),
+            Choice::Auto | Choice::Unlimited => None,
+        }
+    }
+
+    /// The same with the tier of a device instead of `auto`.
+    #[must_use]
+    pub fn on_device(self, total: planner::Bytes) -> Self {
+        match (&self.choice, self.tiers.for_total(total)) {
+            (Choice::Auto, Some(tier)) => Self { choice: Choice::Named(tier.name.clone()), ..self },
+            _ => self,
+        }
+    }
 }
 
 /// What [`OptionFlags`] say.
@@ -102,6 +189,8 @@ pub struct Options {
     pub max_audio_seconds: u32,
     /// The program that writes the video.
     pub ffmpeg: PathBuf,
+    /// Which limits requests are held to.
+    pub tier: TierOptions,
 }
 
 impl Default for Options {
@@ -116,6 +205,7 @@ impl Default for Options {
             stage_patience: Duration::from_secs(600),
             max_audio_seconds: MOST_AUDIO_SECONDS,
             ffmpeg: "ffmpeg".into(),
+            tier: TierOptions::default(),
         }
     }
 }
@@ -143,7 +233,9 @@ impl OptionFlags {
         if self.ffmpeg.as_os_str().is_empty() {
             mistakes.note("--ffmpeg: the name of a program is needed");
         }
+        let tier = self.tier.resolve().map_err(|(flag, told)| mistakes.note(format!("--{flag}: {told}"))).ok();
         Some(Options {
+            tier: tier?,
             data_dir: self.data_dir,
             queue: queue?,
             queue_per_caller: queue_per_caller.map_or(Some(None), |limit| limit.map(Some))?,
@@ -189,6 +281,9 @@ impl Settings for Flags {
         let vae_decode = mistakes.check("--vae-decode", &self.vae_decode, parse_url);
         let options = self.options.resolve(mistakes);
         let common = self.common.resolve(mistakes);
+        if options.as_ref().is_some_and(|options| options.tier.choice == Choice::Auto) {
+            mistakes.note("--tier: auto needs to know the devices, which this process does not; name a tier");
+        }
         let stages = StageUris {
             audio_encoder: audio_encoder?,
             text_encoder: text_encoder?,
@@ -236,6 +331,24 @@ mod tests {
         for wrong in [["--keep-hours", "0"], ["--keep-bytes", "-1"], ["--min-free-bytes", "9223372036854775808"]] {
             assert!(matches!(parse(&wrong), Err(ConfigError::Mistakes(_))), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn a_tier_is_looked_up_when_the_flags_are_read() {
+        let config = parse(&["--tier", "low"]).unwrap();
+        assert_eq!(config.options.tier.limit().unwrap().limits.pixels, 384);
+        let forced = parse(&["--tier", "low", "--force-emergency"]).unwrap();
+        assert_eq!(forced.options.tier.limit().unwrap().name, "emergency");
+        for (arguments, part) in [
+            (["--tier", "big"], "the tiers are emergency"),
+            (["--tier", "auto"], "needs to know the devices"),
+            (["--tiers", "/no/such/file"], "--tiers: /no/such/file"),
+        ] {
+            let Err(ConfigError::Mistakes(mistakes)) = parse(&arguments) else { panic!("{arguments:?}") };
+            assert!(mistakes.to_string().contains(part), "{mistakes}");
+        }
+        let auto = TierOptions { choice: Choice::Auto, ..TierOptions::default() };
+        assert_eq!(auto.on_device(planner::Bytes::gib(12)).limit().unwrap().name, "low");
     }
 
     #[test]

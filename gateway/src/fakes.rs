@@ -61,12 +61,62 @@ pub(crate) struct Script {
     pub(crate) heard: AtomicUsize,
     /// Latents of every Decode call.
     pub(crate) decoded: Mutex<Vec<Vec<f32>>>,
+    /// Calls that find their device out of memory: stage, and call of that stage, from 0.
+    pub(crate) out_of_memory: Vec<(v1::Stage, usize)>,
+    /// Calls by stage so far.
+    pub(crate) calls: Mutex<HashMap<v1::Stage, usize>>,
+    /// Stages that were unloaded.
+    pub(crate) unloads: AtomicUsize,
+    /// Headers of every call of the decoder.
+    pub(crate) decodes: Mutex<Vec<v1::DecodeLatentsHeader>>,
     /// Every Predict call with the latents of its items.
     pub(crate) passes: Mutex<Vec<(v1::PredictHeader, Vec<Vec<f32>>)>>,
 }
 
 #[derive(Clone)]
 struct Fake(Arc<Script>);
+
+impl Fake {
+    /// Counts a call, which fails where the script says so.
+    fn count(&self, stage: v1::Stage) -> Result<(), ServiceError> {
+        let mut calls = self.0.calls.lock().unwrap();
+        let call = calls.entry(stage).or_default();
+        *call += 1;
+        if !self.0.out_of_memory.contains(&(stage, *call - 1)) {
+            return Ok(());
+        }
+        let stage = crate::fault::stage_name(stage).to_owned();
+        Err(ServiceError::DeviceMemory { stage, needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 })
+    }
+}
+
+#[tonic::async_trait]
+impl v1::stage_service_server::StageService for Fake {
+    type WatchMemoryStream = Answers<v1::WatchMemoryResponse>;
+
+    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
+        let checkpoint_digest = self.0.identity.lock().unwrap().clone();
+        let device_id = "one device".to_owned();
+        let said = v1::DescribeResponse { checkpoint_digest, device_id, loaded: true, ..Default::default() };
+        Ok(Response::new(said))
+    }
+
+    async fn load(&self, _: Request<v1::LoadRequest>) -> Result<Response<v1::LoadResponse>, Status> {
+        Ok(Response::new(v1::LoadResponse::default()))
+    }
+
+    async fn unload(&self, _: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
+        self.0.unloads.fetch_add(1, Ordering::SeqCst);
+        Ok(Response::new(v1::UnloadResponse::default()))
+    }
+
+    async fn watch_memory(
+        &self,
+        _: Request<v1::WatchMemoryRequest>,
+    ) -> Result<Response<Self::WatchMemoryStream>, Status> {
+        Ok(Response::new(Box::pin(stream::empty())))
+    }
+}
 
 /// Starts the five stages in memory.
 pub(crate) fn start(script: &Arc<Script>) -> Stages {
@@ -133,6 +183,7 @@ impl v1::audio_encoder_service_server::AudioEncoderService for Fake {
     ) -> Result<Response<Self::EncodeAudioStream>, Status> {
         use v1::encode_audio_response::Body as Out;
         let (_, tensors) = read!(request, v1::encode_audio_request::Body);
+        self.count(v1::Stage::AudioEncoder)?;
         self.0.encoded.fetch_add(1, Ordering::SeqCst);
         self.0.samples.store(tensors[0].shape()[0], Ordering::SeqCst);
         let features = constant("features", &[tensors[0].shape()[0].div_ceil(320), 5, 8]);
@@ -153,6 +204,7 @@ impl v1::text_encoder_service_server::TextEncoderService for Fake {
     ) -> Result<Response<Self::EncodePromptStream>, Status> {
         use v1::encode_prompt_response::Body as Out;
         let _ = read!(request, v1::encode_prompt_request::Body);
+        self.count(v1::Stage::TextEncoder)?;
         if self.0.refuse_prompt {
             return Err(ServiceError::invalid("prompt", "300 tokens; the limit is 249").into());
         }
@@ -179,6 +231,7 @@ impl v1::image_encoder_service_server::ImageEncoderService for Fake {
     ) -> Result<Response<Self::EncodeReferenceStream>, Status> {
         use v1::encode_reference_response::Body as Out;
         let (header, _) = read!(request, v1::encode_reference_request::Body);
+        self.count(v1::Stage::ImageEncoder)?;
         self.0.encoded.fetch_add(1, Ordering::SeqCst);
         let (h, w) = (header.height as usize / 8, header.width as usize / 8);
         let tensors = vec![constant("reference_latents", &[2, 1, h, w]), constant("face_mask", &[1, 1, h, w])];
@@ -198,6 +251,7 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         request: Request<Streaming<v1::OpenSessionRequest>>,
     ) -> Result<Response<v1::OpenSessionResponse>, Status> {
         let (header, tensors) = read!(request, v1::open_session_request::Body);
+        self.count(v1::Stage::Diffusion)?;
         self.0.opened.fetch_add(1, Ordering::SeqCst);
         self.0.heard.store(header.audio_frames as usize, Ordering::SeqCst);
         self.0.sessions.lock().unwrap().insert(header.session_id, tensors.len());
@@ -210,6 +264,7 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
     ) -> Result<Response<Self::PredictStream>, Status> {
         use v1::predict_response::Body as Out;
         let (header, tensors) = read!(request, v1::predict_request::Body);
+        self.count(v1::Stage::Diffusion)?;
         tokio::time::sleep(self.0.predict_time).await;
         while self.0.hold.lock().unwrap().is_some_and(|step| header.step >= step) {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -263,36 +318,13 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
         if self.0.decoder_away.fetch_update(Ordering::SeqCst, Ordering::SeqCst, away).is_ok() {
             return Err(ServiceError::unavailable("nobody is there").into());
         }
+        self.0.decodes.lock().unwrap().push(header.clone());
+        self.count(v1::Stage::VaeDecode)?;
         self.0.decoded.lock().unwrap().push(tensors[0].to_f32().unwrap());
         let (n, h, w) = (header.frame_limit as usize, 8 * tensors[0].shape()[2], 8 * tensors[0].shape()[3]);
         let frames = HostTensor::from_u8("frames", &[n, h, w, 3], vec![128; n * h * w * 3]).unwrap();
         let message = |body| v1::DecodeLatentsResponse { body: Some(body) };
         let summary = message(Out::Summary(v1::DecodeLatentsSummary { frames: n as u32, memory: None }));
         Ok(answer(vec![frames], move |part| message(Out::Part(part)), summary))
-    }
-}
-
-#[tonic::async_trait]
-impl v1::stage_service_server::StageService for Fake {
-    type WatchMemoryStream = Answers<v1::WatchMemoryResponse>;
-
-    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
-        let checkpoint_digest = self.0.identity.lock().unwrap().clone();
-        Ok(Response::new(v1::DescribeResponse { checkpoint_digest, ..Default::default() }))
-    }
-
-    async fn load(&self, _: Request<v1::LoadRequest>) -> Result<Response<v1::LoadResponse>, Status> {
-        Ok(Response::new(v1::LoadResponse::default()))
-    }
-
-    async fn unload(&self, _: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
-        Ok(Response::new(v1::UnloadResponse::default()))
-    }
-
-    async fn watch_memory(
-        &self,
-        _: Request<v1::WatchMemoryRequest>,
-    ) -> Result<Response<Self::WatchMemoryStream>, Status> {
-        Ok(Response::new(Box::pin(stream::empty())))
     }
 }

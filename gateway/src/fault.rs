@@ -50,8 +50,10 @@ pub enum Kind {
         /// How long to wait.
         retry_after: Duration,
     },
-    /// A device is out of memory, or a limit is reached that waiting does not lift.
+    /// A limit is reached that waiting does not lift.
     Exhausted,
+    /// A stage's device does not hold what it needs. Needing less may help, waiting does not.
+    OutOfMemory,
     /// Something needed does not answer, or this process is shutting down.
     Unavailable,
     /// The caller stopped it.
@@ -149,9 +151,8 @@ impl Fault {
             ServiceError::ResourceExhausted { retry_after: Some(retry_after), .. } => {
                 Kind::Busy { retry_after: *retry_after }
             }
-            ServiceError::ResourceExhausted { retry_after: None, .. } | ServiceError::DeviceMemory { .. } => {
-                Kind::Exhausted
-            }
+            ServiceError::ResourceExhausted { retry_after: None, .. } => Kind::Exhausted,
+            ServiceError::DeviceMemory { .. } => Kind::OutOfMemory,
             ServiceError::FailedPrecondition { .. } => Kind::Precondition,
             ServiceError::NotFound { .. } => Kind::NotFound,
             ServiceError::OutOfRange { .. } => Kind::OutOfRange,
@@ -160,7 +161,12 @@ impl Fault {
             ServiceError::DeadlineExceeded { .. } => Kind::Deadline,
             ServiceError::Internal { .. } => Kind::Internal,
         };
-        Self { kind, message: format!("{}: {error}", stage_name(stage)), violations, stage }
+        let message = match error {
+            // It names the stage itself.
+            ServiceError::DeviceMemory { .. } => error.to_string(),
+            _ => format!("{}: {error}", stage_name(stage)),
+        };
+        Self { kind, message, violations, stage }
     }
 
     /// Whether the same request may succeed later.
@@ -184,7 +190,7 @@ impl Fault {
             Kind::Precondition => Code::FailedPrecondition,
             Kind::Conflict => Code::AlreadyExists,
             Kind::OutOfRange => Code::OutOfRange,
-            Kind::Busy { .. } | Kind::Exhausted => Code::ResourceExhausted,
+            Kind::Busy { .. } | Kind::Exhausted | Kind::OutOfMemory => Code::ResourceExhausted,
             Kind::Unavailable => Code::Unavailable,
             Kind::Cancelled => Code::Cancelled,
             Kind::Deadline => Code::DeadlineExceeded,
@@ -204,7 +210,7 @@ impl Fault {
             Kind::Precondition | Kind::Conflict | Kind::Cancelled => StatusCode::CONFLICT,
             Kind::OutOfRange => StatusCode::RANGE_NOT_SATISFIABLE,
             Kind::Busy { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Kind::Exhausted | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            Kind::Exhausted | Kind::OutOfMemory | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Kind::Deadline => StatusCode::GATEWAY_TIMEOUT,
             Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -230,7 +236,7 @@ impl Fault {
             Kind::Conflict => return Status::already_exists(message),
             Kind::OutOfRange => ServiceError::OutOfRange { message },
             Kind::Busy { retry_after } => ServiceError::ResourceExhausted { message, retry_after: Some(retry_after) },
-            Kind::Exhausted => ServiceError::ResourceExhausted { message, retry_after: None },
+            Kind::Exhausted | Kind::OutOfMemory => ServiceError::ResourceExhausted { message, retry_after: None },
             Kind::Unavailable => ServiceError::Unavailable { message, retry_after: None },
             Kind::Cancelled => ServiceError::Cancelled { message },
             Kind::Deadline => ServiceError::DeadlineExceeded { message },
@@ -362,5 +368,10 @@ mod tests {
         let fault = read(&Status::resource_exhausted("needs 9 GB, 4 GB are free"), Stage::VaeDecode);
         assert_eq!(fault.kind, Kind::Exhausted);
         assert!(!fault.retryable());
+        let typed =
+            ServiceError::DeviceMemory { stage: "vae-decode".into(), needed_bytes: 9, free_bytes: 4, budget_bytes: 5 };
+        let fault = read(&typed.into(), Stage::VaeDecode);
+        assert_eq!((fault.kind, fault.code(), fault.retryable()), (Kind::OutOfMemory, Code::ResourceExhausted, false));
+        assert_eq!(fault.message, "vae-decode: out of device memory: 9 bytes needed, 4 of 5 free");
     }
 }

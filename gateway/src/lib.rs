@@ -7,6 +7,7 @@ mod fakes;
 pub mod fault;
 pub mod intake;
 pub mod media;
+pub mod planning;
 mod runner;
 pub mod sampler;
 mod scheduler;
@@ -26,7 +27,7 @@ use service_kit::{
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-pub use config::{Config, Options};
+pub use config::{Config, Options, TierOptions};
 pub use scheduler::Gateway;
 pub use stages::Stages;
 

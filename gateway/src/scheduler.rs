@@ -2,18 +2,19 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
-use proto::v1::{Generation, GenerationDefaults, GenerationState};
+use proto::v1::{Generation, GenerationDefaults, GenerationState, PlanGenerationRequest};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
 use crate::{
-    config::Options,
+    config::{Options, TierOptions},
     fault::{Fault, Kind},
     intake::{Order, Upload},
+    planning::FleetSource,
     runner::{self, Workshop, prepare::Prepared},
     stages::Stages,
     store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
@@ -56,6 +57,8 @@ struct Inner {
     stopping: CancellationToken,
     /// What the diffusion stage said last, for when it does not answer.
     defaults: Mutex<Option<GenerationDefaults>>,
+    /// Who knows the checkpoint and the devices, if anybody does.
+    fleet: OnceLock<FleetSource>,
 }
 
 /// A place in the queue, held until the generation is kept.
@@ -93,6 +96,7 @@ impl Gateway {
             closing: CancellationToken::new(),
             stopping: CancellationToken::new(),
             defaults: Mutex::new(None),
+            fleet: OnceLock::new(),
         };
         let gateway = Self { inner: Arc::new(inner) };
         for _ in 0..options.concurrent {
@@ -100,6 +104,29 @@ impl Gateway {
         }
         gateway.inner.tasks.spawn(gateway.clone().tidy());
         Ok(gateway)
+    }
+
+    /// The same gateway, which plans for the checkpoint and the devices that `source` tells of. The first source stays.
+    #[must_use]
+    pub fn planning_for(self, source: FleetSource) -> Self {
+        self.inner.fleet.get_or_init(|| source);
+        self
+    }
+
+    /// The tiers, and which one's limits hold.
+    #[must_use]
+    pub fn tiers(&self) -> &TierOptions {
+        &self.inner.options.tier
+    }
+
+    /// Makes a plan.
+    ///
+    /// Errors: as [`crate::planning::plan`].
+    pub async fn plan(&self, request: PlanGenerationRequest) -> Result<planner::Plan, Fault> {
+        let inner = Arc::clone(&self.inner);
+        tokio::task::spawn_blocking(move || crate::planning::plan(&request, &inner.options.tier, inner.fleet.get()))
+            .await
+            .map_err(|error| Fault::internal("the plan could not be made", &error))?
     }
 
     /// The public gRPC service, without health and reflection.
@@ -209,8 +236,9 @@ impl Gateway {
             if validate::needs_defaults(&upload.spec) { self.defaults().await? } else { GenerationDefaults::default() };
         let settings = validate::resolve(upload.spec.clone(), &defaults)?;
         let limit = self.inner.options.max_audio_seconds;
+        let tier = self.inner.options.tier.clone();
         let read = move || {
-            let prepared = Prepared::read(&upload, settings, limit)?;
+            let prepared = Prepared::read(&upload, settings, limit, &tier)?;
             let request_hash = request_hash(&upload.spec, &upload.picture, &upload.audio);
             let Upload { picture, audio, order, .. } = upload;
             let generation = prepared.generation();

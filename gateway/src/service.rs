@@ -16,6 +16,7 @@ use uuid::Uuid;
 use crate::{
     fault::{Fault, Kind},
     intake::{File, Intake, Order, Upload},
+    planning,
     scheduler::{Gateway, Place},
     store::{Listing, Store, artifacts::Artifact},
 };
@@ -354,6 +355,18 @@ impl AvatarService for Service {
         let id = &request.get_ref().generation_id;
         self.gateway.store().remove(id).await.map_err(|fault| fault.to_status())?;
         Ok(Response::new(v1::DeleteGenerationResponse {}))
+    }
+
+    async fn plan_generation(
+        &self,
+        request: Request<v1::PlanGenerationRequest>,
+    ) -> Result<Response<v1::PlanGenerationResponse>, Status> {
+        let plan = self.gateway.plan(request.into_inner()).await.map_err(|fault| fault.to_status())?;
+        Ok(Response::new(v1::PlanGenerationResponse { plan: Some(planning::message(&plan)) }))
+    }
+
+    async fn list_tiers(&self, _: Request<v1::ListTiersRequest>) -> Result<Response<v1::ListTiersResponse>, Status> {
+        Ok(Response::new(planning::list(self.gateway.tiers())))
     }
 
     async fn download_video(

@@ -83,20 +83,45 @@ impl Stages {
     /// What decides a stage's answers besides its inputs: its checkpoint and how it computes. Empty where the stage
     /// cannot say it.
     pub async fn identity(&self, stage: Stage) -> Result<String, Fault> {
-        let channel = match stage {
+        let answer = describe(self.channel(stage), stage).await?;
+        if answer.checkpoint_digest.is_empty() {
+            return Ok(String::new());
+        }
+        let device = kind_of_device(&answer.device);
+        Ok(format!("{} {} {device} {}", answer.checkpoint_digest, answer.version, answer.compute))
+    }
+
+    fn channel(&self, stage: Stage) -> &Channel {
+        match stage {
             Stage::AudioEncoder => &self.audio_encoder,
             Stage::TextEncoder => &self.text_encoder,
             Stage::ImageEncoder => &self.image_encoder,
             Stage::VaeDecode => &self.vae_decode,
             Stage::Diffusion | Stage::Unspecified => &self.diffusion,
-        };
-        let mut client = StageServiceClient::new(channel.clone());
-        let call = tokio::time::timeout(DESCRIBE_TIMEOUT, client.describe(v1::DescribeRequest {})).await;
-        let answer = call.map_err(|_| silent(stage))?.map_err(|status| fault(&status, stage))?.into_inner();
-        if answer.checkpoint_digest.is_empty() {
-            return Ok(String::new());
         }
-        Ok(format!("{} {} {} {}", answer.checkpoint_digest, answer.version, answer.device, answer.compute))
+    }
+
+    /// Unloads the stages that share a device with `stage` and are loaded; gives their names.
+    ///
+    /// One that does not answer keeps what it has: nothing is lost by trying.
+    pub async fn unload_beside(&self, stage: Stage) -> Vec<&'static str> {
+        let all = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode];
+        let own = describe(self.channel(stage), stage).await.ok();
+        let Some(device) = own.map(|said| said.device_id).filter(|id| !id.is_empty()) else { return Vec::new() };
+        let mut unloaded = Vec::new();
+        for other in all.into_iter().filter(|other| *other != stage) {
+            let channel = self.channel(other);
+            let beside = describe(channel, other).await.is_ok_and(|said| said.loaded && said.device_id == device);
+            if !beside {
+                continue;
+            }
+            let name = crate::fault::stage_name(other);
+            match StageServiceClient::new(channel.clone()).unload(v1::UnloadRequest {}).await {
+                Ok(_) => unloaded.push(name),
+                Err(status) => tracing::warn!(stage = name, %status, "it was not unloaded"),
+            }
+        }
+        unloaded
     }
 
     /// Speech (N samples, 16 kHz) to `features`.
@@ -200,6 +225,18 @@ impl Stages {
         let stream = call.map_err(|status| fault(&status, Stage::VaeDecode))?.into_inner();
         Ok(Frames { stream, reader: TensorReader::new(TENSOR_BYTES, u64::MAX), memory: None })
     }
+}
+
+/// What a stage says of itself.
+async fn describe(channel: &Channel, stage: Stage) -> Result<v1::DescribeResponse, Fault> {
+    let mut client = StageServiceClient::new(channel.clone());
+    let answer = tokio::time::timeout(DESCRIBE_TIMEOUT, client.describe(v1::DescribeRequest {})).await;
+    Ok(answer.map_err(|_| silent(stage))?.map_err(|status| fault(&status, stage))?.into_inner())
+}
+
+/// The part of a device's name that its arithmetic depends on: how much memory of a CPU may be used changes no value.
+fn kind_of_device(name: &str) -> &str {
+    name.split_once(':').filter(|(kind, _)| *kind == "cpu").map_or(name, |(kind, _)| kind)
 }
 
 /// What a stage answered.
@@ -323,4 +360,14 @@ async fn collect<M, S>(
     reader.finish().map_err(|error| broken(stage, &error))?;
     let summary = summary.ok_or_else(|| broken(stage, &"the answer ended without its summary"))?;
     Ok((tensors, summary))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_is_no_other_device() {
+        assert_eq!(["cpu", "cpu:4294967296", "cuda:1"].map(kind_of_device), ["cpu", "cpu", "cuda:1"]);
+    }
 }

@@ -11,16 +11,22 @@ use std::{
 };
 
 use futures::StreamExt as _;
-use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationSpec, GenerationState, Parity, PassMode, Stage};
+use planner::plan::Choice;
+use proto::v1::{
+    FaceBox, Generation, GenerationDefaults, GenerationEvent, GenerationSpec, GenerationState, Parity, PassMode, Stage,
+};
 use tower::ServiceExt as _;
 use uuid::Uuid;
 
 use crate::{
     Gateway, Options,
+    config::TierOptions,
     fakes::{self, Script},
     fault::{Fault, Kind},
     intake::{Order, Upload},
+    runner::prepare::Prepared,
     store::life,
+    validate,
 };
 
 fn upload(spec: GenerationSpec, frames: u32) -> Upload {
@@ -226,6 +232,138 @@ async fn survives_a_lost_session() {
     let (desk, id) = start(&script, 3).await;
     assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
     assert_eq!(script.opened.load(Ordering::SeqCst), 2);
+}
+
+/// A script in which calls of one stage find the device full.
+fn full(stage: Stage, calls: impl IntoIterator<Item = usize>) -> Arc<Script> {
+    Arc::new(Script { out_of_memory: calls.into_iter().map(|call| (stage, call)).collect(), ..Script::default() })
+}
+
+#[tokio::test]
+async fn memory_that_ends_at_a_stages_first_call_is_made_free_and_the_call_repeated() {
+    for stage in [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode] {
+        let script = full(stage, [0]);
+        let (desk, id) = start(&script, 2).await;
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{stage:?}: {generation:?}");
+        assert_eq!(script.unloads.load(Ordering::SeqCst), 4, "{stage:?}: the other four are unloaded");
+        assert_eq!(script.passes.lock().unwrap().len(), 2, "{stage:?}: no step is repeated");
+        let events = desk.events(id).await;
+        let told = events.iter().find(|event| event.message.contains("ran out of memory")).unwrap();
+        assert!(told.stage() == stage && told.message.contains("unloaded") && !told.warning, "{told:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_step_without_memory_goes_on_from_its_own_latents_with_one_pass_a_call() {
+    let plain = Arc::new(Script::default());
+    let (desk, id) = start(&plain, 4).await;
+    desk.ended(id).await;
+    // Call 0 opens the session; call 3 is step 2, and fails again after the other stages are gone.
+    let script = full(Stage::Diffusion, [3, 4]);
+    let (desk, id) = start(&script, 4).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let passes = script.passes.lock().unwrap();
+    let seen: Vec<_> = passes.iter().map(|(header, _)| (header.step, header.items.len())).collect();
+    assert_eq!(seen, [(0, 2), (1, 2), (2, 1), (2, 1), (3, 1), (3, 1)]);
+    let values = |script: &Script| -> Vec<Vec<f32>> {
+        script.passes.lock().unwrap().iter().flat_map(|(_, latents)| latents.clone()).collect()
+    };
+    drop(passes);
+    assert_eq!(values(&script), values(&plain), "every step has the latents that it has without the fault");
+}
+
+/// 18 steps by the reference's literals: features are kept and reused at the end.
+#[tokio::test]
+async fn every_rung_is_taken_in_turn_and_the_last_one_runs_without_features() {
+    let script = full(Stage::Diffusion, [17, 18, 19]);
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let passes = script.passes.lock().unwrap();
+    let late: Vec<_> = passes.iter().filter(|(header, _)| header.step >= 16).collect();
+    assert_eq!(late.len(), 4, "two steps of two passes, one a call");
+    assert!(late.iter().all(|(header, _)| header.mode() == PassMode::Full && !header.keep_features));
+    let warnings = generation.outcome.unwrap().warnings;
+    assert!(warnings.iter().any(|said| said.contains("no features kept")), "{warnings:?}");
+}
+
+#[tokio::test]
+async fn when_nothing_is_left_to_try_the_failure_lists_what_was_tried() {
+    let script = full(Stage::Diffusion, 17..40);
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    let failure = desk.ended(id).await.failure.unwrap();
+    assert_eq!((failure.code.as_str(), failure.stage()), ("RESOURCE_EXHAUSTED", Stage::Diffusion));
+    for part in ["900 bytes needed, 100 of 1000 free", "unloaded", "one pass a call", "no features kept"] {
+        assert!(failure.message.contains(part), "{part} in {}", failure.message);
+    }
+    assert!(script.decodes.lock().unwrap().is_empty() && script.sessions.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_decoder_without_memory_takes_smaller_tiles_and_never_repeats_a_step() {
+    let script = full(Stage::VaeDecode, [0, 1, 2]);
+    let (desk, id) = start(&script, 2).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let divisors: Vec<_> = script.decodes.lock().unwrap().iter().map(|header| header.tile_divisor).collect();
+    assert_eq!(divisors, [1, 1, 2, 4]);
+    assert_eq!(script.passes.lock().unwrap().len(), 2);
+    let warnings = generation.outcome.unwrap().warnings;
+    assert!(warnings.iter().any(|said| said.contains("tiles 4 times shorter")), "{warnings:?}");
+
+    let script = full(Stage::VaeDecode, 0..20);
+    let (desk, id) = start(&script, 2).await;
+    let failure = desk.ended(id).await.failure.unwrap();
+    assert_eq!((failure.code.as_str(), failure.stage()), ("RESOURCE_EXHAUSTED", Stage::VaeDecode));
+    assert!(failure.message.contains("tiles 2 times shorter; tiles 4 times shorter"), "{failure:?}");
+    assert_eq!((script.passes.lock().unwrap().len(), script.decodes.lock().unwrap().len()), (2, 4));
+}
+
+/// Waits until a generation has taken so many steps, each stored.
+async fn steps_done(desk: &Desk, id: Uuid, steps: u32) {
+    let waiting = async {
+        while desk.gateway.store().get(&id.to_string()).await.unwrap().progress.unwrap().step < steps {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), waiting).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_denoise_that_gave_up_its_features_goes_on_without_them_after_a_restart() {
+    let out_of_memory = [17, 18, 19].map(|call| (Stage::Diffusion, call)).to_vec();
+    let script =
+        Script { out_of_memory, hold: Mutex::new(Some(17)), identity: Mutex::new("m".into()), ..Script::default() };
+    let script = Arc::new(script);
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    steps_done(&desk, id, 17).await;
+    let again = Arc::new(Script { identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let passes = again.passes.lock().unwrap();
+    assert!(!passes.is_empty() && passes.iter().all(|(header, _)| header.step == 17), "no step is repeated");
+    assert!(passes.iter().all(|(header, _)| header.mode() == PassMode::Full && !header.keep_features));
+    let warnings = generation.outcome.unwrap().warnings;
+    assert!(warnings.iter().any(|said| said.contains("no features kept")), "{warnings:?}");
+}
+
+#[test]
+fn what_a_tier_made_of_a_request_holds_whatever_tier_is_in_force_later() {
+    let tier = TierOptions { choice: Choice::Named("emergency".into()), allow_degrade: true, ..TierOptions::default() };
+    let seconds = tier.limit().unwrap().limits.audio_seconds;
+    let upload = upload(GenerationSpec { steps: Some(200), ..Default::default() }, 25 * seconds + 40);
+    let resolve = |spec| validate::resolve(spec, &GenerationDefaults::default()).unwrap();
+    let first = Prepared::read(&upload, resolve(upload.spec.clone()), 600, &tier).unwrap();
+    let Generation { spec, tier: held, .. } = first.generation();
+    assert_eq!(held.as_ref().unwrap().speech_frames, Some(25 * seconds));
+    let again = Prepared::again(&upload, resolve(spec.unwrap()), held).unwrap();
+    assert_eq!((again.settings.steps, again.heard), (first.settings.steps, first.heard));
+    assert_eq!(format!("{:?}", again.plan), format!("{:?}", first.plan));
+    assert!(again.warnings == first.warnings && again.audio.samples == first.audio.samples);
+    assert_eq!(again.audio.soundtrack.samples, first.audio.soundtrack.samples);
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ pub mod convert;
 pub mod diffusion;
 pub mod image;
 pub mod inspect;
+pub mod memory;
 pub mod nn;
 pub mod ops;
 pub mod synth;

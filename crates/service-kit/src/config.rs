@@ -7,6 +7,8 @@ use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, CommandFactory, FromArgMatches};
 
+use crate::hardware::{DeviceConfig, DeviceName};
+
 /// Exit code of a process whose settings are wrong (`EX_USAGE` of sysexits).
 pub const EXIT_USAGE: i32 = 64;
 
@@ -79,6 +81,30 @@ pub enum Compute {
     F16,
 }
 
+/// The flags of a device.
+#[derive(Debug, Clone, Args)]
+pub struct DeviceFlags {
+    /// Device to compute on: `cpu`, or `cpu:4GiB` to hold no more than that on the heap, as on a card of that size;
+    /// weights mapped from their files do not count. A request that needs more fails with RESOURCE_EXHAUSTED.
+    #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// Percent of the device's memory above which idle stages are unloaded and new work has to wait (20 to 100; 100 is
+    /// never); ten less ends that.
+    #[arg(long, env = "AVATAR_PRESSURE_PERCENT", value_name = "PERCENT", default_value = "85")]
+    pub pressure_percent: String,
+}
+
+impl DeviceFlags {
+    /// Gives the values their types; what is wrong goes to `mistakes`.
+    pub fn resolve(&self, mistakes: &mut Mistakes) -> Option<DeviceConfig> {
+        let percent = mistakes.check("--pressure-percent", &self.pressure_percent, |text| parse_number(text, 20, 100));
+        mistakes.check("--device", &self.device, |text| {
+            let name: DeviceName = text.parse().map_err(|e: crate::hardware::DeviceError| e.to_string())?;
+            DeviceConfig::new(name, percent.map_or(100, |percent| percent as u8)).map_err(|e| e.to_string())
+        })
+    }
+}
+
 /// The flags of every stage.
 #[derive(Debug, Clone, Args)]
 pub struct StageFlags {
@@ -88,9 +114,9 @@ pub struct StageFlags {
     /// Folder of the models: one subfolder a stage, of which only the stage's own is read, or the official download.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR", default_value = "models")]
     pub models: PathBuf,
-    /// Device to compute on: `cpu`.
-    #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE", default_value = "cpu")]
-    pub device: String,
+    #[allow(missing_docs)] // A doc comment would replace the description of the program in --help.
+    #[command(flatten)]
+    pub device: DeviceFlags,
     /// Type to compute in: `f32`, `bf16` or `f16`. Sums are f32 in any case; 16 bits need less memory and are less exact.
     #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE", default_value = "f32")]
     pub compute: String,
@@ -112,6 +138,8 @@ pub struct StageConfig {
     pub listen: SocketAddr,
     /// Folder of the models.
     pub models: PathBuf,
+    /// Device to compute on.
+    pub device: DeviceConfig,
     /// Type to compute in.
     pub compute: Compute,
     /// Requests that may wait for the device.
@@ -130,6 +158,7 @@ impl StageConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             models: models.into(),
+            device: DeviceConfig::cpu(),
             compute: Compute::F32,
             queue: 16,
             max_tensor_bytes: 256 << 20,
@@ -145,7 +174,7 @@ impl StageFlags {
     /// Gives the values their types; what is wrong goes to `mistakes`.
     pub fn resolve(self, mistakes: &mut Mistakes) -> Option<StageConfig> {
         let listen = mistakes.check("--listen", &self.listen, parse_listen);
-        mistakes.check("--device", &self.device, parse_device);
+        let device = self.device.resolve(mistakes);
         let compute = mistakes.check("--compute", &self.compute, parse_compute);
         let queue = mistakes.check("--queue", &self.queue, |text| parse_number(text, 1, 1024));
         let max_tensor_bytes = mistakes.check("--max-tensor-bytes", &self.max_tensor_bytes, parse_bytes);
@@ -153,6 +182,7 @@ impl StageFlags {
         Some(StageConfig {
             listen: listen?,
             models: self.models,
+            device: device?,
             compute: compute?,
             queue: queue?,
             max_tensor_bytes: max_tensor_bytes?,
@@ -249,11 +279,6 @@ pub fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "not an address and port such as 127.0.0.1:50051 or [::1]:0".to_owned())
 }
 
-/// Reads a device. Only the CPU is accepted.
-pub fn parse_device(text: &str) -> Result<(), String> {
-    if text == "cpu" { Ok(()) } else { Err("not a device of this build; accepted is cpu".to_owned()) }
-}
-
 /// Reads the type to compute in.
 pub fn parse_compute(text: &str) -> Result<Compute, String> {
     match text {
@@ -346,6 +371,7 @@ mod tests {
         let arguments = [
             ["--listen", "here"],
             ["--device", "cuda:0"],
+            ["--pressure-percent", "101"],
             ["--compute", "int4"],
             ["--queue", "0"],
             ["--max-tensor-bytes", "lots"],
@@ -354,10 +380,16 @@ mod tests {
         .concat();
         let Err(ConfigError::Mistakes(mistakes)) = parse(&arguments) else { panic!() };
         let text = mistakes.to_string();
-        assert_eq!(text.lines().count(), 6, "{text}");
-        for word in
-            ["--listen \"here\"", "accepted is cpu", "f32, bf16 and f16", "1 to 1024", "\"lots\"", "--log \"a=b=c\""]
-        {
+        assert_eq!(text.lines().count(), 7, "{text}");
+        for word in [
+            "--listen \"here\"",
+            "this build has no CUDA",
+            "20 to 100",
+            "f32, bf16 and f16",
+            "1 to 1024",
+            "\"lots\"",
+            "--log \"a=b=c\"",
+        ] {
             assert!(text.contains(word), "{word} in {text}");
         }
     }

@@ -8,7 +8,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
@@ -20,7 +20,7 @@ use std::{
 use tokio::sync::oneshot;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::ServiceError;
+use crate::{ServiceError, hardware::DeviceConfig, memory::Budget};
 
 /// Asks a task whether its caller still waits.
 #[derive(Debug, Clone)]
@@ -41,8 +41,27 @@ impl CancelToken {
 
 type Job = Box<dyn FnOnce() + Send>;
 
+/// A stage on a device, as the others on it see it. Everything is asked on the device's thread.
+pub(crate) trait Tenant: Send + Sync {
+    /// The stage's name.
+    fn name(&self) -> &'static str;
+
+    /// Whether a generation has something on the device.
+    fn serves(&self) -> bool;
+
+    /// Gives back what can be had again: caches, and the weights where no generation needs them now. Says whether the
+    /// weights went.
+    fn relieve(&self) -> bool;
+}
+
 struct Shared {
     jobs: SyncSender<Job>,
+    budget: Arc<Budget>,
+    /// Tells this device from those of other processes.
+    id: String,
+    tenants: Mutex<Vec<Weak<dyn Tenant>>>,
+    /// Stages that were unloaded to make room.
+    unloaded: AtomicU64,
     capacity: usize,
     waiting: AtomicUsize,
     /// Milliseconds of a task, smoothed.
@@ -54,17 +73,78 @@ struct Shared {
 pub struct DeviceWorker(Arc<Shared>);
 
 impl DeviceWorker {
-    /// Starts the thread, with room for `capacity` waiting tasks (at least 1) besides the running one.
+    /// Starts the device's thread, with room for `capacity` waiting tasks (at least 1) besides the running one.
     ///
     /// Errors: the system gives no thread.
-    pub fn spawn(device: &str, capacity: usize) -> Result<Self, ServiceError> {
+    pub fn spawn(device: &DeviceConfig, capacity: usize) -> Result<Self, ServiceError> {
         let capacity = capacity.max(1);
         let (jobs, queue): (SyncSender<Job>, Receiver<Job>) = sync_channel(capacity);
         thread::Builder::new()
-            .name(format!("device-{device}"))
+            .name(format!("device-{}", device.name))
             .spawn(move || queue.into_iter().for_each(|job| job()))
-            .map_err(|e| ServiceError::internal(format!("the thread for device {device} did not start: {e}")))?;
-        Ok(Self(Arc::new(Shared { jobs, capacity, waiting: AtomicUsize::new(0), pace_ms: AtomicU64::new(1000) })))
+            .map_err(|e| ServiceError::internal(format!("the thread for {} did not start: {e}", device.name)))?;
+        Ok(Self(Arc::new(Shared {
+            jobs,
+            budget: Arc::new(Budget::new(device.clone())),
+            id: uuid::Uuid::new_v4().to_string(),
+            tenants: Mutex::default(),
+            unloaded: AtomicU64::new(0),
+            capacity,
+            waiting: AtomicUsize::new(0),
+            pace_ms: AtomicU64::new(1000),
+        })))
+    }
+
+    /// The device's budget.
+    #[must_use]
+    pub fn budget(&self) -> &Arc<Budget> {
+        &self.0.budget
+    }
+
+    /// The same for all stages on this device, and another for every other device.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.0.id
+    }
+
+    /// Stages that were unloaded to make room, since the start.
+    #[must_use]
+    pub fn unloaded(&self) -> u64 {
+        self.0.unloaded.load(Relaxed)
+    }
+
+    pub(crate) fn settle(&self, tenant: Weak<dyn Tenant>) {
+        self.tenants().push(tenant);
+    }
+
+    fn tenants(&self) -> MutexGuard<'_, Vec<Weak<dyn Tenant>>> {
+        self.0.tenants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the device is nearly full, frees what the stages besides `own` can have again. To be called on the
+    /// device's thread.
+    ///
+    /// Errors: `new_work` is to begin, and the device is still nearly full while a generation holds something on it;
+    /// when that has ended there is room again.
+    pub(crate) fn make_room(&self, own: &'static str, new_work: bool) -> Result<(), ServiceError> {
+        if !self.0.budget.pressed() {
+            return Ok(());
+        }
+        let tenants: Vec<Arc<dyn Tenant>> = self.tenants().iter().filter_map(Weak::upgrade).collect();
+        for tenant in tenants.iter().filter(|tenant| tenant.name() != own) {
+            if tenant.relieve() {
+                self.0.unloaded.fetch_add(1, Relaxed);
+                tracing::warn!(stage = tenant.name(), "unloaded, as its device is nearly full");
+            }
+        }
+        if new_work && self.0.budget.pressed() && tenants.iter().any(|tenant| tenant.serves()) {
+            let device = self.0.budget.device();
+            return Err(ServiceError::ResourceExhausted {
+                message: format!("{own}: {} is above {} % of its memory", device.name, device.pressure_percent),
+                retry_after: Some(self.retry_after()),
+            });
+        }
+        Ok(())
     }
 
     /// Hands a task to the thread.
@@ -184,7 +264,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_full_queue_refuses_at_once_with_a_delay_and_takes_again_later() {
-        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let worker = DeviceWorker::spawn(&DeviceConfig::cpu(), 2).unwrap();
         let (release, running) = block(&worker).await;
         let waiting: Vec<_> = (0..2).map(|i| worker.try_submit(move |_| Ok(i)).unwrap()).collect();
         assert_eq!((worker.waiting(), worker.capacity()), (2, 2));
@@ -202,7 +282,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_an_internal_error_and_the_thread_lives_on() {
-        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let worker = DeviceWorker::spawn(&DeviceConfig::cpu(), 2).unwrap();
         let error = worker.try_submit(|_| -> Result<(), _> { panic!("boom {}", 3) }).unwrap().await.unwrap_err();
         assert_eq!(error.code_name(), "INTERNAL");
         assert!(error.to_string().contains("boom 3"), "{error}");
@@ -211,7 +291,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_running_task_learns_that_its_caller_is_gone() {
-        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let worker = DeviceWorker::spawn(&DeviceConfig::cpu(), 2).unwrap();
         let (began, begun) = oneshot::channel();
         let (told, tell) = oneshot::channel();
         let pending = worker
@@ -231,7 +311,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_waiting_task_whose_caller_is_gone_never_runs() {
-        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let worker = DeviceWorker::spawn(&DeviceConfig::cpu(), 2).unwrap();
         let (release, running) = block(&worker).await;
         let (ran, witness) = mpsc::channel();
         let task = move |_: &CancelToken| {

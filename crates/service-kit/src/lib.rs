@@ -4,6 +4,7 @@ pub mod client;
 pub mod config;
 pub mod device;
 pub mod error;
+pub mod hardware;
 pub mod memory;
 pub mod server;
 pub mod stage;

@@ -2,10 +2,15 @@
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
-    sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use proto::v1::MemoryReport;
+
+use crate::{ServiceError, device::CancelToken, hardware::DeviceConfig};
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
@@ -81,6 +86,102 @@ pub fn reset_peak() {
     PEAK.store(CURRENT.load(Relaxed), Relaxed);
 }
 
+/// A device's budget. On the processor it bounds the process's whole heap; weights that are mapped from their files
+/// are not on the heap.
+#[derive(Debug)]
+pub struct Budget {
+    config: DeviceConfig,
+    pressed: AtomicBool,
+}
+
+impl Budget {
+    /// A budget of which nothing is used yet.
+    #[must_use]
+    pub fn new(config: DeviceConfig) -> Self {
+        Self { config, pressed: AtomicBool::new(false) }
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &DeviceConfig {
+        &self.config
+    }
+
+    /// Bytes of it that are not held now.
+    #[must_use]
+    pub fn free_bytes(&self) -> u64 {
+        self.config.budget_bytes.saturating_sub(current_bytes())
+    }
+
+    /// Whether the device is nearly full: from above the configured share until ten percent below it. A change is
+    /// logged.
+    pub fn pressed(&self) -> bool {
+        let (used, budget_bytes) = (current_bytes(), self.config.budget_bytes);
+        let before = self.pressed.load(Relaxed);
+        let now = nearly_full(before, used, &self.config);
+        if now != before && self.pressed.swap(now, Relaxed) == before {
+            let (device, percent) = (self.config.name, self.config.pressure_percent);
+            if now {
+                tracing::warn!(%device, used_bytes = used, budget_bytes, "above {percent} % of the device's memory");
+            } else {
+                tracing::info!(%device, used_bytes = used, budget_bytes, "the device has room again");
+            }
+        }
+        now
+    }
+}
+
+fn nearly_full(before: bool, used: u64, config: &DeviceConfig) -> bool {
+    let share = if before { config.pressure_percent.saturating_sub(10) } else { config.pressure_percent };
+    u128::from(used) * 100 > u128::from(config.budget_bytes) * u128::from(share)
+}
+
+/// Says whether a stage's work may go on: its caller still waits, and the device has room for what comes next.
+#[derive(Debug, Clone)]
+pub struct Watch(Arc<Watched>);
+
+#[derive(Debug)]
+struct Watched {
+    stage: &'static str,
+    cancel: CancelToken,
+    budget: Arc<Budget>,
+    reason: Mutex<Option<ServiceError>>,
+}
+
+impl Watch {
+    pub(crate) fn new(stage: &'static str, cancel: CancelToken, budget: Arc<Budget>) -> Self {
+        Self(Arc::new(Watched { stage, cancel, budget, reason: Mutex::default() }))
+    }
+
+    /// Whether `bytes` more may be held now. After a no the work has to end; the first no is its reason.
+    #[must_use]
+    pub fn allows(&self, bytes: u64) -> bool {
+        let Watched { stage, cancel, budget, reason } = &*self.0;
+        let no = if let Err(gone) = cancel.check() {
+            gone
+        } else {
+            let (used, budget_bytes) = (current_bytes(), budget.device().budget_bytes);
+            let Some(missing) = used.saturating_add(bytes).checked_sub(budget_bytes).filter(|&missing| missing > 0)
+            else {
+                return true;
+            };
+            ServiceError::DeviceMemory {
+                stage: (*stage).to_owned(),
+                needed_bytes: bytes.max(missing),
+                free_bytes: budget.free_bytes(),
+                budget_bytes,
+            }
+        };
+        reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(no);
+        false
+    }
+
+    /// Why the work had to end, if it had to.
+    pub(crate) fn reason(&self) -> Option<ServiceError> {
+        self.0.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
 /// What one stage holds of the heap.
 ///
 /// Work is measured around one operation at a time, by the growth of the whole heap meanwhile; so only the thread
@@ -111,6 +212,12 @@ impl StageMeter {
         self.kept.store(0, Relaxed);
     }
 
+    /// Bytes that the stage keeps between requests besides its weights.
+    #[must_use]
+    pub fn kept_bytes(&self) -> u64 {
+        self.kept.load(Relaxed)
+    }
+
     /// Says how much the stage keeps between requests besides its weights.
     pub fn keep(&self, bytes: u64) {
         self.kept.store(bytes, Relaxed);
@@ -126,13 +233,35 @@ impl StageMeter {
         result
     }
 
-    /// The numbers as they go over the wire.
+    /// The numbers as they go over the wire; the device's own are the caller's to add.
     #[must_use]
     pub fn report(&self) -> MemoryReport {
         MemoryReport {
             resident_bytes: self.resident.load(Relaxed),
             peak_bytes: self.peak.load(Relaxed),
             process_bytes: current_bytes(),
+            ..MemoryReport::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_nearly_full_from_85_percent_until_75() {
+        let config = DeviceConfig { budget_bytes: 1000, ..DeviceConfig::cpu() };
+        let mut full = false;
+        for (used, expected) in [(850, false), (851, true), (800, true), (751, true), (750, false), (850, false)] {
+            full = nearly_full(full, used, &config);
+            assert_eq!(full, expected, "{used}");
+        }
+    }
+
+    #[test]
+    fn without_pressure_a_device_may_be_full() {
+        let config = DeviceConfig { budget_bytes: 1000, pressure_percent: 100, ..DeviceConfig::cpu() };
+        assert!(!nearly_full(false, 1000, &config));
     }
 }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::Duration,
@@ -24,8 +24,8 @@ use tonic::{Request, Response, Status};
 use crate::{
     ServiceError,
     config::{Compute, StageConfig},
-    device::{CancelToken, DeviceWorker, Pending},
-    memory::StageMeter,
+    device::{CancelToken, DeviceWorker, Pending, Tenant},
+    memory::{StageMeter, Watch},
 };
 
 /// What a stage puts on its device: the networks, and all that lives and dies with them.
@@ -54,6 +54,13 @@ pub trait StageModel: Send + Sized + 'static {
     fn kept_bytes(&self) -> u64 {
         0
     }
+
+    /// Drops what is kept between requests and can be computed again.
+    fn trim(&mut self) {}
+
+    /// Runs `work`, which asks the watch between its layers and before each large allocation, and ends with an error
+    /// after a no.
+    fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R;
 }
 
 /// One stage on its device. All work on the model happens on the device's thread, where it loads at the first need.
@@ -77,7 +84,7 @@ impl<M: StageModel> StageHost<M> {
         device: DeviceWorker,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
-        Arc::new(Self {
+        let host = Arc::new(Self {
             models: config.models.clone(),
             compute: config.compute,
             options,
@@ -86,17 +93,35 @@ impl<M: StageModel> StageHost<M> {
             loaded: AtomicBool::new(false),
             model: Mutex::new(None),
             shutdown,
-        })
+        });
+        let tenant: Weak<dyn Tenant> = Arc::<Self>::downgrade(&host);
+        host.device.settle(tenant);
+        host
     }
 
-    /// Runs `work` on the device's thread, with the model loaded. See [`DeviceWorker::try_submit`].
+    /// Runs `work` on the device's thread, with the model loaded, where a generation already has something on the
+    /// device. See [`DeviceWorker::try_submit`].
+    ///
+    /// Errors, besides those: [`ServiceError::DeviceMemory`] when the work passes the device's budget.
     pub fn submit<R, F>(self: &Arc<Self>, work: F) -> Result<Pending<R>, ServiceError>
     where
         R: Send + 'static,
         F: FnOnce(&mut M, &CancelToken) -> Result<R, ServiceError> + Send + 'static,
     {
         let host = self.clone();
-        self.device.try_submit(move |cancel| host.with_model(|model| work(model, cancel)))
+        self.device.try_submit(move |cancel| host.with_model(cancel, false, |model| work(model, cancel)))
+    }
+
+    /// As [`submit`](Self::submit), for work with which a generation begins.
+    ///
+    /// Errors, besides those: [`ServiceError::ResourceExhausted`] while the device is nearly full and others need it.
+    pub fn submit_new<R, F>(self: &Arc<Self>, work: F) -> Result<Pending<R>, ServiceError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut M, &CancelToken) -> Result<R, ServiceError> + Send + 'static,
+    {
+        let host = self.clone();
+        self.device.try_submit(move |cancel| host.with_model(cancel, true, |model| work(model, cancel)))
     }
 
     /// Runs `work` on the device's thread if the model is loaded, and does nothing otherwise.
@@ -114,7 +139,26 @@ impl<M: StageModel> StageHost<M> {
         })
     }
 
-    fn with_model<R>(&self, work: impl FnOnce(&mut M) -> Result<R, ServiceError>) -> Result<R, ServiceError> {
+    fn with_model<R>(
+        &self,
+        cancel: &CancelToken,
+        new_work: bool,
+        work: impl FnOnce(&mut M) -> Result<R, ServiceError>,
+    ) -> Result<R, ServiceError> {
+        self.device.make_room(M::NAME, new_work)?;
+        let watch = Watch::new(M::NAME, cancel.clone(), self.device.budget().clone());
+        let result = M::watched(watch.clone(), || self.run(work));
+        match (watch.reason(), result) {
+            // What the networks make of a stop is not worth telling; why they were stopped is.
+            (Some(reason), Err(_)) => {
+                tracing::warn!(stage = M::NAME, "stopped: {reason}");
+                Err(reason)
+            }
+            (_, result) => result,
+        }
+    }
+
+    fn run<R>(&self, work: impl FnOnce(&mut M) -> Result<R, ServiceError>) -> Result<R, ServiceError> {
         // A panic in earlier work leaves the model itself whole: work only reads the weights.
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
@@ -143,13 +187,42 @@ impl<M: StageModel> StageHost<M> {
     /// The stage's memory now.
     #[must_use]
     pub fn memory(&self) -> MemoryReport {
-        self.meter.report()
+        let budget = self.device.budget();
+        MemoryReport {
+            budget_bytes: budget.device().budget_bytes,
+            pressure: budget.pressed(),
+            unloaded_stages: self.device.unloaded(),
+            ..self.meter.report()
+        }
     }
 
     /// The stage's `StageService`.
     #[must_use]
     pub fn stage_service(self: &Arc<Self>) -> StageServiceServer<StageServer<M>> {
         StageServiceServer::new(StageServer(self.clone()))
+    }
+}
+
+impl<M: StageModel> Tenant for StageHost<M> {
+    fn name(&self) -> &'static str {
+        M::NAME
+    }
+
+    fn serves(&self) -> bool {
+        self.meter.kept_bytes() > 0
+    }
+
+    fn relieve(&self) -> bool {
+        let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(model) = slot.as_mut() else { return false };
+        model.trim();
+        self.meter.keep(model.kept_bytes());
+        let idle = !self.serves();
+        drop(slot);
+        if idle {
+            self.unload();
+        }
+        idle
     }
 }
 
@@ -169,7 +242,8 @@ impl<M: StageModel> StageService for StageServer<M> {
         Ok(Response::new(DescribeResponse {
             stage: M::STAGE.into(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            device: "cpu".to_owned(),
+            device: host.device.budget().device().name.to_string(),
+            device_id: host.device.id().to_owned(),
             loaded: host.loaded.load(Relaxed),
             checkpoint_digest,
             queued: u32::try_from(host.device.waiting()).unwrap_or(u32::MAX),
@@ -271,6 +345,10 @@ mod tests {
                 .map_err(|e| ServiceError::failed_precondition(format!("{}: {e}", file.display())))
         }
 
+        fn watched<R>(_: Watch, work: impl FnOnce() -> R) -> R {
+            work()
+        }
+
         fn files(models: &Path, (): &()) -> Vec<PathBuf> {
             Some(models.join("vae-decode/w.safetensors")).filter(|file| file.exists()).into_iter().collect()
         }
@@ -278,7 +356,7 @@ mod tests {
 
     fn start(models: &Path) -> (StageServiceClient<Channel>, Arc<StageHost<Weights>>) {
         let shutdown = CancellationToken::new();
-        let device = DeviceWorker::spawn("test", 2).unwrap();
+        let device = DeviceWorker::spawn(&StageConfig::local(models).device, 2).unwrap();
         let host = StageHost::new(&StageConfig::local(models), (), device, shutdown.clone());
         let (channel, incoming) = client::in_memory();
         let life = Lifetime { shutdown, drain: Duration::from_secs(1) };

@@ -378,7 +378,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_streamed_reply_arrives_in_order_and_ends_with_the_works_error() {
-        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let worker = DeviceWorker::spawn(&crate::hardware::DeviceConfig::cpu(), 2).unwrap();
         for fails in [false, true] {
             let messages = streamed_reply(1, wrap, |outbox| {
                 worker.try_submit(move |cancel| {
@@ -402,7 +402,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reader_that_leaves_frees_the_device() {
-        let worker = DeviceWorker::spawn("test", 2).unwrap();
+        let worker = DeviceWorker::spawn(&crate::hardware::DeviceConfig::cpu(), 2).unwrap();
         let mut messages = streamed_reply(1, wrap, |outbox| {
             worker.try_submit(move |cancel| {
                 loop {

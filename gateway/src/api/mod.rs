@@ -5,5 +5,6 @@ mod events;
 mod form;
 mod list;
 mod openapi;
+mod plan;
 pub mod rest;
 pub mod video;

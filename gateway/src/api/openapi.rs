@@ -7,6 +7,7 @@ use super::{
     content,
     events::{self, VideoEvent},
     list::{self, VideoList},
+    plan::{self, PlanBody, TierList},
     rest,
     video::{Deleted, ErrorBody, ErrorObject, Face, Video, VideoError},
 };
@@ -63,9 +64,23 @@ pub(crate) struct CreateVideo {
         content::content,
         rest::remove,
         rest::cancel,
-        rest::healthz
+        rest::healthz,
+        plan::create,
+        plan::tiers
     ),
-    components(schemas(CreateVideo, Video, VideoList, VideoEvent, VideoError, Face, Deleted, ErrorBody, ErrorObject))
+    components(schemas(
+        CreateVideo,
+        Video,
+        VideoList,
+        VideoEvent,
+        VideoError,
+        Face,
+        Deleted,
+        ErrorBody,
+        ErrorObject,
+        PlanBody,
+        TierList
+    ))
 )]
 struct Api;
 

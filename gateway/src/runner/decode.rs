@@ -8,6 +8,7 @@ use proto::{
 };
 
 use super::{
+    ladder::climb,
     prepare::{Prepared, refused},
     run::Run,
 };
@@ -44,7 +45,12 @@ pub(crate) async fn decode(
     target: Target<'_>,
 ) -> Result<Video, Fault> {
     let began = run.stage_began(Stage::VaeDecode).await;
-    let (clip, memory) = run.patience.call(|| attempt(run, prepared, latents.clone(), target)).await?;
+    let (clip, memory) = climb(run, Stage::VaeDecode, |tile_divisor| {
+        let header =
+            DecodeLatentsHeader { generation_id: run.id(), frame_limit: prepared.plan.frames as u32, tile_divisor };
+        attempt(run, prepared, (header, latents.clone()), target)
+    })
+    .await?;
     run.stage_ended(Stage::VaeDecode, began, memory).await;
     let path = clip.path();
     let (bytes, crc32c) = tokio::task::spawn_blocking(move || sum(&path))
@@ -57,13 +63,12 @@ pub(crate) async fn decode(
 async fn attempt(
     run: &Run,
     prepared: &Prepared,
-    latents: HostTensor,
+    (header, latents): (DecodeLatentsHeader, HostTensor),
     target: Target<'_>,
 ) -> Result<(mp4::Clip, proto::v1::MemoryReport), Fault> {
     let (width, height, wanted) = (prepared.size.width, prepared.size.height, prepared.plan.frames);
     let settings = mp4::Settings { program: target.ffmpeg, directory: target.directory, width, height };
     let began = Instant::now();
-    let header = DecodeLatentsHeader { generation_id: run.id(), frame_limit: wanted as u32 };
     let mut frames = run.stages.decode_latents(header, latents).await?;
     let mut writer = mp4::Writer::start(settings, &prepared.audio.soundtrack).await.map_err(refused)?;
     let mut done = 0;

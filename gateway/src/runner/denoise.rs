@@ -1,6 +1,6 @@
 //! The denoise loop over the wire: the sampler says which passes it needs, the transformer runs them.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use proto::{
     tensor::HostTensor,
@@ -8,6 +8,7 @@ use proto::{
 };
 
 use super::{
+    ladder::{Ladder, Rung, still_without_features},
     prepare::Prepared,
     run::Run,
     session::{Session, StepPasses},
@@ -23,6 +24,10 @@ use crate::{
 pub(crate) struct Denoise {
     sampler: Sampler,
     plan: String,
+    /// The hash of what is left of the plan when all steps run in full, because features find no memory.
+    full_plan: String,
+    /// Whether the steps that are left are of the full plan already.
+    full: bool,
     /// (channels, rows, columns) of a latent frame.
     shape: FrameShape,
 }
@@ -47,19 +52,28 @@ impl Denoise {
         // All that decides the latents, besides the inputs, which a generation never changes.
         let followed = format!("{settings:?} {clip:?} {shape:?} {rounding:?} {plan:?} {models}");
         let hash = sha256(followed.as_bytes());
+        let full_hash = sha256(format!("{followed} without features").as_bytes());
+        // What an earlier process decided for want of memory holds, or the rest would be that of no single run.
+        let full = run.lease.stored_plan() == full_hash;
+        let followed = if full { &full_hash } else { &hash };
+        let stored = run.lease.resume(followed).await;
         let setup = Setup { plan, clip: clip.clone(), shape, rounding };
-        if let Some(Resume { step, latents }) = run.lease.resume(&hash).await {
-            match Sampler::resume(setup.clone(), step, latents) {
+        if let Some(Resume { step, latents }) = stored {
+            let plan = if full { setup.plan.without_features() } else { setup.plan.clone() };
+            match Sampler::resume(Setup { plan, ..setup.clone() }, step, latents) {
                 Ok(sampler) => {
                     run.resumed(step as u32).await;
-                    return Ok(Self { sampler, plan: hash, shape });
+                    if full {
+                        still_without_features(run).await;
+                    }
+                    return Ok(Self { sampler, plan: hash, full_plan: full_hash, full, shape });
                 }
                 Err(error) => tracing::warn!(generation_id = run.id(), %error, "the stored latents cannot be used"),
             }
         }
         let start = noise(settings.seed, shape.values(clip.latent_frames));
         let sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
-        Ok(Self { sampler, plan: hash, shape })
+        Ok(Self { sampler, plan: hash, full_plan: full_hash, full: false, shape })
     }
 
     /// Whether all steps are done.
@@ -71,6 +85,14 @@ impl Denoise {
     /// after the last one.
     pub(crate) async fn run(&mut self, run: &Run, prepared: &Prepared, session: &mut Session) -> Result<(), Fault> {
         let FrameShape { channels, rows, columns } = self.shape;
+        if self.full {
+            session.fit(Rung::NoFeatures);
+        }
+        let features = self.sampler.plan().steps().iter().any(|step| step.keep_features);
+        let mut ladder = Ladder::of(Stage::Diffusion, features);
+        while let Err(fault) = session.open().await {
+            session.fit(ladder.next(run, fault).await?);
+        }
         let (began, first) = (Instant::now(), self.sampler.step());
         while let Some(&step) = self.sampler.current() {
             let number = self.sampler.step();
@@ -82,7 +104,7 @@ impl Denoise {
                 shape: [channels, prepared.plan.window, rows, columns],
                 items: self.sampler.requests().into_iter().map(item).collect(),
             };
-            for (index, velocity) in session.predict(passes).await?.into_iter().enumerate() {
+            for (index, velocity) in predict(run, session, &mut ladder, passes).await?.into_iter().enumerate() {
                 self.sampler.accept(index, velocity).map_err(|error| wrong(number, &error))?;
             }
             self.sampler.advance().map_err(|error| wrong(number, &error))?;
@@ -91,14 +113,17 @@ impl Denoise {
                 return Err(Fault::new(Kind::Internal, message).at(Stage::Diffusion));
             }
             let done = self.sampler.step();
-            if self.sampler.plan().resumable(done) {
-                let stored = run.lease.checkpoint(done, &self.plan, self.sampler.latents()).await;
+            self.full = !session.keeps_features();
+            // Where no features are kept, every step can be begun from its latents.
+            if self.full || self.sampler.plan().resumable(done) {
+                let plan = if self.full { &self.full_plan } else { &self.plan };
+                let stored = run.lease.checkpoint(done, plan, self.sampler.latents()).await;
                 // A full disk costs what a later crash would repeat, and not what is done already.
                 if let Err(fault) = stored {
                     tracing::warn!(generation_id = run.id(), step = done, %fault, "the latents were not stored");
                 }
             }
-            run.step_done(done as u32, began.elapsed().as_secs_f64() / (done - first) as f64).await;
+            run.step_done(session.memory(), done as u32, began.elapsed().as_secs_f64() / (done - first) as f64).await;
         }
         Ok(())
     }
@@ -109,6 +134,27 @@ impl Denoise {
         let shape = [channels, prepared.plan.kept_latent_frames, rows, columns];
         HostTensor::from_f32("latents", &shape, &self.sampler.kept_latents())
             .map_err(|error| Fault::internal("the latents cannot be sent", &error))
+    }
+}
+
+/// Runs a step's passes; where memory ends, with less and from the same latents.
+async fn predict(
+    run: &Run,
+    session: &mut Session,
+    ladder: &mut Ladder,
+    passes: StepPasses,
+) -> Result<Vec<Vec<f32>>, Fault> {
+    ladder.renew();
+    let passes = Arc::new(passes);
+    let mut outcome = session.predict(&passes).await;
+    loop {
+        match outcome {
+            Ok(velocities) => return Ok(velocities),
+            Err(fault) => {
+                session.fit(ladder.next(run, fault).await?);
+                outcome = session.retry(&passes).await;
+            }
+        }
     }
 }
 

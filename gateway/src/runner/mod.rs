@@ -4,6 +4,7 @@ mod decode;
 mod denoise;
 mod encode;
 mod kept;
+mod ladder;
 mod patience;
 pub(crate) mod prepare;
 mod run;
@@ -12,7 +13,7 @@ mod session;
 use std::{panic::AssertUnwindSafe, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::FutureExt as _;
-use proto::v1::{GenerationDefaults, GenerationState, OpenSessionHeader, Outcome, Stage};
+use proto::v1::{Generation, GenerationDefaults, GenerationState, OpenSessionHeader, Outcome, Stage};
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -28,7 +29,7 @@ use crate::{
     intake::{Order, Upload},
     stages::Stages,
     store::{Change, Lease, role},
-    validate::{self, MOST_AUDIO_SECONDS},
+    validate,
 };
 
 /// What a generation's work is done with.
@@ -127,11 +128,12 @@ async fn conclude(run: &Run, end: End) {
 
 /// Reads a generation's inputs again, as they were when it was accepted.
 async fn inputs(lease: &Lease) -> Result<Prepared, Fault> {
-    let spec = lease.generation().await.spec.unwrap_or_default();
+    let Generation { spec, tier: held, .. } = lease.generation().await;
+    let spec = spec.unwrap_or_default();
     let settings = validate::resolve(spec.clone(), &GenerationDefaults::default())?;
     let (picture, audio) = (lease.read(role::PICTURE).await?, lease.read(role::AUDIO).await?);
     let upload = Upload { spec, picture, audio, order: Order::default() };
-    tokio::task::spawn_blocking(move || Prepared::read(&upload, settings, MOST_AUDIO_SECONDS))
+    tokio::task::spawn_blocking(move || Prepared::again(&upload, settings, held))
         .await
         .map_err(|error| Fault::internal("the files could not be read", &error))?
 }
@@ -156,8 +158,11 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
             audio_frames: prepared.heard as u32,
             fps: planner::clip::FPS as f32,
         };
+        if run.goes_on() {
+            // What an earlier process left open holds memory that opening it again may need.
+            Session::close(&run.stages, run.id()).await;
+        }
         let mut session = Session::new(run.stages.clone(), run.patience.clone(), header, conditions.tensors);
-        session.open().await?;
         denoise.run(run, &prepared, &mut session).await?;
         run.stage_ended(Stage::Diffusion, began, session.memory()).await;
         drop(session);

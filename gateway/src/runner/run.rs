@@ -41,6 +41,8 @@ struct Inside {
     progress: Progress,
     reports: BTreeMap<i32, StageReport>,
     warnings: Vec<String>,
+    /// By stage, as it said last: whether its device is nearly full, and how many stages had to go.
+    pressure: BTreeMap<i32, (bool, u64)>,
 }
 
 impl Run {
@@ -48,7 +50,8 @@ impl Run {
     pub(crate) async fn begin(lease: Arc<Lease>, stages: Stages, patience: Patience) -> Self {
         let progress = lease.generation().await.progress.unwrap_or_default();
         let warned = lease.warned().await;
-        let inside = Mutex::new(Inside { progress, reports: BTreeMap::new(), warnings: Vec::new() });
+        let (reports, pressure) = (BTreeMap::new(), BTreeMap::new());
+        let inside = Mutex::new(Inside { progress, reports, warnings: Vec::new(), pressure });
         let earlier_seconds = progress.elapsed_seconds;
         Self { lease, stages, patience, began: Instant::now(), earlier_seconds, warned, inside }
     }
@@ -80,7 +83,9 @@ impl Run {
         let seconds = began.elapsed().as_secs_f64();
         let report = StageReport { stage: stage.into(), seconds, peak_bytes: memory.peak_bytes };
         self.lock().reports.insert(stage.into(), report);
-        self.note(stage, format!("{} took {seconds:.1} s", stage_name(stage))).await;
+        self.watch_pressure(stage, memory).await;
+        let held = said_of_memory(&memory).map(|said| format!(", {said}")).unwrap_or_default();
+        self.note(stage, format!("{} took {seconds:.1} s{held}", stage_name(stage))).await;
     }
 
     /// Says what the caller should know, now and in the outcome.
@@ -122,14 +127,32 @@ impl Run {
     }
 
     /// Says that `done` steps are done, the last of which began `pace_seconds` per step ago.
-    pub(crate) async fn step_done(&self, done: u32, pace_seconds: f64) {
+    pub(crate) async fn step_done(&self, memory: MemoryReport, done: u32, pace_seconds: f64) {
+        self.watch_pressure(Stage::Diffusion, memory).await;
         let progress = self.progress(|progress| {
             progress.step = done;
             let share = done as f32 / progress.steps.max(1) as f32;
             progress.percent = ENCODED_PERCENT + (DENOISED_PERCENT - ENCODED_PERCENT) * share;
             progress.remaining_seconds = Some(pace_seconds * f64::from(progress.steps.saturating_sub(done)));
         });
-        self.lease.publish(Change { progress: Some(progress), stage: Stage::Diffusion, ..Change::default() }).await;
+        let message = said_of_memory(&memory).unwrap_or_default();
+        let change = Change { progress: Some(progress), stage: Stage::Diffusion, message, ..Change::default() };
+        self.lease.publish(change).await;
+    }
+
+    /// Says when a stage's device becomes nearly full, when it is so no more, and when idle stages had to go.
+    async fn watch_pressure(&self, stage: Stage, memory: MemoryReport) {
+        let before = self.lock().pressure.insert(stage.into(), (memory.pressure, memory.unloaded_stages));
+        let (pressed, unloaded) = before.unwrap_or((false, memory.unloaded_stages));
+        let name = stage_name(stage);
+        if let Some(count) = memory.unloaded_stages.checked_sub(unloaded).filter(|&count| count > 0) {
+            self.note(stage, format!("{name}'s device was nearly full; idle stages unloaded: {count}")).await;
+        }
+        match (pressed, memory.pressure) {
+            (false, true) => self.note(stage, format!("{name}'s device is nearly full; new work has to wait")).await,
+            (true, false) => self.note(stage, format!("{name}'s device has room again")).await,
+            _ => {}
+        }
     }
 
     /// Says that `done` of `frames` frames are decoded.
@@ -173,7 +196,13 @@ impl Run {
         })
     }
 
-    async fn note(&self, stage: Stage, message: String) {
+    /// Whether an earlier process worked on it.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.earlier_seconds > 0.0
+    }
+
+    /// Says something that the caller need not act on.
+    pub(crate) async fn note(&self, stage: Stage, message: String) {
         tracing::info!(generation_id = %self.lease.id(), "{message}");
         let progress = self.progress(|_| {});
         self.lease.publish(Change { progress: Some(progress), stage, message, ..Change::default() }).await;
@@ -190,4 +219,18 @@ impl Run {
     fn lock(&self) -> MutexGuard<'_, Inside> {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a stage and its device hold; nothing of a stage that does not tell.
+fn said_of_memory(memory: &MemoryReport) -> Option<String> {
+    if memory.budget_bytes == 0 {
+        return None;
+    }
+    let percent = memory.process_bytes as f64 * 100.0 / memory.budget_bytes as f64;
+    let (now, budget, peak) = (gib(memory.process_bytes), gib(memory.budget_bytes), gib(memory.peak_bytes));
+    Some(format!("holds {now} of {budget} ({percent:.0} %), its peak {peak}"))
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1u32 << 30))
 }

@@ -7,7 +7,7 @@ use proto::{
     v1::{MemoryReport, OpenSessionHeader, PassMode, PredictHeader, PredictItem, Stage},
 };
 
-use super::patience::Patience;
+use super::{ladder::Rung, patience::Patience};
 use crate::{
     fault::{Fault, Kind},
     stages::Stages,
@@ -19,7 +19,7 @@ const ITEMS_PER_CALL: usize = 8;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The passes of one denoise step.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct StepPasses {
     /// Denoise step, from 0.
     pub(crate) step: u32,
@@ -45,12 +45,44 @@ pub(crate) struct Session {
     /// The passes whose features a cached step needs; run again when a worker has lost them.
     last_kept: Option<Arc<StepPasses>>,
     memory: MemoryReport,
+    /// Items of one call.
+    items_per_call: usize,
+    /// Whether steps may keep features and reuse them.
+    features: bool,
 }
 
 impl Session {
     /// A session that is not open yet.
     pub(crate) fn new(stages: Stages, patience: Patience, header: OpenSessionHeader, tensors: Vec<HostTensor>) -> Self {
-        Self { stages, patience, header, tensors, last_kept: None, memory: MemoryReport::default() }
+        let (memory, items_per_call) = (MemoryReport::default(), ITEMS_PER_CALL);
+        Self { stages, patience, header, tensors, last_kept: None, memory, items_per_call, features: true }
+    }
+
+    /// Whether steps may keep features and reuse them.
+    pub(crate) fn keeps_features(&self) -> bool {
+        self.features
+    }
+
+    /// Needs less from now on.
+    pub(crate) fn fit(&mut self, rung: Rung) {
+        match rung {
+            Rung::OnePass => self.items_per_call = 1,
+            Rung::NoFeatures => {
+                self.features = false;
+                self.last_kept = None;
+            }
+            // What other stages hold is not the session's.
+            Rung::UnloadOthers | Rung::SmallerTiles(_) => {}
+        }
+    }
+
+    /// As [`predict`](Self::predict), after [`fit`](Self::fit): features that are not used any more are freed first.
+    pub(crate) async fn retry(&mut self, passes: &Arc<StepPasses>) -> Result<Vec<Vec<f32>>, Fault> {
+        if !self.features {
+            Self::close(&self.stages, self.header.session_id.clone()).await;
+            self.open().await?;
+        }
+        self.predict(passes).await
     }
 
     /// Opens it, or opens it again.
@@ -70,8 +102,11 @@ impl Session {
     /// A worker that has lost the session gets it again, once a step. Where it also lost features that this step
     /// needs, the step that left them is run again first, on the same latents: the result is that of a worker which
     /// lost nothing.
-    pub(crate) async fn predict(&mut self, passes: StepPasses) -> Result<Vec<Vec<f32>>, Fault> {
-        let passes = Arc::new(passes);
+    pub(crate) async fn predict(&mut self, passes: &Arc<StepPasses>) -> Result<Vec<Vec<f32>>, Fault> {
+        let mut passes = Arc::clone(passes);
+        if !self.features && (passes.keep_features || passes.mode == PassMode::Cached) {
+            passes = Arc::new(StepPasses { mode: PassMode::Full, keep_features: false, ..(*passes).clone() });
+        }
         let cached = passes.mode == PassMode::Cached;
         let velocities = match self.run(&passes).await {
             Err(fault) if fault.kind == Kind::NotFound => {
@@ -104,7 +139,7 @@ impl Session {
 
     async fn run(&mut self, passes: &StepPasses) -> Result<Vec<Vec<f32>>, Fault> {
         let mut velocities = Vec::with_capacity(passes.items.len());
-        for items in passes.items.chunks(ITEMS_PER_CALL) {
+        for items in passes.items.chunks(self.items_per_call) {
             let header = PredictHeader {
                 session_id: self.header.session_id.clone(),
                 step: passes.step,

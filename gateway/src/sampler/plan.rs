@@ -55,8 +55,6 @@ pub struct StepPlan {
 
 /// First step of the reference's second guidance phase, whatever the number of steps.
 const REFERENCE_SWITCH: usize = 10;
-/// Below this many steps every step is a full one: the reuse was measured on 50.
-const FEWEST_STEPS_TO_CACHE: usize = 30;
 
 impl StepPlan {
     /// The reference's literal rules: the second guidance phase begins at step 10 and the cached steps are those of
@@ -72,9 +70,8 @@ impl StepPlan {
     #[must_use]
     pub fn scaled(schedule: Schedule) -> Self {
         let n = schedule.steps;
-        let full = |i: usize| n < FEWEST_STEPS_TO_CACHE || 10 * i < 3 * n || 100 * i >= 82 * n || i.is_multiple_of(5);
         // Rounded to the nearest, halves up: n/5.
-        Self::new(schedule, (2 * n + 5) / 10, |i| !full(i))
+        Self::new(schedule, (2 * n + 5) / 10, |i| planner::steps::is_cached(i, n))
     }
 
     fn new(schedule: Schedule, switch: usize, cached: impl Fn(usize) -> bool) -> Self {
@@ -100,6 +97,16 @@ impl StepPlan {
             })
             .collect();
         Self { steps, sigmas }
+    }
+
+    /// The same plan with every step a full one, for a transformer that has no memory for features.
+    #[must_use]
+    pub fn without_features(&self) -> Self {
+        let mut plan = self.clone();
+        for step in &mut plan.steps {
+            (step.cached, step.keep_features) = (false, false);
+        }
+        plan
     }
 
     /// The steps, first to last.

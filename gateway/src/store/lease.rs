@@ -217,6 +217,11 @@ impl Lease {
         Ok(())
     }
 
+    /// The hash of the plan whose latents an earlier process stored last; empty where it stored none.
+    pub(crate) fn stored_plan(&self) -> &str {
+        &self.resume.1
+    }
+
     /// The latents to go on with, if there are any of this plan that are whole.
     pub(crate) async fn resume(&self, plan: &str) -> Option<Resume> {
         let (step, of) = &self.resume;

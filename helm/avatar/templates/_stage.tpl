@@ -7,6 +7,7 @@
       "--listen" (printf "0.0.0.0:%d" $port)
       "--models" "/models"
       "--device" .settings.device
+      "--pressure-percent" (printf "%d" (int $root.Values.pressurePercent))
       "--compute" .settings.compute
       "--queue" (printf "%d" (int .settings.queue)) -}}
 {{- if eq .component "diffusion" }}{{ $args = concat $args (list "--weights" $models.weights) }}{{ end -}}

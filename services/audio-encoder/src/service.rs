@@ -20,6 +20,7 @@ use proto::{
 use service_kit::{
     ServiceError,
     config::Compute,
+    memory::Watch,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, ReplyStream, RequestReader, reply},
 };
@@ -37,6 +38,10 @@ impl StageModel for Model {
         AudioEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+
+    fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
+        model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
     fn files(models: &Path, (): &()) -> Vec<PathBuf> {
@@ -75,7 +80,7 @@ impl AudioEncoderService for Service {
             let features = model.0.encode(&samples).map_err(fault)?;
             HostTensor::from_candle("features", &features).map_err(ServiceError::internal)
         };
-        let features = self.host.submit(work)?.await?;
+        let features = self.host.submit_new(work)?.await?;
         let summary = EncodeAudioSummary { memory: Some(self.host.memory()) };
         let summary = EncodeAudioResponse { body: Some(encode_audio_response::Body::Summary(summary)) };
         Ok(Response::new(reply(vec![features], wrap, summary)))

@@ -11,6 +11,7 @@ use model::{
     convert::Storage,
 };
 use proto::v1::{self, FaceBox, GenerationSpec};
+use service_kit::config::DeviceFlags;
 
 use crate::{
     client::flags::{DownloadFlags, ListFlags, OneFlags, SubmitFlags, WatchFlags},
@@ -60,9 +61,25 @@ pub enum Command {
     Delete(OneFlags),
     /// Fetch a generation's video from a server.
     Download(DownloadFlags),
+    /// List this machine's devices with their memory: the processor, and CUDA devices where a driver answers.
+    Devices(DevicesFlags),
+    /// Say what would be done on some devices: tier, placement, fit, bytes and seconds, with reasons.
+    ///
+    /// No weight is read. Exit codes: 0 there is a plan, 1 nothing fits, 2 wrong usage or past the tier's limits.
+    Plan(crate::plan::flags::PlanFlags),
+    /// List the tiers: the memory that each is for, and what it lets a request ask for.
+    Tiers(crate::plan::flags::TiersFlags),
     /// Get, make, convert and check checkpoints.
     #[command(subcommand)]
     Weights(WeightsCommand),
+}
+
+/// The flags of `avatar devices`.
+#[derive(Debug, Args)]
+pub struct DevicesFlags {
+    /// Print one JSON object on standard output.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What to do with checkpoints.
@@ -202,6 +219,9 @@ pub struct GenerateFlags {
     /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
     #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
     pub compute: ComputeByStage,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub device: DeviceFlags,
     /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
     /// or auto for the most exact that is there. Another form than the chosen one is refused.
     #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
@@ -209,6 +229,9 @@ pub struct GenerateFlags {
     /// Face detector to use instead of the built-in one: an ONNX file of UltraFace, YuNet, SCRFD or YOLO-face.
     #[arg(long, env = "AVATAR_FACE_MODEL", value_name = "FILE")]
     pub face_model: Option<PathBuf>,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub tier: gateway::config::TierFlags,
     /// Print one JSON object a line on standard output: events, and last the result or the failure.
     #[arg(long)]
     pub json: bool,

@@ -11,14 +11,16 @@ use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
     avatar_service_client::AvatarServiceClient, generate_request, generate_response,
 };
+use service_kit::config::Mistakes;
 use tonic::transport::Channel;
 
 use crate::{
-    InProcess,
+    InProcess, Setup,
     config::{GenerateFlags, RequestFlags},
     failure::Failure,
     in_process,
     output::{Output, Part},
+    plan,
     progress::{Completed, Progress},
     signals::Signals,
 };
@@ -44,6 +46,9 @@ struct Inputs {
 pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<Completed, Failure> {
     let mut signals = Signals::catch()?;
     let inputs = read_inputs(flags)?;
+    let mut mistakes = Mistakes::default();
+    let device = flags.device.resolve(&mut mistakes).filter(|_| mistakes.is_empty());
+    let device = device.ok_or_else(|| Failure::input("device", mistakes.to_string().trim_end().to_owned()))?;
     let unused = flags.face_model.is_none() && flags.request.face.is_none();
     let unused = unused.then(|| unused_detector(&inputs.models)).flatten();
     if let Some(said) = &unused {
@@ -54,9 +59,11 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         .prefix("avatar-")
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
+    let tier = plan::here(plan::tier_options(&flags.tier)?, &device);
     let data_dir = work.path().to_owned();
-    let options = gateway::Options { data_dir, min_free_bytes: 0, ..gateway::Options::default() };
-    let system = in_process(&inputs.models, flags.compute, flags.weights, inputs.detector.clone(), &options).await?;
+    let options = gateway::Options { data_dir, min_free_bytes: 0, tier, ..gateway::Options::default() };
+    let setup = Setup { compute: flags.compute, device, weights: flags.weights, detector: inputs.detector.clone() };
+    let system = in_process(&inputs.models, setup, &options).await?;
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
         () = signals.next() => Err(Failure::interrupted()),

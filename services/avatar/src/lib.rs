@@ -4,9 +4,11 @@
 pub mod client;
 pub mod compute;
 pub mod config;
+pub mod devices;
 pub mod failure;
 pub mod generate;
 pub mod output;
+pub mod plan;
 pub mod progress;
 pub mod serve;
 pub mod signals;
@@ -14,4 +16,4 @@ pub mod weights;
 
 mod stages;
 
-pub use stages::{InProcess, in_process};
+pub use stages::{InProcess, Setup, in_process};

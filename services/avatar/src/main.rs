@@ -5,8 +5,10 @@ use std::{process::ExitCode, time::Duration};
 use avatar::{
     client::{self, flags::WatchFlags},
     config::{Cli, Command, GenerateFlags, WeightsCommand},
+    devices,
     failure::{FAILED, Failure},
     generate::generate,
+    plan,
     progress::Progress,
     serve,
     weights::{
@@ -32,6 +34,13 @@ fn main() -> ExitCode {
         Command::Cancel(flags) => call(flags.server.json, client::cancel(&flags)),
         Command::Delete(flags) => call(flags.server.json, client::delete(&flags)),
         Command::Download(flags) => call(flags.server.json, client::download(&flags)),
+        Command::Devices(flags) => {
+            telemetry::init(&LogConfig { filter: "warn".to_owned(), format: LogFormat::Text });
+            devices::show(&flags);
+            ExitCode::SUCCESS
+        }
+        Command::Plan(flags) => end(flags.json, plan::plan(&flags)),
+        Command::Tiers(flags) => end(flags.json, plan::tiers(&flags)),
         Command::Weights(WeightsCommand::Fetch(flags)) => run_fetch(&flags),
         Command::Weights(WeightsCommand::Synth(flags)) => end(flags.json, weights::synth::synth(&flags)),
         Command::Weights(WeightsCommand::Convert(flags)) => end(flags.json, weights::convert::convert(&flags)),

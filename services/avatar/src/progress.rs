@@ -150,7 +150,8 @@ impl Progress {
             }
             Form::Lines => {
                 if stepped {
-                    eprintln!("denoise: {pace}");
+                    let held = if said.is_empty() { String::new() } else { format!("; {said}") };
+                    eprintln!("denoise: {pace}{held}");
                 } else if !said.is_empty() {
                     eprintln!("{stage}: {said}");
                 }
@@ -172,7 +173,7 @@ impl Progress {
                     let bar = of.entry(Stage::Diffusion).or_insert_with(|| all.add(stage_bar(Stage::Diffusion, steps)));
                     bar.set_length(u64::from(steps));
                     bar.set_position(u64::from(step));
-                    bar.set_message(pace);
+                    bar.set_message(if said.is_empty() { pace } else { format!("{pace}; {said}") });
                 }
             }
         }

@@ -4,13 +4,13 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 use gateway::{Listeners, Options, config::OptionFlags};
-use model::{checkpoint::Choice, image::Detector};
+use model::image::Detector;
 use service_kit::{
-    config::{CommonConfig, CommonFlags, EXIT_USAGE, Mistakes, parse_listen},
+    config::{CommonConfig, CommonFlags, DeviceFlags, EXIT_USAGE, Mistakes, parse_listen},
     server,
 };
 
-use crate::{compute::ComputeByStage, failure::Failure, generate::models_folder, in_process};
+use crate::{Setup, failure::Failure, generate::models_folder, in_process, plan};
 
 /// Exit code: the settings are wrong.
 pub const EXIT_SETTINGS: u8 = EXIT_USAGE as u8;
@@ -24,6 +24,9 @@ pub struct ServeFlags {
     /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
     #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
     pub compute: String,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub device: DeviceFlags,
     /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
     /// or auto for the most exact that is there. Another form than the chosen one is refused.
     #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
@@ -50,12 +53,8 @@ pub struct ServeFlags {
 pub struct ServeConfig {
     /// Folder of the models.
     pub models: PathBuf,
-    /// Type to compute in, by stage.
-    pub compute: ComputeByStage,
-    /// The form of the transformer's weights.
-    pub weights: Choice,
-    /// What finds faces.
-    pub detector: Detector,
+    /// How the stages compute.
+    pub setup: Setup,
     /// Where to serve gRPC.
     pub grpc: SocketAddr,
     /// Where to serve REST.
@@ -78,6 +77,7 @@ impl ServeFlags {
             mistakes.note(format!("--models: {failure}; {advice}"));
         }
         let compute = mistakes.check("--compute", &self.compute, str::parse);
+        let device = self.device.resolve(&mut mistakes);
         let weights = mistakes.check("--weights", &self.weights, str::parse);
         let detector = Detector::open(self.face_model.as_deref());
         if let Err(error) = &detector {
@@ -87,10 +87,11 @@ impl ServeFlags {
         let http = mistakes.check("--http", &self.http, parse_listen);
         let options = self.options.resolve(&mut mistakes);
         let common = self.common.resolve(&mut mistakes);
-        match (models, compute, weights, detector, grpc, http, options, common) {
+        match (models, compute, device, weights, detector, grpc, http, options, common) {
             (
                 Ok(models),
                 Some(compute),
+                Some(device),
                 Some(weights),
                 Ok(detector),
                 Some(grpc),
@@ -98,7 +99,9 @@ impl ServeFlags {
                 Some(options),
                 Some(common),
             ) if mistakes.is_empty() => {
-                Ok(ServeConfig { models, compute, weights, detector, grpc, http, options, common })
+                let options = Options { tier: plan::here(options.tier, &device), ..options };
+                let setup = Setup { compute, device, weights, detector };
+                Ok(ServeConfig { models, setup, grpc, http, options, common })
             }
             _ => Err(mistakes),
         }
@@ -113,7 +116,7 @@ pub async fn serve(config: ServeConfig) -> Result<(), Failure> {
     let shutdown = server::shutdown_signal().map_err(failed("cannot catch signals"))?;
     let (grpc, grpc_address) = server::bind(config.grpc).await.map_err(failed("--grpc"))?;
     let (http, http_address) = server::bind(config.http).await.map_err(failed("--http"))?;
-    let system = in_process(&config.models, config.compute, config.weights, config.detector, &config.options).await?;
+    let system = in_process(&config.models, config.setup, &config.options).await?;
     // Both sockets listen: whoever connects now is answered.
     server::announce(&[("grpc", grpc_address), ("http", http_address)]);
     let listeners = Listeners { grpc, http };

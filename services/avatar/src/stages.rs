@@ -10,12 +10,26 @@ use service_kit::{
     client::{self, MemoryIncoming},
     config::StageConfig,
     device::DeviceWorker,
+    hardware::DeviceConfig,
     server::{self, Lifetime},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 use crate::{compute::ComputeByStage, failure::Failure};
+
+/// How the stages of one process compute.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Type to compute in, by stage.
+    pub compute: ComputeByStage,
+    /// Device of all stages.
+    pub device: DeviceConfig,
+    /// The form of the transformer's weights.
+    pub weights: Choice,
+    /// What finds faces.
+    pub detector: Detector,
+}
 
 /// A running system: the same servers as six processes, without sockets.
 ///
@@ -32,16 +46,12 @@ pub struct InProcess {
 /// within a tokio runtime, which must live on as long as the system.
 ///
 /// Errors: the device's thread or the gateway's folder cannot be made.
-pub async fn in_process(
-    models: &Path,
-    compute: ComputeByStage,
-    weights: Choice,
-    detector: Detector,
-    options: &Options,
-) -> Result<InProcess, Failure> {
-    let config = StageConfig::local(models);
+pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Result<InProcess, Failure> {
+    let Setup { compute, device, weights, detector } = setup;
+    let config = StageConfig { device, ..StageConfig::local(models) };
     let of = |stage| StageConfig { compute: compute.of(stage), ..config.clone() };
-    let device = DeviceWorker::spawn("cpu", config.queue).map_err(|e| Failure::local("cannot start the device", e))?;
+    let device =
+        DeviceWorker::spawn(&config.device, config.queue).map_err(|e| Failure::local("cannot start the device", e))?;
     let shutdown = CancellationToken::new();
     let stages = Stages {
         audio_encoder: stage("audio-encoder", |incoming| {
@@ -63,6 +73,7 @@ pub async fn in_process(
         }),
     };
     let gateway = Gateway::new(options, stages).await.map_err(|e| Failure::local("cannot start the gateway", e))?;
+    let gateway = gateway.planning_for(crate::plan::fleet(models, (compute, weights), config.device.name));
     let routes = gateway.grpc_routes();
     let lifetime = Lifetime { shutdown: shutdown.clone(), drain: config.common.drain_timeout };
     let channel =

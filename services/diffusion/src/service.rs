@@ -26,6 +26,7 @@ use service_kit::{
     ServiceError,
     config::Compute,
     device::CancelToken,
+    memory::Watch,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
 };
@@ -58,6 +59,10 @@ impl StageModel for Model {
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
 
+    fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
+        model::memory::watched(move |bytes| watch.allows(bytes), work)
+    }
+
     fn files(models: &Path, choice: &Choice) -> Vec<PathBuf> {
         checkpoint::files(models, checkpoint::Stage::Diffusion, *choice)
     }
@@ -70,6 +75,11 @@ impl StageModel for Model {
             guidance_scale: Some(wanted.guidance_scale),
             flow_shift: Some(wanted.flow_shift),
         })
+    }
+
+    fn trim(&mut self) {
+        self.sessions.retain(|_, session| !session.is_idle());
+        self.sessions.values_mut().for_each(Session::forget_features);
     }
 
     fn kept_bytes(&self) -> u64 {
@@ -104,7 +114,7 @@ impl DiffusionService for Service {
             return Err(ServiceError::invalid("fps", format!("{}, allowed are over 0 to 1000", header.fps)).into());
         }
         let tensors = reader.all(TENSORS).await?;
-        self.host.submit(move |model, _| model.open_session(header, &tensors))?.await?;
+        self.host.submit_new(move |model, _| model.open_session(header, &tensors))?.await?;
         Ok(Response::new(OpenSessionResponse { memory: Some(self.host.memory()) }))
     }
 

@@ -129,6 +129,12 @@ impl Session {
         self.used.elapsed() > IDLE
     }
 
+    /// Drops the kept features; whoever needs them runs the passes that left them again.
+    pub(crate) fn forget_features(&mut self) {
+        self.caches.iter_mut().for_each(FeatureCache::clear);
+        self.cached.clear();
+    }
+
     /// Bytes of the conditioning and of the kept features.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes + self.cached.len() as u64 * self.token_bytes

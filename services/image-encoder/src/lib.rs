@@ -30,7 +30,7 @@ where
     I: Stream<Item = Result<C, io::Error>>,
     C: Connection,
 {
-    let device = DeviceWorker::spawn("cpu", config.stage.queue)?;
+    let device = DeviceWorker::spawn(&config.stage.device, config.stage.queue)?;
     serve_on(config, device, incoming, shutdown).await
 }
 

@@ -21,6 +21,7 @@ use proto::{
 use service_kit::{
     ServiceError,
     config::Compute,
+    memory::Watch,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, ReplyStream, RequestReader, reply},
 };
@@ -41,6 +42,10 @@ impl StageModel for Model {
         ImageEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+
+    fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
+        model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
     fn files(models: &Path, detector: &Detector) -> Vec<PathBuf> {
@@ -95,7 +100,7 @@ impl ImageEncoderService for Service {
                 vec![host("reference_latents", &reference.latents)?, host("face_mask", &reference.face_mask)?];
             Ok((tensors, reference.faces, reference.face))
         };
-        let (tensors, faces, face) = self.host.submit(work)?.await?;
+        let (tensors, faces, face) = self.host.submit_new(work)?.await?;
         // A face that the caller gave counts as found.
         let faces = if faces.is_empty() { face.iter().map(boxed).collect() } else { faces.iter().map(boxed).collect() };
         let summary =

@@ -21,6 +21,7 @@ use proto::{
 use service_kit::{
     ServiceError,
     config::Compute,
+    memory::Watch,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, ReplyStream, RequestReader, reply},
 };
@@ -41,6 +42,10 @@ impl StageModel for Model {
         TextEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+
+    fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
+        model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
     fn files(models: &Path, (): &()) -> Vec<PathBuf> {
@@ -99,7 +104,7 @@ impl TextEncoderService for Service {
             };
             Ok((tensors, summary))
         };
-        let (tensors, summary) = self.host.submit(work)?.await?;
+        let (tensors, summary) = self.host.submit_new(work)?.await?;
         let summary = EncodePromptSummary { memory: Some(self.host.memory()), ..summary };
         let summary = EncodePromptResponse { body: Some(encode_prompt_response::Body::Summary(summary)) };
         Ok(Response::new(reply(tensors, wrap, summary)))

@@ -28,7 +28,7 @@ where
     I: Stream<Item = Result<C, io::Error>>,
     C: Connection,
 {
-    let device = DeviceWorker::spawn("cpu", config.queue)?;
+    let device = DeviceWorker::spawn(&config.device, config.queue)?;
     serve_on(config, device, incoming, shutdown).await
 }
 

@@ -22,6 +22,7 @@ use service_kit::{
     ServiceError,
     config::Compute,
     device::CancelToken,
+    memory::Watch,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
 };
@@ -29,6 +30,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Runs of frames that a slow reader may leave lying before the device waits for it.
 const WAITING_TILES: usize = 4;
+
+/// Most that tiles can be shrunk by.
+const MAX_TILE_DIVISOR: u32 = 8;
 
 /// The networks on the device.
 pub(crate) struct Model(VaeStage);
@@ -40,6 +44,10 @@ impl StageModel for Model {
 
     fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
         VaeStage::open(models, &setup(compute)).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    }
+
+    fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
+        model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
     fn files(models: &Path, (): &()) -> Vec<PathBuf> {
@@ -73,10 +81,13 @@ impl VaeDecodeService for Service {
         if latents.dtype() != DataType::F32 || latents.shape().len() != 4 {
             return Err(ServiceError::from(latents.mismatch("F32 (C, T, h, w)")).into());
         }
-        let limit = (header.frame_limit > 0).then_some(header.frame_limit as usize);
+        if header.tile_divisor > MAX_TILE_DIVISOR {
+            let reason = format!("{}, allowed are 0 to {MAX_TILE_DIVISOR}", header.tile_divisor);
+            return Err(ServiceError::invalid("tile_divisor", reason).into());
+        }
         let host = self.host.clone();
         let messages = streamed_reply(WAITING_TILES, wrap, |outbox| {
-            let pending = self.host.submit(move |model, cancel| decode(model, &latents, limit, (&outbox, cancel)))?;
+            let pending = self.host.submit(move |model, cancel| decode(model, &latents, &header, (&outbox, cancel)))?;
             Ok(async move {
                 let summary = DecodeLatentsSummary { frames: pending.await?, memory: Some(host.memory()) };
                 Ok(DecodeLatentsResponse { body: Some(decode_latents_response::Body::Summary(summary)) })
@@ -90,14 +101,17 @@ impl VaeDecodeService for Service {
 fn decode(
     model: &mut Model,
     latents: &HostTensor,
-    limit: Option<usize>,
+    header: &DecodeLatentsHeader,
     (outbox, cancel): (&Outbox<DecodeLatentsResponse>, &CancelToken),
 ) -> Result<u32, ServiceError> {
-    let ratio = model.0.config.spatial_compression_ratio;
+    let limit = (header.frame_limit > 0).then_some(header.frame_limit as usize);
+    let smaller = (header.tile_divisor > 1).then(|| model.0.with_smaller_tiles(header.tile_divisor as usize));
+    let stage = smaller.as_ref().unwrap_or(&model.0);
+    let ratio = stage.config.spatial_compression_ratio;
     let (height, width) = (latents.shape()[2].saturating_mul(ratio), latents.shape()[3].saturating_mul(ratio));
     let latents = latents.to_candle(&Device::Cpu).map_err(ServiceError::internal)?;
     let (mut frames, mut stopped) = (0u32, None);
-    let outcome = model.0.decode_frames(&latents, limit, &mut |n, rgb| {
+    let outcome = stage.decode_frames(&latents, limit, &mut |n, rgb| {
         let sent = HostTensor::from_u8("frames", &[n, height, width, 3], rgb)
             .map_err(ServiceError::internal)
             .and_then(|tensor| outbox.send(tensor, cancel));

@@ -9,6 +9,8 @@ mod forms;
 mod generate;
 mod hub;
 mod inputs;
+mod memory;
+mod planning;
 mod processes;
 mod quirks;
 mod resizing;

@@ -107,6 +107,12 @@ impl Process {
         found.unwrap_or_else(|| panic!("no {key} in {:?}", self.ready)).to_owned()
     }
 
+    /// Bytes of it that the system holds in memory, mapped files included.
+    pub fn resident_bytes(&self) -> u64 {
+        let pages = fs::read_to_string(format!("/proc/{}/statm", self.child.id())).unwrap();
+        pages.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
+    }
+
     /// Asks the process to end, and gives its exit status.
     pub fn terminate(mut self) -> Option<i32> {
         let pid = self.child.id().to_string();

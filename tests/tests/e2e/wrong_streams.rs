@@ -96,7 +96,7 @@ async fn the_decoder_refuses_latents_that_are_not_finite() {
     let mut values = vec![0.1f32; 16 * 2 * 4 * 4];
     values[77] = f32::NAN;
     let latents = HostTensor::from_f32("latents", &[16, 2, 4, 4], &values).unwrap();
-    let header = DecodeLatentsHeader { generation_id: "test".into(), frame_limit: 0 };
+    let header = DecodeLatentsHeader { generation_id: "test".into(), frame_limit: 0, tile_divisor: 0 };
     let body = |body| DecodeLatentsRequest { body: Some(body) };
     let messages: Vec<_> = std::iter::once(body(decode_latents_request::Body::Header(header)))
         .chain(latents.parts().map(|p| body(decode_latents_request::Body::Part(p))))

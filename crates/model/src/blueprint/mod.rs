@@ -5,6 +5,7 @@
 
 mod audio;
 mod shapes;
+mod table;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -14,6 +15,7 @@ mod vae;
 pub use self::{
     audio::WhisperSizes,
     shapes::{Missing, Shapes},
+    table::model_table,
     text::{ClipSizes, LlavaSizes},
     transformer::TransformerSizes,
     vae::{VaeHalf, VaeSizes},

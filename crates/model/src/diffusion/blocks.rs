@@ -56,6 +56,29 @@ fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
         .reshape((length, heads * width))
 }
 
+/// Most tokens that pass a block's wide layers at once. These are four times as wide as the tokens, so at full length
+/// they would be most of what a block holds; each piece reads the weights again, which so many tokens outweigh.
+pub const TOKENS_AT_ONCE: usize = 8192;
+
+/// Applies `f` to at most `chunk` tokens at a time, each of which it treats alone.
+///
+/// - `x`: `(L, H)`; `f`: gets some rows of it and the first's number
+/// - returns: `(L, H)`
+fn by_tokens(
+    x: &Tensor,
+    chunk: usize,
+    f: impl Fn(&Tensor, usize) -> candle_core::Result<Tensor>,
+) -> candle_core::Result<Tensor> {
+    let length = x.dim(0)?;
+    if length <= chunk {
+        return f(x, 0);
+    }
+    let pieces = (0..length).step_by(chunk).map(|start| f(&x.narrow(0, start, chunk.min(length - start))?, start));
+    let pieces = pieces.collect::<candle_core::Result<Vec<_>>>()?;
+    crate::memory::room(x.elem_count() * x.dtype().size_in_bytes())?;
+    Tensor::cat(&pieces, 0)
+}
+
 /// Two layers with the tanh form of GELU between them.
 #[derive(Debug, Clone)]
 pub struct Mlp {
@@ -106,10 +129,12 @@ impl Stream {
         self.norm.heads(&self.qkv.forward(&modulated_norm(x, &m[0], &m[1])?)?, rope)
     }
 
-    fn after(&self, x: &Tensor, seen: &Tensor, m: &[Tensor]) -> candle_core::Result<Tensor> {
+    fn after(&self, x: &Tensor, seen: &Tensor, m: &[Tensor], chunk: usize) -> candle_core::Result<Tensor> {
         let x = self.proj.forward_onto(x, &[seen], Some(&m[2]))?;
-        let inner = self.mlp.inner(&modulated_norm(&x, &m[3], &m[4])?)?;
-        self.mlp.fc2.forward_onto(&x, &[&inner], Some(&m[5]))
+        by_tokens(&x, chunk, |x, _| {
+            let inner = self.mlp.inner(&modulated_norm(x, &m[3], &m[4])?)?;
+            self.mlp.fc2.forward_onto(x, &[&inner], Some(&m[5]))
+        })
     }
 }
 
@@ -129,17 +154,30 @@ impl DoubleBlock {
     /// - `image`: `(I, H)`; `text`: `(L, H)`, valid rows only; `vec`: `(1, H)`; `rope`: of the I image tokens
     /// - returns: image and text, the same shapes
     pub fn forward(&self, image: &Tensor, text: &Tensor, vec: &Tensor, rope: &Rope) -> Result<(Tensor, Tensor)> {
+        self.forward_in((image, text), vec, rope, TOKENS_AT_ONCE)
+    }
+
+    /// As [`forward`](Self::forward), with at most `chunk` tokens in the wide layers at once.
+    pub fn forward_in(
+        &self,
+        (image, text): (&Tensor, &Tensor),
+        vec: &Tensor,
+        rope: &Rope,
+        chunk: usize,
+    ) -> Result<(Tensor, Tensor)> {
         let of_image = modulation(&self.image.modulation, vec, 6)?;
         let of_text = modulation(&self.text.modulation, vec, 6)?;
         let (i, t) = (self.image.before(image, &of_image, Some(rope))?, self.text.before(text, &of_text, None)?);
         let q = Tensor::cat(&[&i.q, &t.q], 1)?; // (heads, I + L, d)
         let k = Tensor::cat(&[&i.k, &t.k], 1)?;
         let v = Tensor::cat(&[&i.v, &t.v], 1)?;
+        drop((i, t));
         let seen = attend(&q, &k, &v)?; // (I + L, H)
+        drop((q, k, v));
         let (images, texts) = (image.dim(0)?, text.dim(0)?);
         Ok((
-            self.image.after(image, &seen.narrow(0, 0, images)?, &of_image)?,
-            self.text.after(text, &seen.narrow(0, images, texts)?, &of_text)?,
+            self.image.after(image, &seen.narrow(0, 0, images)?, &of_image, chunk)?,
+            self.text.after(text, &seen.narrow(0, images, texts)?, &of_text, chunk)?,
         ))
     }
 }
@@ -176,14 +214,22 @@ impl SingleBlock {
     /// - `x`: `(L, H)`, image then text; `vec`: `(1, H)`; `rope`: of all L tokens, the text's standing still
     /// - returns: `(L, H)`
     pub fn forward(&self, x: &Tensor, vec: &Tensor, rope: &Rope) -> Result<Tensor> {
+        self.forward_in(x, vec, rope, TOKENS_AT_ONCE)
+    }
+
+    /// As [`forward`](Self::forward), with at most `chunk` tokens in the wide layers at once.
+    pub fn forward_in(&self, x: &Tensor, vec: &Tensor, rope: &Rope, chunk: usize) -> Result<Tensor> {
         let m = modulation(&self.modulation, vec, 3)?;
-        let x_in = modulated_norm(x, &m[0], &m[1])?;
-        let heads = self.norm.heads(&self.qkv.forward(&x_in)?, Some(rope))?;
-        let mlp = self.mlp.forward_then(&x_in, Activation::GeluTanh)?; // (L, mlp)
-        drop(x_in);
+        let heads = self.norm.heads(&self.qkv.forward(&modulated_norm(x, &m[0], &m[1])?)?, Some(rope))?;
         let seen = attend(&heads.q, &heads.k, &heads.v)?; // (L, H)
         drop(heads);
-        Ok(self.linear2.forward_onto(x, &[&seen, &mlp], Some(&m[2]))?)
+        Ok(by_tokens(x, chunk, |x, start| {
+            // Norming a second time is cheaper than holding the result during attention.
+            let x_in = modulated_norm(x, &m[0], &m[1])?;
+            let mlp = self.mlp.forward_then(&x_in, Activation::GeluTanh)?; // (piece, mlp)
+            let seen = seen.narrow(0, start, x.dim(0)?)?;
+            self.linear2.forward_onto(x, &[&seen, &mlp], Some(&m[2]))
+        })?)
     }
 }
 

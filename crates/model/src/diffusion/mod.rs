@@ -20,7 +20,7 @@ mod tests;
 use candle_core::{DType, Device, Tensor};
 
 pub use audio::{AudioAdapter, AudioProjection, face_gate, group_frames};
-pub use blocks::{DoubleBlock, FinalLayer, Mlp, SingleBlock};
+pub use blocks::{DoubleBlock, FinalLayer, Mlp, SingleBlock, TOKENS_AT_ONCE};
 pub use cache::{FeatureCache, Features};
 pub use config::{Defaults, TransformerConfig};
 pub use embed::{Embedder, PatchEmbed, TimeEmbedder, grid_of, timestep_embedding, unpatchify};
@@ -284,13 +284,13 @@ impl Transformer {
         let (each, hidden) = (grid.per_frame(), self.img_in.hidden());
         let vec = self.vector(timestep, given, &mut taps)?;
 
-        let text = self.txt_in.forward(&self.own(&given.text_states)?, timestep, Some(given.text_mask))?;
+        let mut text = self.txt_in.forward(&self.own(&given.text_states)?, timestep, Some(given.text_mask))?;
         taps.give(&text, format_args!("txt_in"));
         let valid = given.text_mask.iter().filter(|&&m| m == 1).count();
-        let mut text = text.narrow(0, 0, valid)?;
+        text = text.narrow(0, 0, valid)?;
 
-        let noisy = self.img_in.forward(&self.own(latents)?)?.reshape((grid.frames, each, hidden))?;
-        let noisy = noisy.broadcast_add(&prepared.added)?.reshape((grid.tokens(), hidden))?;
+        let mut noisy = self.img_in.forward(&self.own(latents)?)?.reshape((grid.frames, each, hidden))?;
+        noisy = noisy.broadcast_add(&prepared.added)?.reshape((grid.tokens(), hidden))?;
         let mut image = Tensor::cat(&[&prepared.reference, &noisy], 0)?; // ((T+1)·R, H)
         drop(noisy);
 

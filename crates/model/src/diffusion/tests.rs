@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 
 use super::*;
 use crate::{
-    golden::{Golden, worst},
+    golden::{Golden, noise, worst},
     image::face::token_gate,
 };
 
@@ -35,6 +35,82 @@ fn conditioning<'a>(case: &Golden, b: usize, mask: &'a [i64]) -> Conditioning<'a
         fps: case.item("fps", b).to_dtype(candle_core::DType::F32).unwrap().to_scalar().unwrap(),
         motion_exp: four("motion_exp"),
         motion_pose: four("motion_pose"),
+    }
+}
+
+/// The largest number of bytes that `work` asks for at once, and what it gives.
+fn most_asked<R>(work: impl FnOnce() -> R) -> (u64, R) {
+    let most = std::rc::Rc::new(std::cell::Cell::new(0));
+    let seen = most.clone();
+    let allows = move |bytes: u64| {
+        seen.set(seen.get().max(bytes));
+        true
+    };
+    let result = crate::memory::watched(allows, work);
+    (most.get(), result)
+}
+
+/// f32: a product may add up in another order where it has fewer rows.
+#[test]
+fn blocks_give_the_same_in_pieces_of_a_few_tokens_and_hold_less() {
+    let hidden = 64;
+    let tensor = |dims: &[usize], seed: u64| (noise(dims, seed) * 0.2).unwrap();
+    let weights = |names: &[(&str, &[usize])]| {
+        let tensors = names.iter().zip(1..).map(|((name, dims), seed)| ((*name).to_owned(), tensor(dims, seed)));
+        Weights::from_tensors(tensors.collect(), DType::F32, &Device::Cpu)
+    };
+    let grid = Grid { frames: 3, ..grid_of(&Tensor::zeros((4, 3, 8, 10), DType::F32, &Device::Cpu).unwrap()).unwrap() };
+    let texts = 7;
+    let rope = Rope::new(grid, [4, 6, 6], 256.0, texts, &Device::Cpu).unwrap();
+    let images = grid.per_frame() + grid.tokens();
+    let (vec, image, text) = (tensor(&[1, hidden], 90), tensor(&[images, hidden], 91), tensor(&[texts, hidden], 92));
+
+    let single = SingleBlock::load(
+        &weights(&[
+            ("modulation.linear.weight", &[3 * hidden, hidden]),
+            ("modulation.linear.bias", &[3 * hidden]),
+            ("linear1.weight", &[7 * hidden, hidden]),
+            ("linear1.bias", &[7 * hidden]),
+            ("linear2.weight", &[hidden, 5 * hidden]),
+            ("linear2.bias", &[hidden]),
+            ("q_norm.weight", &[16]),
+            ("k_norm.weight", &[16]),
+        ]),
+        hidden,
+    )
+    .unwrap();
+    let x = Tensor::cat(&[&image, &text], 0).unwrap();
+    let (whole_bytes, whole) = most_asked(|| single.forward(&x, &vec, &rope).unwrap());
+    for chunk in [1, 5, 16] {
+        let (bytes, pieces) = most_asked(|| single.forward_in(&x, &vec, &rope, chunk).unwrap());
+        assert!(worst(&pieces, &whole) < 1e-6, "{chunk}: differs by {}", worst(&pieces, &whole));
+        assert!(bytes < whole_bytes, "{chunk}: {bytes} of {whole_bytes}");
+    }
+
+    let mut names: Vec<(String, Vec<usize>)> = Vec::new();
+    for stream in ["img", "txt"] {
+        for (name, out, inp) in [
+            ("mod.linear", 6 * hidden, hidden),
+            ("attn_qkv", 3 * hidden, hidden),
+            ("attn_proj", hidden, hidden),
+            ("mlp.fc1", 4 * hidden, hidden),
+            ("mlp.fc2", hidden, 4 * hidden),
+        ] {
+            names.push((format!("{stream}_{name}.weight"), vec![out, inp]));
+            names.push((format!("{stream}_{name}.bias"), vec![out]));
+        }
+        names.extend(["q", "k"].map(|part| (format!("{stream}_attn_{part}_norm.weight"), vec![16])));
+    }
+    let named: Vec<(&str, &[usize])> = names.iter().map(|(name, dims)| (name.as_str(), dims.as_slice())).collect();
+    let double = DoubleBlock::load(&weights(&named), hidden).unwrap();
+    let image_rope = rope.first(images).unwrap();
+    let (whole_bytes, (whole, whole_text)) = most_asked(|| double.forward(&image, &text, &vec, &image_rope).unwrap());
+    for chunk in [3, 16] {
+        let (bytes, (pieces, pieces_text)) =
+            most_asked(|| double.forward_in((&image, &text), &vec, &image_rope, chunk).unwrap());
+        let difference = worst(&pieces, &whole).max(worst(&pieces_text, &whole_text));
+        assert!(difference < 1e-6, "{chunk}: differs by {difference}");
+        assert!(bytes < whole_bytes, "{chunk}: {bytes} of {whole_bytes}");
     }
 }
 

@@ -8,6 +8,7 @@ use super::{
     product::{Left, View},
     simd::{self, exp, vectorised},
 };
+use crate::memory;
 
 /// Queries and keys of one tile: its scores (f32: 256 KiB) stay in a core's cache.
 const QUERIES: usize = 128;
@@ -28,6 +29,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: Option<&T
         candle_core::bail!("attention of q {:?}, k {:?}, v {:?}", q.dims(), k.dims(), v.dims());
     }
     let mask = mask.map(|m| Mask::new(m, [batch, queries, keys])).transpose()?;
+    let inputs = batch * heads * (queries * d + keys * (d + dv));
+    memory::room_for(q.dtype(), inputs, batch * queries * heads * dv)?;
     let mut out = vec![0f32; batch * queries * heads * dv];
     host::with_values(q, |q| {
         host::with_values(k, |k| {

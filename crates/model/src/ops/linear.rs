@@ -9,7 +9,7 @@ use super::{
     product::{self, Left, View},
     simd::vectorised,
 };
-use crate::weights::Matrix;
+use crate::{memory, weights::Matrix};
 
 /// Most values of a weight that one thread decodes at once (f32: 4 MiB).
 const PANEL: usize = 1 << 20;
@@ -54,6 +54,9 @@ pub fn linear(
     {
         candle_core::bail!("a bias, gate or residual that does not fit {rows} x {out}");
     }
+    // Beside the result, the widest input is laid out anew for the product.
+    let widest = rows * widths.iter().copied().max().unwrap_or(0);
+    memory::room_for(dtype, widest, widest + rows * out)?;
     let mut y = vec![0f32; rows * out];
     if y.is_empty() {
         return host::tensor(y, &[rows, out], dtype);

@@ -23,4 +23,11 @@ pub use activation::Activation;
 pub use attention::{attention, attention_clear};
 pub use linear::{Gate, linear, linear_clear};
 pub use norm::{layer_norm, layer_norm_clear, rms_norm, rms_norm_clear};
+pub use product::has_kernel;
 pub use rotary::{QkvHeads, heads, heads_clear, turn, turn_clear};
+
+/// Threads that the operations run on.
+#[must_use]
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}

@@ -7,6 +7,7 @@ use super::{
     host,
     simd::{fma, sum, vectorised},
 };
+use crate::memory;
 
 /// Values that one thread takes at once.
 const PIECE: usize = 64 << 10;
@@ -62,6 +63,7 @@ fn by_line(
     if weight.len() != width || !(bias.is_empty() || bias.len() == width) {
         candle_core::bail!("a norm over {} values of lines of {width}", weight.len());
     }
+    memory::room_for(x.dtype(), x.elem_count(), x.elem_count())?;
     let out = host::with_values(x, |x| {
         let mut out = vec![0f32; x.len()];
         let piece = (PIECE / width.max(1)).max(1) * width.max(1);

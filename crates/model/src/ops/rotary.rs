@@ -8,6 +8,7 @@ use super::{
     norm::{rms_norm_clear, scale_to_unit},
     simd::vectorised,
 };
+use crate::memory;
 
 /// Queries, keys and values: each `(heads, L, d)`.
 #[derive(Debug, Clone)]
@@ -38,6 +39,7 @@ pub fn heads(qkv: &Tensor, norms: [&Tensor; 2], eps: f32, turn: Option<(&Tensor,
     }
     let weights = [host::with_values(norms[0], <[f32]>::to_vec)?, host::with_values(norms[1], <[f32]>::to_vec)?];
     let count = hidden / d;
+    memory::room_for(qkv.dtype(), length * width, length * width)?;
     let mut out = vec![0f32; length * width];
     {
         let out = Shared::new(&mut out);

@@ -2,7 +2,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::{
-    Error, Result,
+    Error, Result, memory,
     ops::{
         host,
         product::{Left, Right, View},
@@ -83,6 +83,7 @@ impl CausalConv3d {
         if !host::here(x) {
             return self.forward_portable(x, step);
         }
+        memory::room_for(x.dtype(), x.elem_count(), batch * self.out * to * ho * wo)?;
         let mut y = vec![0f32; batch * self.out * to * ho * wo];
         let bias = host::with_values(&self.bias, <[f32]>::to_vec)?;
         let add = |y: &mut [f32], residual: Option<&[f32]>| add_bias(y, &bias, residual, to * ho * wo);

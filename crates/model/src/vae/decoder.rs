@@ -54,6 +54,14 @@ impl VaeDecoder {
         Ok(Self { post_quant, conv_in, mid, blocks, norm, conv_out, tiling, latent_channels, dtype: weights.dtype() })
     }
 
+    /// The same decoder with tiles `divisor` times shorter along each side and in time, at least 4 latents.
+    ///
+    /// It needs less memory. Pictures of more than one tile differ slightly, as each tile is normalised for itself.
+    #[must_use]
+    pub fn with_smaller_tiles(&self, config: &VaeConfig, divisor: usize) -> Self {
+        Self { tiling: Tiling::decode_smaller(config, divisor), ..self.clone() }
+    }
+
     /// Decodes in one piece.
     ///
     /// - `z`: `(B, C, T, h, w)`, not scaled

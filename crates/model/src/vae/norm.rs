@@ -2,7 +2,7 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::{
-    Error, Result,
+    Error, Result, memory,
     ops::{Activation, host},
     weights::Weights,
 };
@@ -68,6 +68,7 @@ impl GroupNorm {
         let per_group = self.channels / self.groups;
         let weight = host::with_values(&self.weight, <[f32]>::to_vec)?;
         let bias = host::with_values(&self.bias, <[f32]>::to_vec)?;
+        memory::room_for(x.dtype(), x.elem_count(), x.elem_count())?;
         let mut y = vec![0f32; x.elem_count()];
         host::with_values(x, |x| {
             let statistics: Vec<(f32, f32)> = x.par_chunks(per_group * positions).map(mean_and_scale).collect();

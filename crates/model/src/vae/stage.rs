@@ -32,6 +32,12 @@ impl VaeStage {
         Ok(Self { config, decoder, device: setup.device.clone() })
     }
 
+    /// The same stage with tiles `divisor` times shorter; see [`VaeDecoder::with_smaller_tiles`].
+    #[must_use]
+    pub fn with_smaller_tiles(&self, divisor: usize) -> Self {
+        Self { decoder: self.decoder.with_smaller_tiles(&self.config, divisor), ..self.clone() }
+    }
+
     /// Decodes latents as the transformer has them, and hands on runs of `n` frames in order.
     ///
     /// - `latents`: `(C, T, h, w)`, scaled

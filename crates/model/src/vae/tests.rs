@@ -58,6 +58,46 @@ fn every_length_decodes_to_its_number_of_frames() {
 }
 
 #[test]
+fn smaller_tiles_give_every_frame_in_its_place() {
+    let case = Golden::open("vae_tiled");
+    let (_, decoder) = networks("vae_tiled");
+    let config = VaeConfig { tile_latent: Some(8), tile_latent_t: Some(8), ..config(&case) };
+    let z = noise(&[1, 4, 6, 5, 9], 6);
+    let whole = decoder.with_smaller_tiles(&config, 1).decode_tiled(&z).unwrap();
+    for divisor in [2, 8] {
+        let cut = decoder.with_smaller_tiles(&config, divisor).decode_tiled(&z).unwrap();
+        assert_eq!(cut.dims(), whole.dims());
+        let difference = worst(&cut, &whole);
+        assert!(difference > 0.0 && difference.is_finite(), "{divisor}: differs by {difference}");
+        let small = noise(&[1, 4, 4, 4, 3], 7);
+        let (one, same) = (decoder.decode(&small), decoder.with_smaller_tiles(&config, divisor).decode_tiled(&small));
+        assert_eq!(worst(&one.unwrap(), &same.unwrap()), 0.0, "what fits into one tile of {divisor} stays the same");
+    }
+}
+
+#[test]
+fn a_decoder_stops_with_an_error_wherever_its_memory_ends() {
+    let (_, decoder) = networks("vae_causal_attn");
+    let z = noise(&[1, 4, 2, 3, 2], 5);
+    let asked = std::rc::Rc::new(std::cell::Cell::new(0));
+    let run = |allowed: usize| {
+        let count = asked.clone();
+        count.set(0);
+        let allows = move |bytes: u64| {
+            count.set(count.get() + 1);
+            bytes > 0 && count.get() <= allowed
+        };
+        crate::memory::watched(allows, || decoder.decode(&z))
+    };
+    run(usize::MAX).unwrap();
+    let layers = asked.get();
+    assert!(layers > 10, "{layers} questions");
+    for allowed in 0..layers {
+        assert!(matches!(run(allowed), Err(Error::Compute(_))), "{allowed} of {layers}");
+    }
+}
+
+#[test]
 fn a_batch_is_decoded_item_by_item() {
     let (_, decoder) = networks("vae_causal_attn");
     let z = noise(&[2, 4, 2, 3, 2], 5);

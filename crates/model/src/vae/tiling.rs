@@ -39,6 +39,18 @@ impl Tiling {
         }
     }
 
+    /// As [`decode`](Self::decode), in tiles `divisor` times shorter along every side.
+    pub(super) fn decode_smaller(config: &VaeConfig, divisor: usize) -> Self {
+        let cut = |tile: usize, ratio: usize| {
+            let tile = smaller(tile, divisor);
+            Cut::new(tile, tile * ratio)
+        };
+        Self {
+            time: cut(config.tile_latent_length(), config.time_compression_ratio),
+            space: cut(config.tile_latent_side(), config.spatial_compression_ratio),
+        }
+    }
+
     pub(super) fn encode(config: &VaeConfig) -> Self {
         Self {
             time: Cut::new(config.sample_tsize, config.tile_latent_length()),
@@ -53,6 +65,11 @@ impl Tiling {
     pub(super) fn splits_space(&self, x: &Tensor) -> Result<bool> {
         Ok(x.dim(3)?.max(x.dim(4)?) > self.space.tile)
     }
+}
+
+/// A tile's side divided, to a multiple of 4, so that strides and seams are whole latents; never below 4.
+fn smaller(tile: usize, divisor: usize) -> usize {
+    (tile / divisor.max(1) / 4 * 4).max(4).min(tile)
 }
 
 /// Runs a network over tiles in time and hands on the finished part of each.

@@ -30,7 +30,7 @@ pub use self::{
     raw::{Raw, Scales},
     stored::{Encoding, Found},
 };
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 enum Store {
     Files { place: PathBuf, entries: BTreeMap<String, Entry> },
@@ -218,6 +218,7 @@ impl Weights {
             Store::Files { entries, .. } => {
                 let entry = &entries[&full];
                 let bytes = self.checked(&full, entry)?;
+                memory::room_for(dtype, 0, shape.iter().product())?;
                 let mut values = vec![0f32; shape.iter().product()];
                 let columns = values.len().checked_div(shape.first().copied().unwrap_or(1)).unwrap_or(1);
                 values::decode(entry.encoding, &entry.scale, bytes, 0, columns.max(1), &mut values);

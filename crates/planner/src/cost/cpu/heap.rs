@@ -1,0 +1,152 @@
+//! A heap on which operations take and give back, as `model::ops` does it.
+
+use super::Cpu;
+
+/// Tiles of the products and of attention, as `model::ops` has them.
+const MR: u64 = 12;
+const NR: u64 = 32;
+const KC: u64 = 384;
+const COLUMNS: u64 = 256;
+const PANEL: u64 = 1 << 20;
+const QUERIES: u64 = 128;
+const KEYS: u64 = 512;
+const POSITIONS: u64 = 256;
+/// Bytes of an f32.
+const WIDE: u64 = 4;
+
+/// Bytes on the heap now, and the most so far.
+#[derive(Debug)]
+pub(super) struct Heap {
+    cpu: Cpu,
+    now: u64,
+    most: u64,
+}
+
+impl Heap {
+    pub(super) fn new(cpu: Cpu) -> Self {
+        Self { cpu, now: 0, most: 0 }
+    }
+
+    /// The most bytes that were on it.
+    pub(super) fn peak(&self) -> u64 {
+        self.most
+    }
+
+    /// Bytes of a tensor of so many values.
+    pub(super) fn tensor(&self, values: u64) -> u64 {
+        values * self.cpu.value_bytes
+    }
+
+    /// Takes bytes and says how many.
+    pub(super) fn take(&mut self, bytes: u64) -> u64 {
+        self.now += bytes;
+        self.most = self.most.max(self.now);
+        bytes
+    }
+
+    /// Takes a tensor.
+    pub(super) fn take_tensor(&mut self, values: u64) -> u64 {
+        let bytes = self.tensor(values);
+        self.take(bytes)
+    }
+
+    /// Gives back bytes that were taken.
+    pub(super) fn give(&mut self, bytes: u64) {
+        self.now = self.now.saturating_sub(bytes);
+    }
+
+    /// Takes bytes for a moment.
+    pub(super) fn pass(&mut self, bytes: u64) {
+        self.take(bytes);
+        self.give(bytes);
+    }
+
+    /// An f32 copy of a tensor's values, where it has another type.
+    fn widened(&self, values: u64) -> u64 {
+        if self.cpu.value_bytes == WIDE { 0 } else { values * WIDE }
+    }
+
+    /// The left operand of a product, laid out.
+    fn packed(&self, rows: u64, depth: u64) -> u64 {
+        if self.cpu.packs { rows.next_multiple_of(MR) * depth * WIDE } else { 0 }
+    }
+
+    /// A thread's part of the right operand of a product with so many columns, laid out.
+    fn room(&self, depth: u64, columns: u64) -> u64 {
+        if self.cpu.packs { (columns.next_multiple_of(NR) * depth.min(KC) + columns) * WIDE } else { 0 }
+    }
+
+    /// Turns f32 values that were taken into a tensor.
+    fn settle(&mut self, values: u64) -> u64 {
+        if self.cpu.value_bytes == WIDE {
+            return values * WIDE;
+        }
+        let bytes = self.take_tensor(values);
+        self.give(values * WIDE);
+        bytes
+    }
+
+    /// A layer: inputs side by side, and a residual connection or none. The weight is decoded panel by panel.
+    pub(super) fn linear(&mut self, rows: u64, widths: &[u64], out: u64, residual: bool) -> u64 {
+        self.take(rows * out * WIDE);
+        let columns: u64 = widths.iter().sum();
+        let most = (PANEL / columns.max(1)).next_multiple_of(32).clamp(32, COLUMNS);
+        let panel = out.div_ceil(self.cpu.threads.max(1)).next_multiple_of(32).clamp(32, most).min(out);
+        let threads = self.cpu.threads.min(out.div_ceil(panel.max(1)));
+        for (i, width) in widths.iter().enumerate() {
+            let mut extra = self.widened(rows * width) + self.packed(rows, *width);
+            if residual && i + 1 == widths.len() {
+                extra += self.widened(rows * out);
+            }
+            extra += threads * (panel * columns * WIDE + self.room(*width, panel));
+            self.pass(extra + 2 * out * WIDE);
+        }
+        self.settle(rows * out)
+    }
+
+    /// An operation that gives as many values as it takes: a norm, or the split into heads.
+    pub(super) fn map(&mut self, values: u64) -> u64 {
+        self.take(values * WIDE);
+        let extra = self.widened(values);
+        self.pass(extra);
+        self.settle(values)
+    }
+
+    /// Attention of contiguous heads; gives `queries · heads · value_width` values.
+    pub(super) fn attention(&mut self, heads: u64, queries: u64, keys: u64, widths: [u64; 2]) -> u64 {
+        let [d, dv] = widths;
+        let values = heads * queries * dv;
+        self.take(values * WIDE);
+        let inputs =
+            self.widened(heads * queries * d) + self.widened(heads * keys * d) + self.widened(heads * keys * dv);
+        let (rows, columns) = (QUERIES.min(queries), KEYS.min(keys));
+        let mut room = rows * (columns + dv + 2) * WIDE;
+        room += self.packed(rows, d) + self.packed(rows, columns) + self.room(d, columns).max(self.room(columns, dv));
+        let threads = self.cpu.threads.min(heads * queries.div_ceil(QUERIES));
+        self.pass(inputs + threads * room);
+        self.settle(values)
+    }
+
+    /// A convolution of the VAE to `out` channels at `[frames, rows, columns]` positions.
+    pub(super) fn convolution(&mut self, inp: (u64, u64), out: u64, at: [u64; 3], residual: bool, kernel: u64) -> u64 {
+        let (channels, inp_positions) = inp;
+        let [frames, rows, columns] = at;
+        let positions = frames * rows * columns;
+        let depth = channels * kernel.pow(3);
+        self.take(out * positions * WIDE);
+        let threads = self.cpu.threads.min(positions.div_ceil(POSITIONS));
+        let columns = POSITIONS.min(positions);
+        // Where the kernel is not to be had, a thread unfolds its positions as a whole.
+        let room = if self.cpu.packs { self.room(depth, columns) } else { depth * columns * WIDE };
+        let extra = self.widened(channels * inp_positions)
+            + self.widened(out * depth)
+            + self.packed(out, depth)
+            + threads * room;
+        self.pass(extra);
+        if residual {
+            let extra = self.widened(out * positions);
+            self.pass(extra);
+        }
+        self.settle(out * positions)
+    }
+}

@@ -1,0 +1,82 @@
+//! The processor's memory: the machine's, or less where a container has a limit.
+
+use std::{fs, path::Path};
+
+/// Memory of the processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostMemory {
+    /// All that this process may have.
+    pub total_bytes: u64,
+    /// What of it nobody uses now, caches of files counted as free.
+    pub free_bytes: u64,
+    /// The container's limit, where it is below the machine's memory.
+    pub limit_bytes: Option<u64>,
+}
+
+/// Asks the system. Where it does not say, nothing is limited.
+#[must_use]
+pub fn host_memory() -> HostMemory {
+    read(&|path| fs::read_to_string(path).ok())
+}
+
+fn read(file: &dyn Fn(&Path) -> Option<String>) -> HostMemory {
+    let info = file(Path::new("/proc/meminfo")).unwrap_or_default();
+    let machine = field(&info, "MemTotal:").unwrap_or(u64::MAX);
+    let mut memory = HostMemory {
+        total_bytes: machine,
+        free_bytes: field(&info, "MemAvailable:").unwrap_or(machine).min(machine),
+        limit_bytes: None,
+    };
+    // Only version 2 of control groups has the line without a controller. A group's limit binds those below it.
+    let groups = file(Path::new("/proc/self/cgroup")).unwrap_or_default();
+    let Some(own) = groups.lines().find_map(|line| line.strip_prefix("0::/")) else { return memory };
+    for group in Path::new(own).ancestors() {
+        let number = |name: &str| -> Option<u64> {
+            file(&Path::new("/sys/fs/cgroup").join(group).join(name))?.trim().parse().ok()
+        };
+        let Some(limit) = number("memory.max") else { continue }; // `max`, or the root, which has no limit.
+        if limit < memory.total_bytes {
+            memory.total_bytes = limit;
+            memory.limit_bytes = Some(limit);
+        }
+        memory.free_bytes = memory.free_bytes.min(limit.saturating_sub(number("memory.current").unwrap_or(0)));
+    }
+    memory
+}
+
+/// A field of `/proc/meminfo`, which counts in KiB.
+fn field(info: &str, name: &str) -> Option<u64> {
+    let line = info.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MACHINE: &str = "MemTotal:       16384 kB\nMemFree:  1 kB\nMemAvailable:    8192 kB\n";
+
+    fn with(files: &[(&str, &str)]) -> HostMemory {
+        read(&|path| files.iter().find(|(name, _)| Path::new(name) == path).map(|(_, text)| (*text).to_owned()))
+    }
+
+    #[test]
+    fn without_a_container_the_machine_counts() {
+        let memory = with(&[("/proc/meminfo", MACHINE), ("/proc/self/cgroup", "0::/\n")]);
+        assert_eq!(memory, HostMemory { total_bytes: 16 << 20, free_bytes: 8 << 20, limit_bytes: None });
+        assert_eq!(with(&[]).total_bytes, u64::MAX);
+    }
+
+    #[test]
+    fn the_least_limit_of_the_group_and_those_above_it_counts() {
+        let memory = with(&[
+            ("/proc/meminfo", MACHINE),
+            ("/proc/self/cgroup", "1:cpu:/x\n0::/pods/one\n"),
+            ("/sys/fs/cgroup/pods/one/memory.max", "max\n"),
+            ("/sys/fs/cgroup/pods/memory.max", "4194304\n"),
+            ("/sys/fs/cgroup/pods/memory.current", "1048576\n"),
+            ("/sys/fs/cgroup/memory.max", "9999999999\n"),
+        ]);
+        assert_eq!(memory, HostMemory { total_bytes: 4 << 20, free_bytes: 3 << 20, limit_bytes: Some(4 << 20) });
+    }
+}

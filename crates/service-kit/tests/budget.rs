@@ -1,0 +1,160 @@
+//! The budget counts the whole process's heap, so its tests have a process of their own each.
+
+use std::{
+    cell::RefCell,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use proto::v1::Stage;
+use service_kit::{
+    ServiceError,
+    config::{Compute, StageConfig},
+    device::DeviceWorker,
+    hardware::DeviceConfig,
+    memory::{Watch, current_bytes},
+    stage::{StageHost, StageModel},
+};
+use tokio_util::sync::CancellationToken;
+
+const MIB: usize = 1 << 20;
+
+thread_local! {
+    static WATCH: RefCell<Option<Watch>> = const { RefCell::new(None) };
+}
+
+fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
+    WATCH.set(Some(watch));
+    let result = work();
+    WATCH.set(None);
+    result
+}
+
+/// Holds so many MiB, as a layer does: asks first.
+fn hold(mib: usize) -> Result<Vec<u8>, ServiceError> {
+    let allowed = WATCH.with_borrow(|watch| watch.as_ref().is_none_or(|watch| watch.allows((mib * MIB) as u64)));
+    if allowed { Ok(vec![1; mib * MIB]) } else { Err(ServiceError::internal("stopped")) }
+}
+
+/// A stage whose weights take 16 MiB, and what its generations keep.
+struct Model<const STAGE: usize> {
+    _weights: Vec<u8>,
+    kept: Vec<u8>,
+}
+
+impl<const N: usize> StageModel for Model<N> {
+    type Options = ();
+
+    const STAGE: Stage = if N == 0 { Stage::Diffusion } else { Stage::VaeDecode };
+    const NAME: &'static str = if N == 0 { "diffusion" } else { "vae-decode" };
+
+    fn open(_: &Path, _: Compute, (): &()) -> Result<Self, ServiceError> {
+        Ok(Self { _weights: hold(16)?, kept: Vec::new() })
+    }
+
+    fn files(_: &Path, (): &()) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        self.kept.len() as u64
+    }
+
+    fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
+        watched(watch, work)
+    }
+}
+
+type Host<const N: usize> = Arc<StageHost<Model<N>>>;
+
+/// Two stages on one device with so much more than the process has already.
+fn start(mib: usize, pressure_percent: u8) -> (Host<0>, Host<1>) {
+    let budget_bytes = current_bytes() + (mib * MIB) as u64;
+    let device = DeviceConfig { budget_bytes, pressure_percent, ..DeviceConfig::cpu() };
+    let config = StageConfig { device, ..StageConfig::local("none") };
+    let worker = DeviceWorker::spawn(&config.device, 4).unwrap();
+    let first = StageHost::new(&config, (), worker.clone(), CancellationToken::new());
+    (first, StageHost::new(&config, (), worker, CancellationToken::new()))
+}
+
+#[tokio::test]
+async fn a_request_that_passes_the_budget_fails_with_its_numbers_and_the_next_one_runs() {
+    let (host, _) = start(64, 100);
+    let error = host.submit(|_, _| hold(100).map(drop)).unwrap().await.unwrap_err();
+    let ServiceError::DeviceMemory { stage, needed_bytes, free_bytes, budget_bytes } = &error else {
+        panic!("{error:?}")
+    };
+    assert_eq!((stage.as_str(), *needed_bytes), ("diffusion", 100 << 20));
+    assert!((32 << 20..=48 << 20).contains(free_bytes), "{error}");
+    assert!(*budget_bytes >= 64 << 20, "{error}");
+    assert_eq!(host.submit(|_, _| hold(30).map(|held| held.len())).unwrap().await, Ok(30 << 20));
+    let report = host.memory();
+    assert_eq!(report.budget_bytes, *budget_bytes);
+    assert!(report.peak_bytes < 64 << 20, "{report:?}");
+}
+
+#[tokio::test]
+async fn weights_that_do_not_fit_are_out_of_memory_and_not_a_broken_checkpoint() {
+    let (host, _) = start(8, 100);
+    let error = host.submit(|_, _| Ok(())).unwrap().await.unwrap_err();
+    assert!(matches!(error, ServiceError::DeviceMemory { needed_bytes, .. } if needed_bytes == 16 << 20), "{error:?}");
+}
+
+#[tokio::test]
+async fn above_the_mark_idle_stages_go_and_below_it_nothing_does() {
+    let (first, second) = start(64, 85);
+    first.submit(|_, _| Ok(())).unwrap().await.unwrap();
+    second.submit(|_, _| Ok(())).unwrap().await.unwrap();
+    assert!(first.memory().resident_bytes > 0 && !first.memory().pressure);
+    // The heap's rest counts too, so the mark is passed by a generation's own features.
+    let budget = first.memory().budget_bytes as usize;
+    let fill = (budget / 100 * 90).saturating_sub(current_bytes() as usize) / MIB;
+    second.submit(move |model, _| hold(fill).map(|kept| model.kept = kept)).unwrap().await.unwrap();
+    assert!(second.memory().pressure && second.memory().unloaded_stages == 0);
+    second.submit(|_, _| Ok(())).unwrap().await.unwrap();
+    assert_eq!((first.memory().resident_bytes, second.memory().unloaded_stages), (0, 1));
+}
+
+#[tokio::test]
+async fn new_work_waits_while_a_generation_fills_the_device_and_begins_when_it_has_ended() {
+    let (first, second) = start(64, 60);
+    let budget = first.memory().budget_bytes as usize;
+    let fill = (budget / 100 * 80).saturating_sub(current_bytes() as usize + 16 * MIB) / MIB;
+    second.submit(move |model, _| hold(fill).map(|kept| model.kept = kept)).unwrap().await.unwrap();
+    let error = first.submit_new(|_, _| Ok(())).unwrap().await.unwrap_err();
+    assert!(matches!(error, ServiceError::ResourceExhausted { retry_after: Some(_), .. }), "{error:?}");
+    // What a generation that is under way needs is not refused.
+    second.submit(|_, _| Ok(())).unwrap().await.unwrap();
+    second
+        .submit(|model, _| {
+            model.kept = Vec::new();
+            Ok(())
+        })
+        .unwrap()
+        .await
+        .unwrap();
+    first.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
+    assert!(!first.memory().pressure);
+}
+
+#[tokio::test]
+async fn a_caller_that_is_gone_stops_the_work_at_the_next_layer() {
+    let (host, _) = start(64, 100);
+    let (began, begun) = tokio::sync::oneshot::channel();
+    let (told, tell) = tokio::sync::oneshot::channel();
+    let pending = host
+        .submit(move |_, _| {
+            began.send(()).unwrap();
+            let refused = loop {
+                if let Err(refused) = hold(1) {
+                    break refused;
+                }
+            };
+            told.send(refused.to_string()).unwrap();
+            Ok(())
+        })
+        .unwrap();
+    begun.await.unwrap();
+    drop(pending);
+    tokio::time::timeout(std::time::Duration::from_secs(20), tell).await.unwrap().unwrap();
+}

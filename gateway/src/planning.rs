@@ -1,0 +1,280 @@
+//! Tiers and plans as the contract has them: the gateway answers from the same planner as the command line.
+
+use std::{fmt, sync::Arc};
+
+use planner::{
+    Bytes, Device, ModelTable, Plan, Planner, Precision, Refusal, Request, Stage, Tier,
+    plan::{Choice, Fit},
+    size::PictureSize,
+    tiers::Excess,
+};
+use proto::v1;
+
+use crate::{
+    config::TierOptions,
+    fault::{Fault, Kind, Violation},
+};
+
+/// Most cards of a request.
+const MOST_CARDS: usize = 16;
+const SIDE: std::ops::RangeInclusive<u32> = 64..=4096;
+const FRAMES: std::ops::RangeInclusive<u32> = 1..=15_000;
+const STEPS: std::ops::RangeInclusive<u32> = 1..=200;
+
+/// What a gateway knows of the checkpoint and the devices of its stages.
+#[derive(Debug, Clone)]
+pub struct Fleet {
+    /// The checkpoint.
+    pub table: ModelTable,
+    /// The devices.
+    pub devices: Vec<Device>,
+}
+
+/// Asks for it; blocking, as headers are read and a device may be measured. The error is a sentence.
+#[derive(Clone)]
+pub struct FleetSource(Arc<dyn Fn() -> Result<Fleet, String> + Send + Sync>);
+
+impl FleetSource {
+    /// A source that asks `ask`.
+    pub fn new(ask: impl Fn() -> Result<Fleet, String> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(ask))
+    }
+}
+
+impl fmt::Debug for FleetSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("FleetSource")
+    }
+}
+
+/// The tiers, as the contract has them.
+#[must_use]
+pub fn list(options: &TierOptions) -> v1::ListTiersResponse {
+    v1::ListTiersResponse {
+        tiers: options.tiers.all().iter().map(tier).collect(),
+        in_force: options.limit().map(|tier| tier.name.clone()).unwrap_or_default(),
+    }
+}
+
+fn tier(tier: &Tier) -> v1::Tier {
+    v1::Tier {
+        name: tier.name.clone(),
+        from_gb: tier.from_gb,
+        to_gb: tier.to_gb,
+        pixels: tier.limits.pixels,
+        frames: tier.limits.frames,
+        audio_seconds: tier.limits.audio_seconds,
+        steps: tier.limits.steps,
+    }
+}
+
+/// Makes a plan. Blocking.
+///
+/// Errors: a value that is not allowed or past the tier's limits; no device; nothing that fits.
+pub fn plan(
+    request: &v1::PlanGenerationRequest,
+    options: &TierOptions,
+    source: Option<&FleetSource>,
+) -> Result<Plan, Fault> {
+    check(request)?;
+    let unreadable = |reason: String| Fault::new(Kind::Precondition, reason);
+    let fleet = source.map(|source| (source.0)()).transpose().map_err(unreadable)?;
+    let table = match &fleet {
+        Some(fleet) => fleet.table.clone(),
+        None => ModelTable::published().map_err(unreadable)?,
+    };
+    let cards = request.vram_bytes.iter().enumerate();
+    let devices: Vec<Device> = match (request.vram_bytes.is_empty(), fleet) {
+        (false, _) => cards.map(|(i, total)| Device::card(i, Bytes(*total))).collect(),
+        (true, Some(fleet)) => fleet.devices,
+        (true, None) => {
+            let reason = "this gateway knows no device of its stages; name cards in vram_bytes";
+            return Err(Fault::new(Kind::Precondition, reason));
+        }
+    };
+    let planner = Planner {
+        table,
+        tiers: options.tiers.clone(),
+        devices,
+        tier: match request.tier.as_str() {
+            "" => Choice::Unlimited,
+            "auto" => Choice::Auto,
+            name => Choice::Named(name.to_owned()),
+        },
+        precisions: vec![Precision::Bf16, Precision::Fp8, Precision::Q4K],
+        allow_degrade: request.allow_degrade,
+    };
+    let size = request.width.zip(request.height);
+    let on_grid = |side: u32| side.next_multiple_of(16);
+    let wanted = Request {
+        size: size.map(|(width, height)| PictureSize { width: on_grid(width), height: on_grid(height) }),
+        frames: request.frames,
+        steps: request.steps,
+    };
+    planner.plan(&wanted).map_err(|refusal| refused(&refusal))
+}
+
+fn check(request: &v1::PlanGenerationRequest) -> Result<(), Fault> {
+    let mut wrong = Vec::new();
+    for (field, value, range) in [
+        ("width", request.width, SIDE),
+        ("height", request.height, SIDE),
+        ("frames", request.frames, FRAMES),
+        ("steps", request.steps, STEPS),
+    ] {
+        if let Some(value) = value.filter(|value| !range.contains(value)) {
+            let message = format!("{value}; allowed are {} to {}", range.start(), range.end());
+            wrong.push(Violation { field: field.into(), message });
+        }
+    }
+    if request.width.is_some() != request.height.is_some() {
+        wrong.push(Violation { field: "width".into(), message: "width and height go together".into() });
+    }
+    let cards = request.vram_bytes.len();
+    if cards > MOST_CARDS || request.vram_bytes.iter().any(|bytes| !(1..=1 << 50).contains(bytes)) {
+        let message = format!("{cards} cards; allowed are up to {MOST_CARDS} of 1 to 2^50 bytes");
+        wrong.push(Violation { field: "vram_bytes".into(), message });
+    }
+    if wrong.is_empty() { Ok(()) } else { Err(Fault::of_violations(Kind::Invalid, wrong)) }
+}
+
+/// Values past a tier's limits, as the caller's fault.
+#[must_use]
+pub fn past_limits(excesses: &[Excess]) -> Fault {
+    let violation = |excess: &Excess| Violation { field: excess.field.into(), message: excess.to_string() };
+    Fault::of_violations(Kind::Invalid, excesses.iter().map(violation).collect())
+}
+
+fn refused(refusal: &Refusal) -> Fault {
+    let told = refusal.to_string();
+    match refusal {
+        Refusal::UnknownTier(_) | Refusal::NoTier => Fault::invalid("tier", told),
+        Refusal::Limits(excesses) => past_limits(excesses),
+        Refusal::Model { .. } => Fault::invalid("width", told),
+        Refusal::NoPrecision | Refusal::NoDevice => Fault::new(Kind::Precondition, told),
+        Refusal::Memory(_) => Fault::new(Kind::Exhausted, told),
+    }
+}
+
+/// A plan, as the contract has it.
+#[must_use]
+pub fn message(plan: &Plan) -> v1::GenerationPlan {
+    v1::GenerationPlan {
+        tier: plan.tier.clone(),
+        limited: plan.limited,
+        model: plan.model.clone(),
+        width: plan.outcome.width,
+        height: plan.outcome.height,
+        frames: plan.outcome.frames,
+        window_frames: plan.outcome.window_frames,
+        windows: plan.outcome.windows,
+        steps: plan.outcome.steps,
+        stages: plan
+            .stages
+            .iter()
+            .map(|planned| v1::StagePlan {
+                stage: stage(planned.stage).into(),
+                device: planned.device.clone(),
+                fit: Some(fit(&planned.fit)),
+                resident_bytes: planned.resident_bytes,
+                peak_bytes: planned.peak_bytes,
+                seconds: planned.seconds,
+            })
+            .collect(),
+        phases: plan
+            .phases
+            .iter()
+            .map(|phase| v1::PlanPhase {
+                device: phase.device.clone(),
+                stage: stage(phase.phase).into(),
+                peak_bytes: phase.peak_bytes,
+                usable_bytes: phase.usable_bytes,
+            })
+            .collect(),
+        peak_bytes: plan.peak_bytes,
+        seconds: plan.seconds,
+        rates_measured: plan.rates.iter().all(|rates| rates.rates.measured),
+        degraded: plan.degraded.clone(),
+        reasons: plan.reasons.clone(),
+    }
+}
+
+fn stage(stage: Stage) -> v1::Stage {
+    match stage {
+        Stage::AudioEncoder => v1::Stage::AudioEncoder,
+        Stage::TextEncoder => v1::Stage::TextEncoder,
+        Stage::ImageEncoder => v1::Stage::ImageEncoder,
+        Stage::Diffusion => v1::Stage::Diffusion,
+        Stage::VaeDecode => v1::Stage::VaeDecode,
+    }
+}
+
+fn fit(fit: &Fit) -> v1::StageFit {
+    match fit {
+        Fit::Cuda(fit) => v1::StageFit {
+            precision: fit.precision.name().to_owned(),
+            weights_mapped: false,
+            resident_blocks: fit.resident_blocks,
+            blocks: fit.blocks,
+            prefetch: fit.prefetch,
+            token_chunks: fit.token_chunks,
+            query_chunk: fit.query_chunk,
+            tile_pixels: fit.tile[0],
+            tile_frames: fit.tile[1],
+            branches_together: fit.branches_together,
+        },
+        Fit::Cpu(fit) => v1::StageFit {
+            precision: fit.precision.name().to_owned(),
+            weights_mapped: fit.weights_mapped,
+            tile_pixels: fit.tile[0],
+            tile_frames: fit.tile[1],
+            branches_together: fit.branches_together,
+            ..v1::StageFit::default()
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card(gib: u64) -> v1::PlanGenerationRequest {
+        v1::PlanGenerationRequest { vram_bytes: vec![gib << 30], ..Default::default() }
+    }
+
+    #[test]
+    fn a_plan_for_a_card_that_is_not_here_needs_no_device() {
+        let options = TierOptions::default();
+        let message = message(&plan(&card(8), &options, None).unwrap());
+        assert_eq!((message.tier.as_str(), message.limited, message.stages.len()), ("ultra-low", false, 5));
+        assert!(message.peak_bytes < 8 << 30 && !message.reasons.is_empty() && !message.rates_measured);
+        let fault = plan(&v1::PlanGenerationRequest::default(), &options, None).unwrap_err();
+        assert!(fault.kind == Kind::Precondition && fault.message.contains("vram_bytes"), "{fault}");
+    }
+
+    #[test]
+    fn every_wrong_value_of_a_plan_is_named_at_once() {
+        let request = v1::PlanGenerationRequest {
+            width: Some(63),
+            frames: Some(0),
+            steps: Some(201),
+            vram_bytes: vec![0; 17],
+            ..Default::default()
+        };
+        let fault = plan(&request, &TierOptions::default(), None).unwrap_err();
+        let fields: Vec<&str> = fault.violations.iter().map(|v| v.field.as_str()).collect();
+        assert_eq!(fields, ["width", "frames", "steps", "width", "vram_bytes"]);
+    }
+
+    #[test]
+    fn what_does_not_fit_and_what_is_past_a_tier_are_told_apart() {
+        let large = v1::PlanGenerationRequest { width: Some(1024), height: Some(1536), frames: Some(129), ..card(4) };
+        let fault = plan(&large, &TierOptions::default(), None).unwrap_err();
+        assert!(fault.kind == Kind::Exhausted && fault.message.contains("would fit"), "{fault}");
+        let limited = v1::PlanGenerationRequest { tier: "low".into(), ..large };
+        let fault = plan(&limited, &TierOptions::default(), None).unwrap_err();
+        assert_eq!((fault.kind, fault.violations[0].field.as_str()), (Kind::Invalid, "size"));
+        let unknown = v1::PlanGenerationRequest { tier: "none".into(), ..card(8) };
+        assert_eq!(plan(&unknown, &TierOptions::default(), None).unwrap_err().field(), Some("tier"));
+    }
+}

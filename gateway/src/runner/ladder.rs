@@ -1,0 +1,133 @@
+//! What is tried when a stage's device is out of memory, in order.
+//!
+//! Every rung needs less memory than the one before. Whoever climbs repeats only the call that failed: a step from its
+//! own latents, or the decoding of latents that are finished.
+
+use std::{collections::VecDeque, future::Future};
+
+use proto::v1::Stage;
+
+use super::run::Run;
+use crate::fault::{Fault, Kind, stage_name};
+
+/// Most that the decoder's tiles are shrunk by.
+const TILE_DIVISORS: [u32; 2] = [2, 4];
+
+/// One way to need less memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rung {
+    /// The other stages of the device give theirs back.
+    UnloadOthers,
+    /// Each call holds one pass: window and branches one after the other.
+    OnePass,
+    /// No features are kept: steps that would reuse them run in full.
+    NoFeatures,
+    /// The decoder's tiles are so many times shorter.
+    SmallerTiles(u32),
+}
+
+impl Rung {
+    fn said(self) -> String {
+        match self {
+            Self::UnloadOthers => "the other stages of its device unloaded".into(),
+            Self::OnePass => "one pass a call".into(),
+            Self::NoFeatures => "no features kept between steps".into(),
+            Self::SmallerTiles(divisor) => format!("tiles {divisor} times shorter"),
+        }
+    }
+}
+
+/// The rungs of one stage that are left.
+#[derive(Debug)]
+pub(crate) struct Ladder {
+    stage: Stage,
+    left: VecDeque<Rung>,
+    tried: Vec<String>,
+}
+
+impl Ladder {
+    /// The ladder of a stage; `features` where the steps keep some.
+    pub(crate) fn of(stage: Stage, features: bool) -> Self {
+        let mut left = VecDeque::from([Rung::UnloadOthers]);
+        match stage {
+            Stage::Diffusion => {
+                left.push_back(Rung::OnePass);
+                left.extend(features.then_some(Rung::NoFeatures));
+            }
+            Stage::VaeDecode => left.extend(TILE_DIVISORS.map(Rung::SmallerTiles)),
+            Stage::Unspecified | Stage::AudioEncoder | Stage::TextEncoder | Stage::ImageEncoder => {}
+        }
+        Self { stage, left, tried: Vec::new() }
+    }
+
+    /// Lets the other stages be unloaded again: since the last time, other generations may have loaded them.
+    pub(crate) fn renew(&mut self) {
+        if self.left.front() != Some(&Rung::UnloadOthers) {
+            self.left.push_front(Rung::UnloadOthers);
+        }
+    }
+
+    /// The rung to take after `fault`, which the run tells of; unloading is done already.
+    ///
+    /// Errors: `fault` itself where it is of another kind, or with what was tried where nothing is left.
+    pub(crate) async fn next(&mut self, run: &Run, fault: Fault) -> Result<Rung, Fault> {
+        if fault.kind != Kind::OutOfMemory {
+            return Err(fault);
+        }
+        while let Some(rung) = self.left.pop_front() {
+            let mut said = rung.said();
+            if rung == Rung::UnloadOthers {
+                let unloaded = run.stages.unload_beside(self.stage).await;
+                if unloaded.is_empty() {
+                    continue;
+                }
+                said = format!("{} unloaded", unloaded.join(", "));
+            }
+            self.tell(run, rung, &fault, &said).await;
+            if !self.tried.contains(&said) {
+                self.tried.push(said);
+            }
+            return Ok(rung);
+        }
+        let tried =
+            if self.tried.is_empty() { "nothing, as nothing is left to free".into() } else { self.tried.join("; ") };
+        Err(Fault { message: format!("{fault}. Tried: {tried}"), ..fault })
+    }
+
+    async fn tell(&self, run: &Run, rung: Rung, fault: &Fault, said: &str) {
+        tracing::warn!(stage = stage_name(self.stage), %fault, "out of memory; tried again with {said}");
+        let sentence = sentence(self.stage, said);
+        match rung {
+            // The pictures may not be quite the same.
+            Rung::NoFeatures | Rung::SmallerTiles(_) => run.warn(self.stage, sentence).await,
+            Rung::UnloadOthers | Rung::OnePass => run.note(self.stage, sentence).await,
+        }
+    }
+}
+
+/// Says again in this run that a denoise does without features, as an earlier process decided.
+pub(crate) async fn still_without_features(run: &Run) {
+    run.warn(Stage::Diffusion, sentence(Stage::Diffusion, &Rung::NoFeatures.said())).await;
+}
+
+fn sentence(stage: Stage, said: &str) -> String {
+    format!("{} ran out of memory and goes on with {said}", stage_name(stage))
+}
+
+/// Calls a stage until it answers or its ladder ends; the call gets the divisor of the decoder's tiles.
+pub(crate) async fn climb<T, F>(run: &Run, stage: Stage, mut call: impl FnMut(u32) -> F) -> Result<T, Fault>
+where
+    F: Future<Output = Result<T, Fault>>,
+{
+    let (mut ladder, mut divisor) = (Ladder::of(stage, false), 1);
+    loop {
+        match run.patience.call(|| call(divisor)).await {
+            Ok(value) => return Ok(value),
+            Err(fault) => {
+                if let Rung::SmallerTiles(by) = ladder.next(run, fault).await? {
+                    divisor = by;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! `avatar devices`: what this machine can compute on.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+use service_kit::hardware::{Card, Driver, HostMemory, Nvml, cards, host_memory};
+
+use crate::{
+    config::DevicesFlags,
+    progress::{print_line, print_text},
+};
+
+/// Prints the devices on standard output.
+pub fn show(flags: &DevicesFlags) {
+    let driver = Nvml::load();
+    let driver: Option<&dyn Driver> = driver.as_ref().map(|driver| driver as &dyn Driver);
+    let (host, cards) = (host_memory(), cards(driver));
+    let version = driver.and_then(Driver::version);
+    if flags.json {
+        print_line(&as_json(&host, &cards, version.as_deref()));
+    } else {
+        print_text(as_text(&host, &cards, version.as_deref()).trim_end());
+    }
+}
+
+fn as_json(host: &HostMemory, cards: &[Card], driver: Option<&str>) -> Value {
+    let cpu = json!({
+        "device": "cpu",
+        "usable": true,
+        "total_bytes": host.total_bytes,
+        "free_bytes": host.free_bytes,
+        "limit_bytes": host.limit_bytes,
+    });
+    let cards = cards.iter().map(|card| {
+        json!({
+            "device": format!("cuda:{}", card.index),
+            "usable": false,
+            "name": card.name,
+            "uuid": card.uuid,
+            "total_bytes": card.total_bytes,
+            "free_bytes": card.free_bytes,
+            "used_by_others_bytes": card.used_by_others_bytes,
+            "temperature_celsius": card.temperature_celsius,
+            "throttled": card.throttled,
+            "ecc_errors": card.ecc_errors,
+        })
+    });
+    json!({ "devices": std::iter::once(cpu).chain(cards).collect::<Vec<_>>(), "cuda_driver": driver })
+}
+
+fn as_text(host: &HostMemory, cards: &[Card], driver: Option<&str>) -> String {
+    let mut text = format!("cpu     {} of {} free", gib(host.free_bytes), gib(host.total_bytes));
+    if host.limit_bytes.is_some() {
+        text.push_str(", the container's limit");
+    }
+    text.push('\n');
+    for card in cards {
+        let (free, total) = (gib(card.free_bytes), gib(card.total_bytes));
+        let others = gib(card.used_by_others_bytes);
+        // Writing to a string does not fail.
+        let _ = write!(text, "cuda:{}  {free} of {total} free, others hold {others}; {}", card.index, card.name);
+        let _ = write!(text, ", {}", card.uuid);
+        if let Some(degrees) = card.temperature_celsius {
+            let _ = write!(text, ", {degrees} degrees Celsius");
+        }
+        if !card.throttled.is_empty() {
+            let _ = write!(text, ", slowed down ({})", card.throttled.join(", "));
+        }
+        if let Some(errors) = card.ecc_errors.filter(|&errors| errors > 0) {
+            let _ = write!(text, ", {errors} memory errors that could not be mended");
+        }
+        text.push('\n');
+    }
+    match driver {
+        None if cards.is_empty() => text.push_str("No NVIDIA driver answers, so there are no CUDA devices.\n"),
+        _ if !cards.is_empty() => text.push_str("This build has no CUDA: it computes on cpu only.\n"),
+        _ => {}
+    }
+    text
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / f64::from(1u32 << 30))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: HostMemory = HostMemory { total_bytes: 8 << 30, free_bytes: 6 << 30, limit_bytes: Some(8 << 30) };
+
+    struct OneCard;
+
+    impl Driver for OneCard {
+        fn version(&self) -> Option<String> {
+            Some("570.1".to_owned())
+        }
+
+        fn cards(&self) -> Result<Vec<Card>, String> {
+            Ok(vec![Card {
+                index: 0,
+                name: "Card X".into(),
+                uuid: "GPU-1".into(),
+                total_bytes: 4 << 30,
+                free_bytes: 1 << 30,
+                used_by_others_bytes: 3 << 30,
+                temperature_celsius: Some(81),
+                throttled: vec!["temperature"],
+                ecc_errors: Some(2),
+            }])
+        }
+    }
+
+    #[test]
+    fn people_read_everything_that_is_wrong_with_a_card() {
+        let text = as_text(&HOST, &cards(Some(&OneCard)), OneCard.version().as_deref());
+        for part in ["6.0 GiB of 8.0 GiB free, the container's limit", "cuda:0", "1.0 GiB of 4.0 GiB free", "Card X"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        for part in ["GPU-1", "others hold 3.0 GiB", "81 degrees", "slowed down (temperature)", "2 memory errors"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        assert!(text.contains("no CUDA: it computes on cpu only"), "{text}");
+        assert!(as_text(&HOST, &[], None).contains("No NVIDIA driver answers"));
+    }
+
+    #[test]
+    fn programs_read_bytes() {
+        let value = as_json(&HOST, &cards(Some(&OneCard)), Some("570.1"));
+        assert_eq!(
+            value["devices"][0],
+            json!({
+                "device": "cpu",
+                "usable": true,
+                "total_bytes": 8u64 << 30,
+                "free_bytes": 6u64 << 30,
+                "limit_bytes": 8u64 << 30,
+            })
+        );
+        assert_eq!((&value["devices"][1]["uuid"], &value["devices"][1]["ecc_errors"]), (&json!("GPU-1"), &json!(2)));
+        assert_eq!(value["devices"][1]["used_by_others_bytes"], json!(3u64 << 30));
+        assert_eq!(value["cuda_driver"], json!("570.1"));
+    }
+}

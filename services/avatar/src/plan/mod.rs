@@ -1,0 +1,166 @@
+//! `avatar plan` and `avatar tiers`: what the planner would do, before any weight is read.
+
+pub mod flags;
+mod machine;
+mod rates;
+mod show;
+
+use std::path::Path;
+
+use gateway::{
+    TierOptions,
+    config::TierFlags,
+    planning::{Fleet, FleetSource},
+};
+use model::checkpoint::Choice as Form;
+use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Refusal, Request};
+use serde_json::json;
+use service_kit::hardware::{DeviceConfig, DeviceName, Driver, Nvml, cards, host_memory};
+
+use self::flags::{PlanFlags, TiersFlags};
+use crate::{
+    compute::ComputeByStage,
+    failure::{FAILED, Failure},
+    progress::{print_line, print_text},
+};
+
+/// Lists the tiers.
+///
+/// Errors: the file of tiers is wrong.
+pub fn tiers(flags: &TiersFlags) -> Result<(), Failure> {
+    let TierOptions { tiers, .. } = tier_options(&TierFlags { tiers: flags.tiers.clone(), ..TierFlags::default() })?;
+    match flags.json {
+        true => print_line(&json!({ "tiers": tiers })),
+        false => print_text(&show::tiers(&tiers)),
+    }
+    Ok(())
+}
+
+/// Makes a plan and shows it.
+///
+/// Errors: the checkpoint or the file of tiers is wrong, the request is past the tier's limits, or nothing fits.
+pub fn plan(flags: &PlanFlags) -> Result<(), Failure> {
+    let TierOptions { tiers, choice: tier, allow_degrade } = tier_options(&flags.tier)?;
+    let planner = Planner {
+        table: table(flags.models.as_deref(), flags.weights)?,
+        tiers,
+        devices: devices(flags)?,
+        tier,
+        precisions: flags.precision.clone(),
+        allow_degrade,
+    };
+    let of_speech = |seconds: f64| ((seconds * f64::from(planner::clip::FPS)) as u32).max(1);
+    let request = Request {
+        size: flags.size.map(|size| size.0),
+        frames: flags.frames.or(flags.seconds.map(of_speech)),
+        steps: flags.steps,
+    };
+    let plan = planner.plan(&request).map_err(|refusal| failure(&refusal))?;
+    match flags.json {
+        true => print_line(&json(&plan)?),
+        false => print_text(&show::plan(&plan)),
+    }
+    Ok(())
+}
+
+fn json(plan: &Plan) -> Result<serde_json::Value, Failure> {
+    serde_json::to_value(plan).map_err(|e| Failure::local("the plan", e))
+}
+
+/// What flags about tiers say.
+///
+/// Errors: the file of tiers cannot be read or is wrong, or no tier has the name.
+pub fn tier_options(flags: &TierFlags) -> Result<TierOptions, Failure> {
+    flags.resolve().map_err(|(flag, told)| Failure::input(flag, told))
+}
+
+/// The options with the tier of the device instead of `auto`.
+#[must_use]
+pub fn here(options: TierOptions, device: &DeviceConfig) -> TierOptions {
+    options.on_device(Bytes(device.budget_bytes))
+}
+
+/// What a gateway in this process plans for: the checkpoint below `models`, and the device of its stages.
+#[must_use]
+pub fn fleet(models: &Path, (compute, weights): (ComputeByStage, Form), device: DeviceName) -> FleetSource {
+    let models = models.to_owned();
+    FleetSource::new(move || {
+        let told = |failure: Failure| failure.to_string();
+        let table = table(Some(&models), weights).map_err(told)?;
+        Ok(Fleet { table, devices: vec![local(device, compute).map_err(told)?] })
+    })
+}
+
+fn table(models: Option<&Path>, weights: Form) -> Result<ModelTable, Failure> {
+    match models {
+        None => ModelTable::published().map_err(|e| Failure::local("the embedded table", e)),
+        Some(models) => {
+            let models = crate::generate::models_folder(Some(models))?;
+            model::blueprint::model_table(&models, weights).map_err(|e| Failure {
+                code: "FAILED_PRECONDITION",
+                exit: FAILED,
+                ..Failure::input("models", e.to_string())
+            })
+        }
+    }
+}
+
+fn devices(flags: &PlanFlags) -> Result<Vec<Device>, Failure> {
+    if flags.vram.is_empty() {
+        return Ok(vec![local(flags.device, flags.compute)?]);
+    }
+    Ok(flags.vram.iter().enumerate().map(|(i, total)| Device::card(i, *total)).collect())
+}
+
+/// A device of this machine: the CPU with a budget or with what is free of its memory, or a card as its driver says.
+fn local(name: DeviceName, compute: ComputeByStage) -> Result<Device, Failure> {
+    match name {
+        DeviceName::Cpu { budget_bytes } => {
+            let host = host_memory();
+            Ok(Device {
+                name: "cpu".to_owned(),
+                kind: DeviceKind::Cpu(machine::cpus(compute)),
+                total: Bytes(budget_bytes.unwrap_or(host.total_bytes)),
+                free: Bytes(budget_bytes.unwrap_or(host.free_bytes)),
+                rates: rates::of_this_machine(),
+            })
+        }
+        DeviceName::Cuda { index } => {
+            let driver = Nvml::load();
+            let all = cards(driver.as_ref().map(|driver| driver as &dyn Driver));
+            let card = all.iter().find(|card| card.index == index).ok_or_else(|| {
+                Failure::input(
+                    "device",
+                    format!("cuda:{index}: there is no such card here; --vram plans for one all the same"),
+                )
+            })?;
+            Ok(Device {
+                free: Bytes(card.free_bytes),
+                name: name.to_string(),
+                ..Device::card(0, Bytes(card.total_bytes))
+            })
+        }
+    }
+}
+
+/// A refusal as a command's failure.
+fn failure(refusal: &Refusal) -> Failure {
+    let told = refusal.to_string();
+    match refusal {
+        Refusal::UnknownTier(_) | Refusal::NoTier => Failure::input("tier", told),
+        Refusal::Limits(excesses) => {
+            let field = if let [only] = excesses.as_slice() { only.field } else { "tier" };
+            Failure { advice: Some("--allow-degrade lowers what is past the limits"), ..Failure::input(field, told) }
+        }
+        Refusal::Model { .. } => Failure::input("size", told),
+        Refusal::NoPrecision => Failure::input("precision", told),
+        Refusal::NoDevice => Failure::input("vram", told),
+        Refusal::Memory(_) => Failure {
+            code: "RESOURCE_EXHAUSTED",
+            message: told,
+            field: None,
+            exit: FAILED,
+            advice: Some("--allow-degrade takes the nearest setting that fits"),
+        },
+    }
+}

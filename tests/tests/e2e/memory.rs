@@ -1,0 +1,213 @@
+//! Promises about memory, kept by real processes: budgets, what is given back, and what is said when it ends.
+
+use std::{fs, path::Path};
+
+use gateway::Stages;
+use proto::{
+    tensor::HostTensor,
+    v1::{
+        DecodeLatentsHeader, DecodeLatentsRequest, DescribeRequest, LoadRequest, MemoryReport, UnloadRequest,
+        decode_latents_request, decode_latents_response, stage_service_client::StageServiceClient,
+        vae_decode_service_client::VaeDecodeServiceClient,
+    },
+};
+use serde_json::Value;
+use service_kit::ServiceError;
+use tonic::transport::Channel;
+
+use crate::{
+    inputs::{portrait, tone},
+    stack::{Process, STAGES, avatar, text, tiny_models},
+};
+
+const MIB: u64 = 1 << 20;
+
+fn start(name: &str, device: &str) -> Process {
+    let models = tiny_models();
+    let models = models.to_str().unwrap();
+    Process::start(name, &["--listen", "127.0.0.1:0", "--models", models, "--device", device])
+}
+
+async fn channel(process: &Process) -> Channel {
+    Channel::from_shared(format!("http://{}", process.address("grpc"))).unwrap().connect().await.unwrap()
+}
+
+/// Decodes latents `(16, 3, side, side)`: checksum of the frames, and the stage's memory.
+async fn decode(channel: Channel, side: usize, tile_divisor: u32) -> Result<(u32, MemoryReport), ServiceError> {
+    let values: Vec<f32> = (0..16 * 3 * side * side).map(|i| (i as f32 * 0.37).sin()).collect();
+    let latents = HostTensor::from_f32("latents", &[16, 3, side, side], &values).unwrap();
+    let header = DecodeLatentsHeader { generation_id: "test".into(), frame_limit: 0, tile_divisor };
+    let body = |body| DecodeLatentsRequest { body: Some(body) };
+    let messages: Vec<_> = std::iter::once(body(decode_latents_request::Body::Header(header)))
+        .chain(latents.parts().map(|p| body(decode_latents_request::Body::Part(p))))
+        .collect();
+    let mut client = VaeDecodeServiceClient::new(channel);
+    let mut answers = client.decode_latents(tokio_stream::iter(messages)).await?.into_inner();
+    let mut frames = Vec::new();
+    while let Some(answer) = answers.message().await? {
+        match answer.body.unwrap() {
+            decode_latents_response::Body::Part(part) => frames.push(part),
+            decode_latents_response::Body::Summary(summary) => {
+                let bytes: Vec<u8> = frames.iter().flat_map(prost::Message::encode_to_vec).collect();
+                return Ok((crate::inputs::crc32(&bytes), summary.memory.unwrap()));
+            }
+        }
+    }
+    panic!("the answer has no end")
+}
+
+async fn memory(channel: &Channel) -> MemoryReport {
+    let said = StageServiceClient::new(channel.clone()).describe(DescribeRequest {}).await.unwrap();
+    said.into_inner().memory.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_keeps_within_its_budget_or_says_what_is_missing_and_lives_on() {
+    let process = start("vae-decode", "cpu:2GiB");
+    let (frames, unbound) = decode(channel(&process).await, 16, 1).await.unwrap();
+    assert_eq!(unbound.budget_bytes, 2048 * MIB);
+    // What the process holds besides the stage's own.
+    let rest = unbound.process_bytes - unbound.resident_bytes;
+    let whole = rest + unbound.peak_bytes;
+    let (mut failed, mut done) = (0, 0);
+    for percent in [20, 40, 60, 80, 120] {
+        let budget = whole * percent / 100;
+        let process = start("vae-decode", &format!("cpu:{budget}"));
+        let channel = channel(&process).await;
+        match decode(channel.clone(), 16, 1).await {
+            Ok((same, _)) => {
+                assert_eq!(same, frames, "{percent} %: a budget changes no frame");
+                done += 1;
+            }
+            Err(ServiceError::DeviceMemory { stage, needed_bytes, free_bytes, budget_bytes }) => {
+                assert_eq!((stage.as_str(), budget_bytes), ("vae-decode", budget));
+                assert!(needed_bytes > free_bytes && free_bytes < budget, "{percent} %");
+                failed += 1;
+            }
+            Err(other) => panic!("{percent} %: {other:?}"),
+        }
+        // One layer's working set: what lies between two questions.
+        let held = memory(&channel).await;
+        assert!(rest + held.peak_bytes <= budget + whole / 8, "{percent} %: {held:?} of {budget}");
+        if percent >= 40 {
+            decode(channel, 2, 1).await.unwrap();
+        }
+    }
+    assert!(failed >= 2 && done >= 1, "{failed} failed, {done} were decoded");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn smaller_tiles_need_less_memory() {
+    let mut peaks = Vec::new();
+    for divisor in [1, 2, 4] {
+        let process = start("vae-decode", "cpu");
+        peaks.push(decode(channel(&process).await, 32, divisor).await.unwrap().1.peak_bytes);
+    }
+    assert!(peaks[2] < peaks[1] && peaks[1] < peaks[0], "{peaks:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unloading_gives_the_memory_back_a_hundred_times_in_a_row() {
+    for name in STAGES {
+        let process = start(name, "cpu");
+        let mut client = StageServiceClient::new(channel(&process).await);
+        let mut counted = Vec::new();
+        let mut resident = Vec::new();
+        for round in 0..105 {
+            let loaded = client.load(LoadRequest {}).await.unwrap().into_inner().memory.unwrap();
+            assert!(loaded.resident_bytes > 0, "{name}");
+            let memory = client.unload(UnloadRequest {}).await.unwrap().into_inner().memory.unwrap();
+            assert_eq!(memory.resident_bytes, 0, "{name}");
+            // The first rounds also start threads and read what is read once.
+            if round >= 5 {
+                counted.push(memory.process_bytes);
+                resident.push(process.resident_bytes());
+            }
+        }
+        let most = counted.iter().max().unwrap();
+        assert!(most - counted[0] < MIB, "{name}: {} bytes, then up to {most}", counted[0]);
+        let (early, late) = (resident[..20].iter().max().unwrap(), resident[80..].iter().min().unwrap());
+        assert!(late.saturating_sub(*early) < 4 * MIB, "{name}: {early} bytes resident, then {late}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_stages_of_one_device_are_unloaded_for_each_other() {
+    let processes = STAGES.map(|name| start(name, "cpu"));
+    let mut channels = Vec::new();
+    for process in &processes {
+        let channel = channel(process).await;
+        StageServiceClient::new(channel.clone()).load(LoadRequest {}).await.unwrap();
+        channels.push(channel);
+    }
+    let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = channels.try_into().unwrap();
+    let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
+    // Each process is a device of its own, so nobody's memory helps another.
+    assert_eq!(stages.unload_beside(proto::v1::Stage::VaeDecode).await, Vec::<&str>::new());
+    assert!(memory(&stages.diffusion).await.resident_bytes > 0);
+}
+
+fn generate(folder: &Path, device: &str) -> (Option<i32>, Vec<Value>) {
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    fs::write(path("portrait.png"), portrait()).unwrap();
+    fs::write(path("speech.wav"), tone(0.2, 16_000)).unwrap();
+    let (image, audio, out, models) = (path("portrait.png"), path("speech.wav"), path("out.mp4"), tiny_models());
+    let models = models.to_str().unwrap();
+    let inputs = ["generate", "--image", &image, "--audio", &audio, "--out", &out, "--models", models];
+    let done = avatar(&[&inputs[..], &["--steps", "2", "--size", "64", "--device", device, "--json"]].concat());
+    let lines = text(&done.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    (done.status.code(), lines)
+}
+
+#[test]
+fn a_generation_runs_within_a_generous_budget_and_says_what_it_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, lines) = generate(folder.path(), "cpu:2GiB");
+    assert_eq!(code, Some(0), "{lines:?}");
+    let said: Vec<&str> = lines.iter().filter_map(|line| line["message"].as_str()).collect();
+    for stage in STAGES {
+        let took = said.iter().find(|line| line.starts_with(&format!("{stage} took"))).unwrap();
+        assert!(took.contains("of 2.00 GiB (") && took.contains("its peak"), "{took}");
+    }
+    let stepped = lines.iter().find(|line| line["step"] == 1 && line["stage"] == "diffusion").unwrap();
+    assert!(stepped["message"].as_str().unwrap().contains("of 2.00 GiB ("), "{stepped}");
+    let last = lines.last().unwrap();
+    assert!(STAGES.iter().all(|stage| last["peak_bytes"][stage].as_u64().unwrap() > 0), "{last}");
+}
+
+#[test]
+fn an_impossible_budget_ends_with_the_stage_the_bytes_and_what_was_tried() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, lines) = generate(folder.path(), "cpu:1MiB");
+    assert_eq!(code, Some(1), "{lines:?}");
+    let last = lines.last().unwrap();
+    assert_eq!((&last["event"], &last["code"]), (&"failed".into(), &"RESOURCE_EXHAUSTED".into()), "{last}");
+    let message = last["message"].as_str().unwrap();
+    assert!(STAGES.iter().any(|stage| message.starts_with(stage)), "{message}");
+    for part in ["bytes needed", " of 1048576 free", "Tried: "] {
+        assert!(message.contains(part), "{part} in {message}");
+    }
+    assert!(!folder.path().join("out.mp4").exists());
+}
+
+#[test]
+fn a_device_that_is_none_is_refused_before_anything_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    for (device, part) in [("cuda:0", "this build has no CUDA"), ("cpu:lots", "lots"), ("gpu", "not a device")] {
+        let (code, lines) = generate(folder.path(), device);
+        let last = lines.last().unwrap();
+        assert_eq!((code, &last["field"]), (Some(2), &"device".into()), "{last}");
+        assert!(last["message"].as_str().unwrap().contains(part), "{last}");
+    }
+}
+
+#[test]
+fn the_devices_of_the_machine_are_listed() {
+    let shown = avatar(&["devices", "--json"]);
+    assert!(shown.status.success(), "{}", text(&shown.stderr));
+    let value: Value = serde_json::from_slice(&shown.stdout).unwrap();
+    let cpu = &value["devices"][0];
+    assert_eq!((&cpu["device"], &cpu["usable"]), (&"cpu".into(), &true.into()));
+    assert!(cpu["total_bytes"].as_u64().unwrap() >= cpu["free_bytes"].as_u64().unwrap());
+    assert!(text(&avatar(&["devices"]).stdout).starts_with("cpu "));
+}
