@@ -129,14 +129,7 @@ impl Product<'_> {
     }
 
     /// The same for some of the rows.
-    fn part(
-        &self,
-        (x, width): (&[f32], usize),
-        column: usize,
-        residual: Option<&[f32]>,
-        last: bool,
-        y: &mut [f32],
-    ) {
+    fn part(&self, (x, width): (&[f32], usize), column: usize, residual: Option<&[f32]>, last: bool, y: &mut [f32]) {
         let (out, columns) = (self.weight.rows(), self.weight.columns());
         let rows = y.len() / out;
         let most = (PANEL / columns.max(1)).next_multiple_of(32).clamp(32, product::COLUMNS);
