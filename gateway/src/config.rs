@@ -1,13 +1,13 @@
 //! The gateway's flags.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser};
 use http::Uri;
 use planner::{Tier, Tiers, plan::Choice, tiers::EMERGENCY};
 use service_kit::config::{CommonConfig, CommonFlags, Mistakes, Settings, parse_listen, parse_number};
 
-use crate::stages::StageUris;
+use crate::{stages::StageUris, store::Retention, validate::MOST_AUDIO_SECONDS};
 
 /// Takes pictures, recordings and sentences, and makes talking videos with the five stages.
 #[derive(Debug, Parser)]
@@ -45,15 +45,35 @@ pub struct Flags {
 /// The flags about generations; shared by every program that has a gateway inside.
 #[derive(Debug, Clone, Args)]
 pub struct OptionFlags {
-    /// Folder for the videos, made if missing. Without it they lie in a temporary folder that is removed at the end.
-    #[arg(long, env = "AVATAR_DATA_DIR", value_name = "DIR")]
-    pub data_dir: Option<PathBuf>,
+    /// Folder for records, inputs, work in progress and videos, made if missing; a restart goes on from there. One
+    /// gateway at a time uses it.
+    #[arg(long, env = "AVATAR_DATA_DIR", value_name = "DIR", default_value = "avatar-data")]
+    pub data_dir: PathBuf,
     /// Generations that may wait (0 to 10000) behind those that run; more are refused with RESOURCE_EXHAUSTED.
     #[arg(long, env = "AVATAR_QUEUE", value_name = "N", default_value = "16")]
     pub queue: String,
-    /// Generations that run at the same time (1 to 64).
-    #[arg(long, env = "AVATAR_CONCURRENT", value_name = "N", default_value = "1")]
+    /// Generations of one caller that may wait or run (1 to 10064). Default: as many as of all.
+    #[arg(long, env = "AVATAR_QUEUE_PER_CALLER", value_name = "N")]
+    pub queue_per_caller: Option<String>,
+    /// Generations that run at the same time (1 to 64); between their steps they share the stages.
+    #[arg(long, env = "AVATAR_CONCURRENT", value_name = "N", default_value = "2")]
     pub concurrent: String,
+    /// Bytes (0 to 2^63-1) that must stay free on the data folder's disk; with less, generations are refused with
+    /// RESOURCE_EXHAUSTED.
+    #[arg(long, env = "AVATAR_MIN_FREE_BYTES", value_name = "BYTES", default_value = "268435456")]
+    pub min_free_bytes: String,
+    /// Hours (1 to 87600) that a generation is kept after its end. Default: until it is deleted.
+    #[arg(long, env = "AVATAR_KEEP_HOURS", value_name = "HOURS")]
+    pub keep_hours: Option<String>,
+    /// Bytes that all generations' files may have; those that ended first are removed first. Default: any number.
+    #[arg(long, env = "AVATAR_KEEP_BYTES", value_name = "BYTES")]
+    pub keep_bytes: Option<String>,
+    /// Bytes that the encoders' answers may have that are kept, so that the same inputs are encoded once.
+    #[arg(long, env = "AVATAR_KEEP_ENCODED_BYTES", value_name = "BYTES", default_value = "4294967296")]
+    pub keep_encoded_bytes: String,
+    /// Seconds (0 to 86400) that a stage may stay away before a generation that needs it fails.
+    #[arg(long, env = "AVATAR_STAGE_PATIENCE", value_name = "SECONDS", default_value = "600")]
+    pub stage_patience: String,
     /// Longest recording in seconds (1 to 600).
     #[arg(long, env = "AVATAR_MAX_AUDIO_SECONDS", value_name = "SECONDS", default_value = "600")]
     pub max_audio_seconds: String,
@@ -151,12 +171,20 @@ impl TierOptions {
 /// What [`OptionFlags`] say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// Folder for the videos; `None` for a temporary one.
-    pub data_dir: Option<PathBuf>,
+    /// Folder for all that outlives the process.
+    pub data_dir: PathBuf,
     /// Generations that may wait behind those that run.
     pub queue: usize,
+    /// Generations of one caller that may wait or run; without it as many as of all.
+    pub queue_per_caller: Option<usize>,
     /// Generations that run at the same time.
     pub concurrent: usize,
+    /// Bytes that must stay free on the data folder's disk.
+    pub min_free_bytes: u64,
+    /// How much is kept of what has ended.
+    pub retention: Retention,
+    /// How long a stage may stay away.
+    pub stage_patience: Duration,
     /// Longest recording in seconds.
     pub max_audio_seconds: u32,
     /// The program that writes the video.
@@ -168,10 +196,14 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            data_dir: None,
+            data_dir: "avatar-data".into(),
             queue: 16,
-            concurrent: 1,
-            max_audio_seconds: 600,
+            queue_per_caller: None,
+            concurrent: 2,
+            min_free_bytes: 256 << 20,
+            retention: Retention::default(),
+            stage_patience: Duration::from_secs(600),
+            max_audio_seconds: MOST_AUDIO_SECONDS,
             ffmpeg: "ffmpeg".into(),
             tier: TierOptions::default(),
         }
@@ -183,8 +215,21 @@ impl OptionFlags {
     pub fn resolve(self, mistakes: &mut Mistakes) -> Option<Options> {
         let queue = mistakes.check("--queue", &self.queue, |text| parse_number(text, 0, 10_000));
         let concurrent = mistakes.check("--concurrent", &self.concurrent, |text| parse_number(text, 1, 64));
-        let max_audio_seconds =
-            mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| parse_number(text, 1, 600));
+        let queue_per_caller = self
+            .queue_per_caller
+            .map(|text| mistakes.check("--queue-per-caller", &text, |text| parse_number(text, 1, 10_064)));
+        let min_free_bytes = mistakes.check("--min-free-bytes", &self.min_free_bytes, parse_bytes);
+        let age = self.keep_hours.map(|text| {
+            let hours = mistakes.check("--keep-hours", &text, |text| parse_number(text, 1, 87_600));
+            hours.map(|hours| Duration::from_secs(3600 * hours as u64))
+        });
+        let bytes = self.keep_bytes.map(|text| mistakes.check("--keep-bytes", &text, parse_bytes));
+        let stage_output_bytes = mistakes.check("--keep-encoded-bytes", &self.keep_encoded_bytes, parse_bytes);
+        let stage_patience =
+            mistakes.check("--stage-patience", &self.stage_patience, |text| parse_number(text, 0, 86_400));
+        let max_audio_seconds = mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| {
+            parse_number(text, 1, MOST_AUDIO_SECONDS as usize)
+        });
         if self.ffmpeg.as_os_str().is_empty() {
             mistakes.note("--ffmpeg: the name of a program is needed");
         }
@@ -193,7 +238,15 @@ impl OptionFlags {
             tier: tier?,
             data_dir: self.data_dir,
             queue: queue?,
+            queue_per_caller: queue_per_caller.map_or(Some(None), |limit| limit.map(Some))?,
             concurrent: concurrent?,
+            min_free_bytes: min_free_bytes?,
+            retention: Retention {
+                age: age.map_or(Some(None), |age| age.map(Some))?,
+                bytes: bytes.map_or(Some(None), |bytes| bytes.map(Some))?,
+                stage_output_bytes: stage_output_bytes?,
+            },
+            stage_patience: Duration::from_secs(stage_patience? as u64),
             max_audio_seconds: max_audio_seconds? as u32,
             ffmpeg: self.ffmpeg,
         })
@@ -242,6 +295,11 @@ impl Settings for Flags {
     }
 }
 
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let bytes = text.trim().parse().ok().filter(|bytes| i64::try_from(*bytes).is_ok());
+    bytes.ok_or_else(|| "not a number of bytes from 0 to 9223372036854775807".to_owned())
+}
+
 fn parse_url(text: &str) -> Result<Uri, String> {
     service_kit::client::address_uri(text).map_err(|_| "not a URL such as http://127.0.0.1:50051".to_owned())
 }
@@ -263,6 +321,16 @@ mod tests {
         assert_eq!(config.stages.audio_encoder, "http://127.0.0.1:50051");
         assert_eq!(config.stages.vae_decode, "http://127.0.0.1:50055");
         assert_eq!(config.options, Options::default());
+    }
+
+    #[test]
+    fn what_is_kept_is_told_in_hours_and_bytes() {
+        let config = parse(&["--keep-hours", "24", "--keep-bytes", "1000", "--keep-encoded-bytes", "0"]).unwrap();
+        let age = Some(Duration::from_secs(86_400));
+        assert_eq!(config.options.retention, Retention { age, bytes: Some(1000), stage_output_bytes: 0 });
+        for wrong in [["--keep-hours", "0"], ["--keep-bytes", "1.5"], ["--min-free-bytes", "9223372036854775808"]] {
+            assert!(matches!(parse(&wrong), Err(ConfigError::Mistakes(_))), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -31,16 +31,30 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 pub(crate) struct Script {
     /// Predict calls that answered.
     pub(crate) predicted: AtomicUsize,
-    /// Predict call at which the session is lost, once.
-    pub(crate) lose_session_at: Option<usize>,
+    /// Predict calls at which the session is lost.
+    pub(crate) lose_session_at: Vec<usize>,
     /// Predict call at which a value is not finite.
     pub(crate) not_finite_at: Option<usize>,
+    /// Predict calls of this step and of later ones wait while it is set.
+    pub(crate) hold: Mutex<Option<u32>>,
     /// How long a Predict takes.
     pub(crate) predict_time: Duration,
     /// Sessions that are open.
     pub(crate) sessions: Mutex<HashMap<String, usize>>,
     /// How often a session was opened.
     pub(crate) opened: AtomicUsize,
+    /// Calls of the encoders that were answered.
+    pub(crate) encoded: AtomicUsize,
+    /// Predict call from which on the stage cannot be reached, and how many calls that lasts.
+    pub(crate) away_at: Option<(usize, usize)>,
+    /// Decode calls that the stage cannot be reached for.
+    pub(crate) decoder_away: AtomicUsize,
+    /// Decode calls that find no room.
+    pub(crate) decoder_full: AtomicUsize,
+    /// Stages never answer that they are unloaded.
+    pub(crate) unload_hangs: bool,
+    /// What the stages say that they are.
+    pub(crate) identity: Mutex<String>,
     /// The text encoder refuses the prompt.
     pub(crate) refuse_prompt: bool,
     /// Faces that the image encoder finds, the largest first.
@@ -49,6 +63,8 @@ pub(crate) struct Script {
     pub(crate) samples: AtomicUsize,
     /// Frames of speech of the last session.
     pub(crate) heard: AtomicUsize,
+    /// Latents of every Decode call.
+    pub(crate) decoded: Mutex<Vec<Vec<f32>>>,
     /// Calls that find their device out of memory: stage, and call of that stage, from 0.
     pub(crate) out_of_memory: Vec<(v1::Stage, usize)>,
     /// Calls by stage so far.
@@ -83,8 +99,10 @@ impl v1::stage_service_server::StageService for Fake {
     type WatchMemoryStream = Answers<v1::WatchMemoryResponse>;
 
     async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
+        let checkpoint_digest = self.0.identity.lock().unwrap().clone();
         let device_id = "one device".to_owned();
-        Ok(Response::new(v1::DescribeResponse { device_id, loaded: true, ..Default::default() }))
+        let said = v1::DescribeResponse { checkpoint_digest, device_id, loaded: true, ..Default::default() };
+        Ok(Response::new(said))
     }
 
     async fn load(&self, _: Request<v1::LoadRequest>) -> Result<Response<v1::LoadResponse>, Status> {
@@ -92,6 +110,9 @@ impl v1::stage_service_server::StageService for Fake {
     }
 
     async fn unload(&self, _: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
+        if self.0.unload_hangs {
+            return std::future::pending().await;
+        }
         self.0.unloads.fetch_add(1, Ordering::SeqCst);
         Ok(Response::new(v1::UnloadResponse::default()))
     }
@@ -113,8 +134,8 @@ pub(crate) fn start(script: &Arc<Script>) -> Stages {
             .add_service(v1::text_encoder_service_server::TextEncoderServiceServer::new(fake.clone()))
             .add_service(v1::image_encoder_service_server::ImageEncoderServiceServer::new(fake.clone()))
             .add_service(v1::diffusion_service_server::DiffusionServiceServer::new(fake.clone()))
-            .add_service(v1::stage_service_server::StageServiceServer::new(fake.clone()))
-            .add_service(v1::vae_decode_service_server::VaeDecodeServiceServer::new(fake));
+            .add_service(v1::vae_decode_service_server::VaeDecodeServiceServer::new(fake.clone()))
+            .add_service(v1::stage_service_server::StageServiceServer::new(fake));
     let lifetime = Lifetime { shutdown: CancellationToken::new(), drain: Duration::ZERO };
     tokio::spawn(async move { server::serve(routes, &[], incoming, lifetime).await });
     Stages {
@@ -170,6 +191,7 @@ impl v1::audio_encoder_service_server::AudioEncoderService for Fake {
         use v1::encode_audio_response::Body as Out;
         let (_, tensors) = read!(request, v1::encode_audio_request::Body);
         self.count(v1::Stage::AudioEncoder)?;
+        self.0.encoded.fetch_add(1, Ordering::SeqCst);
         self.0.samples.store(tensors[0].shape()[0], Ordering::SeqCst);
         let features = constant("features", &[tensors[0].shape()[0].div_ceil(320), 5, 8]);
         let message = |body| v1::EncodeAudioResponse { body: Some(body) };
@@ -193,6 +215,7 @@ impl v1::text_encoder_service_server::TextEncoderService for Fake {
         if self.0.refuse_prompt {
             return Err(ServiceError::invalid("prompt", "300 tokens; the limit is 249").into());
         }
+        self.0.encoded.fetch_add(1, Ordering::SeqCst);
         let mut tensors = Vec::new();
         for side in ["positive", "negative"] {
             tensors.push(constant(&format!("{side}.states"), &[4, 8]));
@@ -216,6 +239,7 @@ impl v1::image_encoder_service_server::ImageEncoderService for Fake {
         use v1::encode_reference_response::Body as Out;
         let (header, _) = read!(request, v1::encode_reference_request::Body);
         self.count(v1::Stage::ImageEncoder)?;
+        self.0.encoded.fetch_add(1, Ordering::SeqCst);
         let (h, w) = (header.height as usize / 8, header.width as usize / 8);
         let tensors = vec![constant("reference_latents", &[2, 1, h, w]), constant("face_mask", &[1, 1, h, w])];
         let message = |body| v1::EncodeReferenceResponse { body: Some(body) };
@@ -249,9 +273,15 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         let (header, tensors) = read!(request, v1::predict_request::Body);
         self.count(v1::Stage::Diffusion)?;
         tokio::time::sleep(self.0.predict_time).await;
+        while self.0.hold.lock().unwrap().is_some_and(|step| header.step >= step) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let call = self.0.predicted.fetch_add(1, Ordering::SeqCst);
+        if self.0.away_at.is_some_and(|(first, calls)| (first..first.saturating_add(calls)).contains(&call)) {
+            return Err(ServiceError::unavailable("nobody is there").into());
+        }
         let mut sessions = self.0.sessions.lock().unwrap();
-        if self.0.lose_session_at == Some(call) {
+        if self.0.lose_session_at.contains(&call) {
             sessions.clear();
         }
         if sessions.get(&header.session_id) != Some(&9) {
@@ -261,7 +291,9 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         self.0.passes.lock().unwrap().push((header, latents));
         let bad = self.0.not_finite_at == Some(call);
         let velocity = |(i, latents): (usize, &HostTensor)| {
-            let values = vec![if bad { f32::NAN } else { 0.25 }; latents.shape().iter().product()];
+            // Of the latents themselves, so that a step that is left out or taken twice shows.
+            let value = |x: f32| if bad { f32::NAN } else { x.sin() };
+            let values: Vec<f32> = latents.to_f32().unwrap().into_iter().map(value).collect();
             HostTensor::from_f32(format!("velocity.{i}"), latents.shape(), &values).unwrap()
         };
         let velocities = tensors.iter().enumerate().map(velocity).collect();
@@ -289,8 +321,17 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
     ) -> Result<Response<Self::DecodeLatentsStream>, Status> {
         use v1::decode_latents_response::Body as Out;
         let (header, tensors) = read!(request, v1::decode_latents_request::Body);
+        let away = |calls: usize| calls.checked_sub(1);
+        if self.0.decoder_away.fetch_update(Ordering::SeqCst, Ordering::SeqCst, away).is_ok() {
+            return Err(ServiceError::unavailable("nobody is there").into());
+        }
+        if self.0.decoder_full.fetch_update(Ordering::SeqCst, Ordering::SeqCst, away).is_ok() {
+            let (message, retry_after) = ("no room".to_owned(), Some(Duration::from_millis(1)));
+            return Err(ServiceError::ResourceExhausted { message, retry_after }.into());
+        }
         self.0.decodes.lock().unwrap().push(header.clone());
         self.count(v1::Stage::VaeDecode)?;
+        self.0.decoded.lock().unwrap().push(tensors[0].to_f32().unwrap());
         let (n, h, w) = (header.frame_limit as usize, 8 * tensors[0].shape()[2], 8 * tensors[0].shape()[3]);
         let frames = HostTensor::from_u8("frames", &[n, h, w, 3], vec![128; n * h * w * 3]).unwrap();
         let message = |body| v1::DecodeLatentsResponse { body: Some(body) };

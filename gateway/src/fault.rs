@@ -8,7 +8,7 @@ use service_kit::{FieldViolation, ServiceError};
 use tonic::{Code, Status};
 
 /// The fields that a violation can name: those of the public contract.
-pub const FIELDS: [&str; 12] = [
+pub const FIELDS: [&str; 15] = [
     "picture",
     "audio",
     "prompt",
@@ -21,6 +21,9 @@ pub const FIELDS: [&str; 12] = [
     "seed",
     "parity",
     "truncate_prompt",
+    "idempotency_key",
+    "caller",
+    "priority",
 ];
 
 /// What sort of fault it is; decides both codes and whether a retry can help.
@@ -38,6 +41,8 @@ pub enum Kind {
     NotFound,
     /// The generation or a stage is not in a state for it.
     Precondition,
+    /// The idempotency key is that of another request.
+    Conflict,
     /// A position past the end.
     OutOfRange,
     /// No room now; try again after the delay.
@@ -183,6 +188,7 @@ impl Fault {
             Kind::Invalid | Kind::TooLarge | Kind::UnsupportedMedia | Kind::UnusableMedia => Code::InvalidArgument,
             Kind::NotFound => Code::NotFound,
             Kind::Precondition => Code::FailedPrecondition,
+            Kind::Conflict => Code::AlreadyExists,
             Kind::OutOfRange => Code::OutOfRange,
             Kind::Busy { .. } | Kind::Exhausted | Kind::OutOfMemory => Code::ResourceExhausted,
             Kind::Unavailable => Code::Unavailable,
@@ -201,7 +207,7 @@ impl Fault {
             Kind::UnsupportedMedia => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Kind::UnusableMedia => StatusCode::UNPROCESSABLE_ENTITY,
             Kind::NotFound => StatusCode::NOT_FOUND,
-            Kind::Precondition | Kind::Cancelled => StatusCode::CONFLICT,
+            Kind::Precondition | Kind::Conflict | Kind::Cancelled => StatusCode::CONFLICT,
             Kind::OutOfRange => StatusCode::RANGE_NOT_SATISFIABLE,
             Kind::Busy { .. } => StatusCode::TOO_MANY_REQUESTS,
             Kind::Exhausted | Kind::OutOfMemory | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
@@ -226,6 +232,8 @@ impl Fault {
             }
             Kind::NotFound => ServiceError::NotFound { message },
             Kind::Precondition => ServiceError::FailedPrecondition { message },
+            // No stage gives this code, so it has no kind of its own there.
+            Kind::Conflict => return Status::already_exists(message),
             Kind::OutOfRange => ServiceError::OutOfRange { message },
             Kind::Busy { retry_after } => ServiceError::ResourceExhausted { message, retry_after: Some(retry_after) },
             Kind::Exhausted | Kind::OutOfMemory => ServiceError::ResourceExhausted { message, retry_after: None },
@@ -235,6 +243,26 @@ impl Fault {
             // The details are in the log already; what is here is meant for the caller.
             Kind::Internal => ServiceError::Internal { message, reference: Some(String::new()) },
         })
+    }
+
+    /// Reads the fault of a generation from its record.
+    #[must_use]
+    pub fn from_failure(failure: &Failure) -> Self {
+        let kind = match failure.code.as_str() {
+            "INVALID_ARGUMENT" => Kind::Invalid,
+            "NOT_FOUND" => Kind::NotFound,
+            "FAILED_PRECONDITION" => Kind::Precondition,
+            "OUT_OF_RANGE" => Kind::OutOfRange,
+            "RESOURCE_EXHAUSTED" => Kind::Exhausted,
+            "UNAVAILABLE" => Kind::Unavailable,
+            "CANCELLED" => Kind::Cancelled,
+            "DEADLINE_EXCEEDED" => Kind::Deadline,
+            _ => Kind::Internal,
+        };
+        let field = Some(failure.field.clone()).filter(|field| !field.is_empty());
+        let violations = field.map(|field| Violation { field, message: failure.message.clone() });
+        let (message, violations) = (failure.message.clone(), violations.into_iter().collect());
+        Self { kind, message, violations, stage: failure.stage() }
     }
 
     /// The fault as the record of a generation keeps it.
@@ -322,6 +350,16 @@ mod tests {
         assert_eq!(read(&ours, Stage::Diffusion).kind, Kind::Internal);
         let theirs = Fault::invalid("prompt", "has 300 tokens; the limit is 249").to_status();
         let read = read(&theirs, Stage::TextEncoder);
+        assert_eq!((read.kind, read.field()), (Kind::Invalid, Some("prompt")));
+    }
+
+    #[test]
+    fn a_record_gives_the_fault_back() {
+        for kind in [Kind::Invalid, Kind::Precondition, Kind::Exhausted, Kind::Unavailable, Kind::Internal] {
+            let fault = Fault::new(kind, "what happened").at(Stage::VaeDecode);
+            assert_eq!(Fault::from_failure(&fault.to_failure()), fault);
+        }
+        let read = Fault::from_failure(&Fault::invalid("prompt", "300 tokens").to_failure());
         assert_eq!((read.kind, read.field()), (Kind::Invalid, Some("prompt")));
     }
 

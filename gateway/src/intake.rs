@@ -1,5 +1,7 @@
 //! Takes in a request's specification and files, within the limits.
 
+use std::ops::RangeInclusive;
+
 use proto::v1::GenerationSpec;
 
 use crate::{
@@ -16,7 +18,62 @@ pub struct Upload {
     pub picture: Vec<u8>,
     /// The recording's file.
     pub audio: Vec<u8>,
+    /// How it is to be served.
+    pub order: Order,
 }
+
+/// How a request is to be served: who asks, how urgent it is, and how a repetition is known.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Order {
+    /// Who asks, by a name of its own choice; callers take turns. Empty for none.
+    pub caller: String,
+    /// Higher ones come first.
+    pub priority: i64,
+    /// The caller's key for this request, so that sending it again makes no second generation; empty for none.
+    pub idempotency_key: String,
+}
+
+impl Order {
+    /// Checks the values that came.
+    ///
+    /// Errors: a name is too long or has other characters than visible ASCII, or the priority is none; all violations
+    /// are reported together.
+    pub fn read(caller: &str, priority: &str, idempotency_key: &str) -> Result<Self, Fault> {
+        let level = if priority.is_empty() { Some(0) } else { priority.trim().parse().ok() };
+        let level = level.filter(|level| PRIORITIES.contains(level));
+        let no_level = || format!("{priority:?}; allowed are {} to {}", PRIORITIES.start(), PRIORITIES.end());
+        let wrong: Vec<Violation> = [
+            ("caller", visible(caller, CALLER_BYTES)),
+            ("priority", if level.is_some() { None } else { Some(no_level()) }),
+            ("idempotency_key", visible(idempotency_key, KEY_BYTES)),
+        ]
+        .into_iter()
+        .filter_map(|(field, message)| Some(Violation { field: field.into(), message: message? }))
+        .collect();
+        match level {
+            Some(priority) if wrong.is_empty() => {
+                Ok(Self { caller: caller.to_owned(), priority, idempotency_key: idempotency_key.to_owned() })
+            }
+            _ => Err(Fault::of_violations(Kind::Invalid, wrong)),
+        }
+    }
+}
+
+/// What is wrong with a name that must be short and visible.
+fn visible(name: &str, limit: usize) -> Option<String> {
+    if name.len() > limit {
+        return Some(format!("{} bytes; the limit is {limit}", name.len()));
+    }
+    let at = name.bytes().position(|byte| !byte.is_ascii_graphic())?;
+    Some(format!("byte {at} is no visible ASCII character"))
+}
+
+/// Priorities that a caller can give.
+const PRIORITIES: RangeInclusive<i64> = -9..=9;
+/// Most bytes of a caller's name.
+const CALLER_BYTES: usize = 64;
+/// Most bytes of a caller's key.
+const KEY_BYTES: usize = 255;
 
 /// One file of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,10 +143,10 @@ impl Intake {
         Ok(())
     }
 
-    /// Ends the upload.
+    /// Ends the upload, which is to be served so.
     ///
     /// Errors: the specification or a file is missing; both missing files are reported together.
-    pub fn finish(self) -> Result<Upload, Fault> {
+    pub fn finish(self, order: Order) -> Result<Upload, Fault> {
         let Some(spec) = self.spec else {
             return Err(Fault::new(Kind::Invalid, "the request has no specification; it must be the first message"));
         };
@@ -101,7 +158,7 @@ impl Intake {
         if !empty.is_empty() {
             return Err(Fault::of_violations(Kind::Invalid, empty));
         }
-        Ok(Upload { spec, picture: self.picture, audio: self.audio })
+        Ok(Upload { spec, picture: self.picture, audio: self.audio, order })
     }
 }
 
@@ -129,13 +186,27 @@ mod tests {
     }
 
     #[test]
+    fn an_order_has_short_visible_names_and_a_small_priority() {
+        for key in ["", "a", "0190163d-8694-739b-aea5-966c26f8ad91", &"k".repeat(255)] {
+            assert_eq!(Order::read("", "", key).unwrap(), Order { idempotency_key: key.into(), ..Order::default() });
+        }
+        assert_eq!(Order::read("studio", "-9", "").unwrap().priority, -9);
+        for key in ["a b", "é", "\n", &"k".repeat(256)] {
+            assert_eq!(Order::read("", "", key).unwrap_err().field(), Some("idempotency_key"), "{key:?}");
+        }
+        let fault = Order::read(&"c".repeat(65), "10", "").unwrap_err();
+        assert_eq!(fault.violations.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(), ["caller", "priority"]);
+        assert!(Order::read("", "high", "").is_err());
+    }
+
+    #[test]
     fn order_and_completeness_are_checked() {
         assert!(Intake::default().bytes(File::Audio, b"x").is_err(), "bytes before the specification");
-        assert!(Intake::default().finish().is_err(), "nothing at all");
+        assert!(Intake::default().finish(Order::default()).is_err(), "nothing at all");
         let mut intake = Intake::default();
         intake.spec(GenerationSpec::default()).unwrap();
         assert!(intake.spec(GenerationSpec::default()).is_err(), "twice");
-        let fault = intake.finish().unwrap_err();
+        let fault = intake.finish(Order::default()).unwrap_err();
         assert_eq!(fault.violations.len(), 2);
     }
 }

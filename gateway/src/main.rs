@@ -13,6 +13,7 @@ fn main() -> ExitCode {
         let (http, http_address) = server::bind(config.http).await?;
         let stages = Stages::connect(&config.stages)?;
         let gateway = Gateway::new(&config.options, stages)
+            .await
             .map_err(|error| ServiceError::failed_precondition(error.to_string()))?;
         let shutdown = server::shutdown_signal()?;
         // The sockets take connections from here on.

@@ -1,29 +1,39 @@
 //! Who may come in, and whose turn it is.
 
 use std::{
-    sync::{Arc, Mutex, OnceLock, PoisonError},
-    time::Duration,
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
 };
 
-use proto::v1::{GenerationDefaults, PlanGenerationRequest};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use proto::v1::{Generation, GenerationDefaults, GenerationState, PlanGenerationRequest};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
 
 use crate::{
     config::{Options, TierOptions},
     fault::{Fault, Kind},
-    intake::Upload,
+    intake::{Order, Upload},
     planning::FleetSource,
     runner::{self, Workshop, prepare::Prepared},
     stages::Stages,
-    store::{Change, Record, Store, StoreError},
+    store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
     validate,
 };
 
-/// When to try again after the queue was full. Generations take minutes.
+/// When to try again after the queue was full, while nobody knows how long a generation takes.
 const FULL_RETRY: Duration = Duration::from_secs(5);
-/// How long cancelled generations may take to end.
-const CANCEL_TIME: Duration = Duration::from_secs(10);
+/// The shortest and the longest time after which to try again.
+const LEAST_RETRY: Duration = Duration::from_secs(1);
+const MOST_RETRY: Duration = Duration::from_secs(600);
+/// Completed generations whose time is the pace.
+const PACE: usize = 16;
+/// When to try again after the disk was full.
+const SPACE_RETRY: Duration = Duration::from_secs(60);
+/// How often the data folder is tidied.
+const TIDY: Duration = Duration::from_secs(60);
+/// How long generations may take to be let go.
+const STOP_TIME: Duration = Duration::from_secs(10);
 
 /// The gateway. Clones are the same gateway.
 #[derive(Debug, Clone)]
@@ -36,42 +46,64 @@ struct Inner {
     store: Store,
     stages: Stages,
     options: Options,
-    /// One permit for each generation that waits or runs, from its first byte on.
-    places: Arc<Semaphore>,
-    /// One permit for each that runs; handed out in the order of coming.
-    turns: Arc<Semaphore>,
+    /// Requests whose bytes are being read, by caller.
+    uploads: Mutex<HashMap<String, u64>>,
+    /// Seconds that the last completed generations took.
+    pace: Mutex<VecDeque<f64>>,
     tasks: TaskTracker,
+    /// Nothing is accepted or begun any more.
     closing: CancellationToken,
+    /// What runs is let go as it is.
+    stopping: CancellationToken,
     /// What the diffusion stage said last, for when it does not answer.
     defaults: Mutex<Option<GenerationDefaults>>,
     /// Who knows the checkpoint and the devices, if anybody does.
     fleet: OnceLock<FleetSource>,
 }
 
-/// A place in the queue, held until the generation has ended.
+/// A place in the queue, held until the generation is kept.
 #[derive(Debug)]
 pub struct Place {
-    /// Given back when the place goes.
-    _permit: OwnedSemaphorePermit,
+    inner: Arc<Inner>,
+    caller: String,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut uploads = lock(&self.inner.uploads);
+        if let Some(count) = uploads.get_mut(&self.caller) {
+            *count -= 1;
+            if *count == 0 {
+                uploads.remove(&self.caller);
+            }
+        }
+    }
 }
 
 impl Gateway {
-    /// A gateway on the given stages. Call it inside a tokio runtime.
+    /// A gateway on the given stages; it goes on with what an earlier process left unfinished in the data folder. Call
+    /// it inside a tokio runtime.
     ///
-    /// Errors: the folder for the videos cannot be used.
-    pub fn new(options: &Options, stages: Stages) -> Result<Self, StoreError> {
+    /// Errors: the data folder cannot be used.
+    pub async fn new(options: &Options, stages: Stages) -> Result<Self, StoreError> {
         let inner = Inner {
-            store: Store::open(options.data_dir.as_deref())?,
+            store: Store::open(&options.data_dir).await?,
             stages,
-            places: Arc::new(Semaphore::new(options.queue + options.concurrent)),
-            turns: Arc::new(Semaphore::new(options.concurrent)),
             options: options.clone(),
+            uploads: Mutex::default(),
+            pace: Mutex::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
+            stopping: CancellationToken::new(),
             defaults: Mutex::new(None),
             fleet: OnceLock::new(),
         };
-        Ok(Self { inner: Arc::new(inner) })
+        let gateway = Self { inner: Arc::new(inner) };
+        for _ in 0..options.concurrent {
+            gateway.inner.tasks.spawn(gateway.clone().work());
+        }
+        gateway.inner.tasks.spawn(gateway.clone().tidy());
+        Ok(gateway)
     }
 
     /// The same gateway, which plans for the checkpoint and the devices that `source` tells of. The first source stays.
@@ -114,100 +146,198 @@ impl Gateway {
         &self.inner.store
     }
 
-    /// Takes a place in the queue. Ask for it before a request's bytes are read: the places bound the memory.
+    /// Takes a place in the queue. Ask for it before a request's bytes are read: the places bound the memory. A request
+    /// that was accepted before, which its key tells, needs none.
     ///
-    /// Errors: the queue is full, or the gateway is shutting down.
-    pub fn admit(&self) -> Result<Place, Fault> {
+    /// Errors: the queue or the disk is full, or the gateway is shutting down.
+    pub async fn admit(&self, order: &Order) -> Result<Place, Fault> {
         if self.inner.closing.is_cancelled() {
-            return Err(Fault::new(Kind::Unavailable, "the gateway is shutting down"));
+            return Err(shutting_down());
         }
-        Arc::clone(&self.inner.places).try_acquire_owned().map(|permit| Place { _permit: permit }).map_err(|_| {
-            let (running, waiting) = (self.inner.options.concurrent, self.inner.options.queue);
-            let message = format!("the queue is full: {running} may run and {waiting} may wait");
-            Fault::new(Kind::Busy { retry_after: FULL_RETRY }, message)
-        })
+        self.check_space().await?;
+        let Order { caller, idempotency_key, .. } = order;
+        let (uploads, own_uploads) = {
+            let mut uploads = lock(&self.inner.uploads);
+            *uploads.entry(caller.clone()).or_default() += 1;
+            (uploads.values().sum::<u64>(), uploads.get(caller).copied().unwrap_or(0))
+        };
+        let place = Place { inner: Arc::clone(&self.inner), caller: caller.clone() };
+        let (all, own) = self.inner.store.unfinished(caller).await?;
+        let Options { concurrent, queue, queue_per_caller, .. } = self.inner.options;
+        let message = if all + uploads > (concurrent + queue) as u64 {
+            format!("the queue is full: {concurrent} may run and {queue} may wait")
+        } else if queue_per_caller.is_some_and(|limit| own + own_uploads > limit as u64) {
+            let limit = queue_per_caller.unwrap_or_default();
+            format!("this caller has {own} generations that wait or run; {limit} are allowed")
+        } else {
+            return Ok(place);
+        };
+        if !idempotency_key.is_empty() && self.inner.store.has_key(caller, idempotency_key).await? {
+            return Ok(place);
+        }
+        Err(Fault::new(Kind::Busy { retry_after: self.until_room() }, message))
     }
 
-    /// Accepts a generation: checks all of it, keeps it, and starts it when its turn comes.
-    pub async fn accept(&self, upload: Upload, place: Place) -> Result<Arc<Record>, Fault> {
+    /// How long it takes until a generation ends and makes room, by how long the last ones took.
+    fn until_room(&self) -> Duration {
+        match self.seconds_each() {
+            None => FULL_RETRY,
+            Some(seconds) => {
+                let seconds = seconds / self.inner.options.concurrent as f64;
+                Duration::try_from_secs_f64(seconds).unwrap_or(MOST_RETRY).clamp(LEAST_RETRY, MOST_RETRY)
+            }
+        }
+    }
+
+    /// Seconds that a generation took of late; nothing before the first is completed.
+    fn seconds_each(&self) -> Option<f64> {
+        let pace = lock(&self.inner.pace);
+        (!pace.is_empty()).then(|| pace.iter().sum::<f64>() / pace.len() as f64)
+    }
+
+    /// A generation as it stands, with its place in the queue.
+    pub async fn get(&self, id: &str) -> Result<Generation, Fault> {
+        let mut generation = self.inner.store.get(id).await?;
+        self.place(std::slice::from_mut(&mut generation)).await?;
+        Ok(generation)
+    }
+
+    /// One page of generations, each with its place in the queue, and the token of the next page.
+    pub(crate) async fn list(&self, wanted: &Listing) -> Result<(Vec<Generation>, Option<Uuid>), Fault> {
+        let (mut generations, next) = self.inner.store.list(wanted).await?;
+        self.place(&mut generations).await?;
+        Ok((generations, next))
+    }
+
+    /// Tells those that are queued their place and when they will begin.
+    async fn place(&self, generations: &mut [Generation]) -> Result<(), Fault> {
+        if generations.iter().all(|one| one.state() != GenerationState::Queued) {
+            return Ok(());
+        }
+        let (waiting, left) = self.inner.store.queue().await?;
+        let each = self.seconds_each();
+        let left: Vec<f64> = left.into_iter().map(|seconds| seconds.or(each).unwrap_or(0.0)).collect();
+        let places: HashMap<String, usize> = waiting.iter().map(Uuid::to_string).zip(1..).collect();
+        for one in generations.iter_mut().filter(|one| one.state() == GenerationState::Queued) {
+            let Some(&position) = places.get(&one.generation_id) else { continue };
+            one.queue_position = position as u32;
+            one.estimated_start_unix_ms = each.map(|each| {
+                unix_ms() + (1000.0 * seconds_until(position, &left, self.inner.options.concurrent, each)) as u64
+            });
+        }
+        Ok(())
+    }
+
+    /// Accepts a generation: checks all of it and keeps it. Its turn comes by itself; once this has returned, also in
+    /// a later process, unless it is `attached` to the call that made it.
+    pub async fn accept(&self, upload: Upload, place: Place, attached: bool) -> Result<Generation, Fault> {
         validate::check(&upload.spec)?;
         let defaults =
             if validate::needs_defaults(&upload.spec) { self.defaults().await? } else { GenerationDefaults::default() };
         let settings = validate::resolve(upload.spec.clone(), &defaults)?;
         let limit = self.inner.options.max_audio_seconds;
         let tier = self.inner.options.tier.clone();
-        let prepared = tokio::task::spawn_blocking(move || Prepared::read(upload, settings, limit, &tier))
+        let read = move || {
+            let prepared = Prepared::read(&upload, settings, limit, &tier)?;
+            let request_hash = request_hash(&upload.spec, &upload.picture, &upload.audio);
+            let Upload { picture, audio, order, .. } = upload;
+            let generation = prepared.generation();
+            Ok::<_, Fault>(Accepted { generation, picture, audio, order, request_hash, attached })
+        };
+        let accepted = tokio::task::spawn_blocking(read)
             .await
             .map_err(|error| Fault::internal("the files could not be read", &error))??;
         if self.inner.closing.is_cancelled() {
-            return Err(Fault::new(Kind::Unavailable, "the gateway is shutting down"));
+            return Err(shutting_down());
         }
-        let record = Arc::new(Record::new(prepared.generation()));
-        self.inner.store.insert(Arc::clone(&record));
+        let generation = self.inner.store.create(accepted).await?;
+        drop(place);
         tracing::info!(
-            generation_id = %record.id(),
-            frames = prepared.plan.frames,
-            size = %prepared.size,
-            steps = prepared.settings.steps,
+            generation_id = generation.generation_id,
+            frames = generation.frames,
+            width = generation.width,
+            height = generation.height,
             "accepted"
         );
-        self.inner.tasks.spawn(self.clone().work(Arc::clone(&record), prepared, place));
-        Ok(record)
+        Ok(generation)
     }
 
-    /// Waits for the turn and runs the generation.
-    async fn work(self, record: Arc<Record>, prepared: Prepared, place: Place) {
-        let turns = Arc::clone(&self.inner.turns);
-        let turn = tokio::select! {
-            biased;
-            () = record.cancel_token().cancelled() => None,
-            turn = turns.acquire_owned() => turn.ok(),
+    /// Removes now and then what is kept longer or is more than wanted.
+    async fn tidy(self) {
+        let closing = self.inner.closing.clone();
+        let tidying = async {
+            let mut pace = tokio::time::interval(TIDY);
+            loop {
+                pace.tick().await;
+                if let Err(fault) = self.inner.store.tidy(&self.inner.options.retention).await {
+                    tracing::error!(%fault, "the data folder was not tidied");
+                }
+            }
         };
-        match turn {
-            Some(turn) => {
-                let workshop = Workshop {
-                    stages: self.inner.stages.clone(),
-                    ffmpeg: self.inner.options.ffmpeg.clone(),
-                    directory: self.inner.store.dir().to_path_buf(),
-                    file: self.inner.store.video_path(record.id()),
-                };
-                runner::run(Arc::clone(&record), prepared, workshop).await;
-                drop(turn);
-            }
-            None => record.publish(Change::cancelled("cancelled before its turn came")),
-        }
-        if record.is_removed() || !record.completed() {
-            // Nobody can ask for it any more.
-            if let Err(fault) = self.inner.store.remove_video(record.id()).await {
-                tracing::warn!(generation_id = %record.id(), %fault, "the video stays behind");
-            }
-        }
-        drop(place);
+        closing.run_until_cancelled(tidying).await;
     }
 
-    /// Accepts nothing more, waits for what was accepted, cancels at the deadline what is left.
+    /// Refuses while the disk is nearly full, so that what runs can end.
+    async fn check_space(&self) -> Result<(), Fault> {
+        let (free, wanted) = (self.inner.store.free_bytes().await?, self.inner.options.min_free_bytes);
+        if free >= wanted {
+            return Ok(());
+        }
+        let message = format!("the disk of the data folder is full: {free} bytes are free, {wanted} must stay so");
+        Err(Fault::new(Kind::Busy { retry_after: SPACE_RETRY }, message))
+    }
+
+    /// Runs one generation after the other.
+    async fn work(self) {
+        let workshop = Workshop {
+            stages: self.inner.stages.clone(),
+            ffmpeg: self.inner.options.ffmpeg.clone(),
+            directory: self.inner.store.work_dir(),
+            patience: self.inner.options.stage_patience,
+            stopping: self.inner.stopping.clone(),
+        };
+        let closing = self.inner.closing.clone();
+        while let Some(lease) = closing.run_until_cancelled(self.inner.store.next()).await {
+            let began = Instant::now();
+            runner::run(Arc::clone(&lease), workshop.clone()).await;
+            if lease.generation().await.state() == GenerationState::Completed {
+                let mut pace = lock(&self.inner.pace);
+                pace.truncate(PACE - 1);
+                pace.push_front(began.elapsed().as_secs_f64());
+            }
+        }
+    }
+
+    /// Accepts and begins nothing more, waits for what runs, and lets go at the deadline of what is left: a later
+    /// process goes on with it.
     pub async fn drain(&self, deadline: Duration) {
         self.inner.closing.cancel();
         self.inner.tasks.close();
         if tokio::time::timeout(deadline, self.inner.tasks.wait()).await.is_ok() {
             return;
         }
-        for record in self.inner.store.running() {
-            tracing::warn!(generation_id = %record.id(), "cancelled: the gateway shuts down");
-            record.cancel_token().cancel();
-        }
-        if tokio::time::timeout(CANCEL_TIME, self.inner.tasks.wait()).await.is_err() {
-            tracing::error!("some generations did not end");
+        self.inner.stopping.cancel();
+        if tokio::time::timeout(STOP_TIME, self.inner.tasks.wait()).await.is_err() {
+            tracing::error!("some generations were not let go in time");
         }
     }
 
     /// The checkpoint's defaults; what it said last while it does not answer.
     async fn defaults(&self) -> Result<GenerationDefaults, Fault> {
         let asked = self.inner.stages.defaults().await;
-        let mut known = self.inner.defaults.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.inner.defaults);
         match asked {
             Ok(defaults) => Ok(*known.insert(defaults)),
             Err(fault) => known.ok_or(fault),
         }
     }
+}
+
+fn shutting_down() -> Fault {
+    Fault::new(Kind::Unavailable, "the gateway is shutting down")
+}
+
+/// The holders only put in and take out whole values, so they are sound even after a panic of one.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,6 +1,6 @@
 //! The public gRPC service.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
@@ -11,19 +11,26 @@ use proto::v1::{
 use tokio::io::AsyncSeekExt as _;
 use tokio_util::io::ReaderStream;
 use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataMap};
+use uuid::Uuid;
 
 use crate::{
     fault::{Fault, Kind},
-    intake::{File, Intake, Upload},
+    intake::{File, Intake, Order, Upload},
     planning,
-    scheduler::Gateway,
-    store::Record,
+    scheduler::{Gateway, Place},
+    store::{Listing, Store, artifacts::Artifact},
 };
 
 /// Most bytes of one message that comes in: more than any allowed one, so that the refusal can name the field.
 const MESSAGE_BYTES: usize = 16 << 20;
 /// Bytes of video in one message.
 const VIDEO_CHUNK: usize = 256 << 10;
+/// How long a watcher hears nothing at most.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+/// Generations of a page, unless the caller says how many.
+pub(crate) const PAGE: usize = 20;
+/// Most generations of a page.
+pub(crate) const MOST_PAGE: usize = 100;
 /// How long a caller may be silent in the middle of an upload.
 const UPLOAD_SILENCE: Duration = Duration::from_secs(60);
 
@@ -71,20 +78,57 @@ impl From<GenerateRequest> for Piece {
     }
 }
 
-/// Reads a whole upload, within the limits.
-async fn receive<M: Into<Piece>>(mut messages: Streaming<M>) -> Result<Upload, Fault> {
+/// Takes a place in the queue and reads a whole upload, within the limits.
+async fn receive<M: Into<Piece> + Keyed>(
+    gateway: &Gateway,
+    request: Request<Streaming<M>>,
+) -> Result<(Upload, Place), Fault> {
+    let (metadata, _, mut messages) = request.into_parts();
     let mut intake = Intake::default();
+    let mut message = next(&mut messages).await?;
+    let key = message.as_mut().map(Keyed::take_key).unwrap_or_default();
+    let text = |name: &str, field: &str| match metadata.get(name).map(|value| value.to_str()) {
+        None => Ok(""),
+        Some(Ok(text)) => Ok(text),
+        Some(Err(_)) => Err(Fault::invalid(field, format!("{name} is no visible ASCII text"))),
+    };
+    let order = Order::read(text("avatar-caller", "caller")?, text("avatar-priority", "priority")?, &key)?;
+    let place = gateway.admit(&order).await?;
     loop {
-        let message = tokio::time::timeout(UPLOAD_SILENCE, messages.message()).await.map_err(|_| {
-            let message = format!("nothing came for {} s in the middle of the request", UPLOAD_SILENCE.as_secs());
-            Fault::new(Kind::Deadline, message)
-        })?;
-        match message.map_err(|status| unreadable(&status))?.map(Into::into) {
+        match message.map(Into::into) {
             Some(Piece::Spec(spec)) => intake.spec(spec)?,
             Some(Piece::Bytes(file, bytes)) => intake.bytes(file, &bytes)?,
             Some(Piece::Empty) => return Err(Fault::new(Kind::Invalid, "a message of the request is empty")),
-            None => return intake.finish(),
+            None => return Ok((intake.finish(order)?, place)),
         }
+        message = next(&mut messages).await?;
+    }
+}
+
+/// The next message of an upload.
+async fn next<M>(messages: &mut Streaming<M>) -> Result<Option<M>, Fault> {
+    let message = tokio::time::timeout(UPLOAD_SILENCE, messages.message()).await.map_err(|_| {
+        let message = format!("nothing came for {} s in the middle of the request", UPLOAD_SILENCE.as_secs());
+        Fault::new(Kind::Deadline, message)
+    })?;
+    message.map_err(|status| unreadable(&status))
+}
+
+/// A message that may bear the caller's key for the request.
+trait Keyed {
+    fn take_key(&mut self) -> String;
+}
+
+impl Keyed for CreateGenerationRequest {
+    fn take_key(&mut self) -> String {
+        std::mem::take(&mut self.idempotency_key)
+    }
+}
+
+impl Keyed for GenerateRequest {
+    /// The generation of this call ends with it, so there is nothing to be found again.
+    fn take_key(&mut self) -> String {
+        String::new()
     }
 }
 
@@ -124,16 +168,20 @@ fn deadline(metadata: &MetadataMap) -> Option<Duration> {
 #[derive(Debug)]
 struct Owned {
     gateway: Gateway,
-    record: Arc<Record>,
+    id: Uuid,
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        self.gateway.store().forget(&self.record);
-        let (gateway, id) = (self.gateway.clone(), self.record.id());
-        // A stream can be dropped outside the runtime only when the process ends, and the folder with it.
+        let (gateway, id) = (self.gateway.clone(), self.id.to_string());
+        // A stream can be dropped outside the runtime only when the process ends; the next one removes what belonged
+        // to its calls.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { gateway.store().remove_video(id).await });
+            runtime.spawn(async move {
+                if let Err(fault) = gateway.store().remove(&id).await {
+                    tracing::warn!(generation_id = id, %fault, "a generation whose call has ended stays behind");
+                }
+            });
         }
     }
 }
@@ -141,17 +189,20 @@ impl Drop for Owned {
 /// The events of a call's generation, then its video.
 fn answers(owned: Owned, until: Option<tokio::time::Instant>) -> Answers<GenerateResponse> {
     use v1::generate_response::Body;
-    let record = Arc::clone(&owned.record);
-    let events = Arc::clone(&record).events(1).map(|event| Ok(GenerateResponse { body: Some(Body::Event(event)) }));
-    let path = owned.gateway.store().video_path(record.id());
+    let (store, id) = (owned.gateway.store().clone(), owned.id);
+    let events = store.events(id, 1).map(|event| match event {
+        Ok(event) => Ok(GenerateResponse { body: Some(Body::Event(event)) }),
+        Err(fault) => Err(fault.to_status()),
+    });
     let video = stream::once(async move {
-        let generation = record.generation();
-        match generation.state() {
-            GenerationState::Completed => open_video(&path, 0).await.map(|(file, _)| video_chunks(file)),
-            GenerationState::Failed => Err(failed(&record)),
+        let generation = store.get(&id.to_string()).await.map_err(|fault| fault.to_status())?;
+        match (generation.state(), &generation.failure) {
+            (GenerationState::Completed, _) => open_video(&store, &generation.generation_id, 0).await,
+            (GenerationState::Failed, Some(failure)) => Err(Fault::from_failure(failure).to_status()),
             _ => Err(Fault::new(Kind::Cancelled, "the generation was cancelled").to_status()),
         }
     })
+    .map_ok(|(file, _)| video_chunks(file))
     .try_flatten()
     .map_ok(|data| GenerateResponse { body: Some(Body::VideoChunk(data.to_vec())) });
     let all = Box::pin(events.chain(video));
@@ -178,24 +229,17 @@ fn answers(owned: Owned, until: Option<tokio::time::Instant>) -> Answers<Generat
     }))
 }
 
-/// The status of a failed generation's call: its own fault if the record kept enough of it.
-fn failed(record: &Record) -> Status {
-    match record.fault() {
-        Some(fault) => fault.to_status(),
-        None => Fault::new(Kind::Internal, "the generation failed").to_status(),
-    }
-}
-
-async fn open_video(path: &std::path::Path, offset: u64) -> Result<(tokio::fs::File, u64), Status> {
-    let missing = |error: std::io::Error| Fault::internal("the video cannot be read", &error).to_status();
-    let mut file = tokio::fs::File::open(path).await.map_err(missing)?;
-    let total = file.metadata().await.map_err(missing)?.len();
-    if offset > total {
-        let message = format!("offset {offset} is past the end; the video has {total} bytes");
+/// A completed generation's video from an offset on, and what the whole file is.
+async fn open_video(store: &Store, id: &str, offset: u64) -> Result<(tokio::fs::File, Artifact), Status> {
+    let (video, file) = store.video(id).await.map_err(|fault| fault.to_status())?;
+    if offset > video.bytes {
+        let message = format!("offset {offset} is past the end; the video has {} bytes", video.bytes);
         return Err(Fault::new(Kind::OutOfRange, message).to_status());
     }
-    file.seek(std::io::SeekFrom::Start(offset)).await.map_err(missing)?;
-    Ok((file, total))
+    let mut file = tokio::fs::File::from_std(file);
+    let sought = file.seek(std::io::SeekFrom::Start(offset)).await;
+    sought.map_err(|error| Fault::internal("the video cannot be read", &error).to_status())?;
+    Ok((file, video))
 }
 
 fn video_chunks(file: tokio::fs::File) -> impl Stream<Item = Result<Bytes, Status>> + Send {
@@ -214,12 +258,11 @@ impl AvatarService for Service {
         request: Request<Streaming<CreateGenerationRequest>>,
     ) -> Result<Response<v1::CreateGenerationResponse>, Status> {
         let made = async {
-            let place = self.gateway.admit()?;
-            let upload = receive(request.into_inner()).await?;
-            self.gateway.accept(upload, place).await
+            let (upload, place) = receive(&self.gateway, request).await?;
+            self.gateway.accept(upload, place, false).await
         };
-        let record = made.await.map_err(|fault: Fault| fault.to_status())?;
-        Ok(Response::new(v1::CreateGenerationResponse { generation: Some(record.generation()) }))
+        let generation = made.await.map_err(|fault: Fault| fault.to_status())?;
+        Ok(Response::new(v1::CreateGenerationResponse { generation: Some(generation) }))
     }
 
     async fn generate(
@@ -228,10 +271,16 @@ impl AvatarService for Service {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let until = deadline(request.metadata()).map(|patience| tokio::time::Instant::now() + patience);
         let made = async {
-            let place = self.gateway.admit()?;
-            let upload = receive(request.into_inner()).await?;
-            let record = self.gateway.accept(upload, place).await?;
-            Ok(Owned { gateway: self.gateway.clone(), record })
+            let (upload, place) = receive(&self.gateway, request).await?;
+            let gateway = self.gateway.clone();
+            // A task of its own: a caller who goes while the generation is being kept leaves it to `Owned` to remove.
+            let accepted = tokio::spawn(async move {
+                let generation = gateway.accept(upload, place, true).await?;
+                let id = Uuid::try_parse(&generation.generation_id);
+                let id = id.map_err(|error| Fault::internal("a generation has no id", &error))?;
+                Ok(Owned { gateway, id })
+            });
+            accepted.await.map_err(|error| Fault::internal("the generation could not be accepted", &error))?
         };
         let owned = made.await.map_err(|fault: Fault| fault.to_status())?;
         Ok(Response::new(answers(owned, until)))
@@ -241,8 +290,9 @@ impl AvatarService for Service {
         &self,
         request: Request<v1::GetGenerationRequest>,
     ) -> Result<Response<v1::GetGenerationResponse>, Status> {
-        let record = self.gateway.store().get(&request.get_ref().generation_id).map_err(|fault| fault.to_status())?;
-        Ok(Response::new(v1::GetGenerationResponse { generation: Some(record.generation()) }))
+        let generation = self.gateway.get(&request.get_ref().generation_id).await;
+        let generation = Some(generation.map_err(|fault| fault.to_status())?);
+        Ok(Response::new(v1::GetGenerationResponse { generation }))
     }
 
     async fn watch_generation(
@@ -250,19 +300,57 @@ impl AvatarService for Service {
         request: Request<v1::WatchGenerationRequest>,
     ) -> Result<Response<Self::WatchGenerationStream>, Status> {
         let request = request.into_inner();
-        let record = self.gateway.store().get(&request.generation_id).map_err(|fault| fault.to_status())?;
-        let events = record.events(request.from_number);
-        let answers = events.map(|event| Ok(v1::WatchGenerationResponse { event: Some(event) }));
+        let id = self.gateway.store().id(&request.generation_id).await.map_err(|fault| fault.to_status())?;
+        let events = Box::pin(self.gateway.store().events(id, request.from_number));
+        let answers = stream::unfold(events, |mut events| async move {
+            let answer = match tokio::time::timeout(HEARTBEAT, events.next()).await {
+                Ok(Some(Ok(event))) => Ok(v1::WatchGenerationResponse { event: Some(event) }),
+                Ok(Some(Err(fault))) => Err(fault.to_status()),
+                Ok(None) => return None,
+                Err(_) => Ok(v1::WatchGenerationResponse { event: None }),
+            };
+            Some((answer, events))
+        });
         Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn list_generations(
+        &self,
+        request: Request<v1::ListGenerationsRequest>,
+    ) -> Result<Response<v1::ListGenerationsResponse>, Status> {
+        let request = request.into_inner();
+        let listed = async {
+            let wrong = |field: &str, message: String| Fault::invalid(field, message);
+            let limit = match request.page_size {
+                0 => PAGE,
+                size if size as usize <= MOST_PAGE => size as usize,
+                size => return Err(wrong("page_size", format!("{size}; allowed are 0 to {MOST_PAGE}"))),
+            };
+            let token = |_| wrong("page_token", "it is none that a page gave".into());
+            let after = Some(&request.page_token).filter(|token| !token.is_empty());
+            let states = request.states.iter().map(|&state| GenerationState::try_from(state));
+            let listing = Listing {
+                states: states.collect::<Result<_, _>>().map_err(|error| wrong("states", error.to_string()))?,
+                created_from_ms: request.created_from_unix_ms,
+                created_before_ms: request.created_before_unix_ms,
+                oldest_first: request.oldest_first,
+                after: after.map(|token| Uuid::try_parse(token)).transpose().map_err(token)?,
+                limit,
+            };
+            self.gateway.list(&listing).await
+        };
+        let (generations, next) = listed.await.map_err(|fault| fault.to_status())?;
+        let next_page_token = next.map(|id| id.to_string()).unwrap_or_default();
+        Ok(Response::new(v1::ListGenerationsResponse { generations, next_page_token }))
     }
 
     async fn cancel_generation(
         &self,
         request: Request<v1::CancelGenerationRequest>,
     ) -> Result<Response<v1::CancelGenerationResponse>, Status> {
-        let record = self.gateway.store().get(&request.get_ref().generation_id).map_err(|fault| fault.to_status())?;
-        let generation = cancel(&record).await;
-        Ok(Response::new(v1::CancelGenerationResponse { generation: Some(generation) }))
+        let generation = self.gateway.store().cancel(&request.get_ref().generation_id).await;
+        let generation = Some(generation.map_err(|fault| fault.to_status())?);
+        Ok(Response::new(v1::CancelGenerationResponse { generation }))
     }
 
     async fn delete_generation(
@@ -291,30 +379,12 @@ impl AvatarService for Service {
         request: Request<v1::DownloadVideoRequest>,
     ) -> Result<Response<Self::DownloadVideoStream>, Status> {
         let request = request.into_inner();
-        let path = completed_video(&self.gateway, &request.generation_id).map_err(|fault| fault.to_status())?;
-        let (file, total) = open_video(&path, request.offset).await?;
-        let first = v1::DownloadVideoResponse { data: Vec::new(), total_bytes: total };
-        let rest = video_chunks(file).map_ok(|data| v1::DownloadVideoResponse { data: data.to_vec(), total_bytes: 0 });
+        let (file, video) = open_video(self.gateway.store(), &request.generation_id, request.offset).await?;
+        let first = v1::DownloadVideoResponse { data: Vec::new(), total_bytes: video.bytes, sha256: video.hash };
+        let rest = video_chunks(file)
+            .map_ok(|data| v1::DownloadVideoResponse { data: data.to_vec(), ..v1::DownloadVideoResponse::default() });
         Ok(Response::new(Box::pin(stream::once(async { Ok(first) }).chain(rest))))
     }
-}
-
-/// Cancels a generation and gives it as it is then.
-pub(crate) async fn cancel(record: &Record) -> v1::Generation {
-    record.cancel_token().cancel();
-    // The run notices at its next await; a moment is plenty, and the answer is true either way.
-    let _ = tokio::time::timeout(Duration::from_secs(10), record.wait_end()).await;
-    record.generation()
-}
-
-/// The video's file of a generation that is completed.
-pub(crate) fn completed_video(gateway: &Gateway, id: &str) -> Result<std::path::PathBuf, Fault> {
-    let record = gateway.store().get(id)?;
-    if record.completed() {
-        return Ok(gateway.store().video_path(record.id()));
-    }
-    let state = crate::api::video::status_name(record.generation().state());
-    Err(Fault::new(Kind::Precondition, format!("the generation is {state}; a video is there once it is completed")))
 }
 
 #[cfg(test)]

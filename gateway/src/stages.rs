@@ -1,6 +1,6 @@
 //! The five stages as the gateway sees them: typed calls, tensors in, tensors out.
 
-use std::{collections::HashMap, future::Future, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use futures::{Stream, StreamExt as _, stream};
 use http::Uri;
@@ -23,11 +23,9 @@ use crate::fault::{Fault, Kind};
 const TENSOR_BYTES: u64 = 4 << 30;
 /// How long a stage may take to say what it is.
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Waits between attempts while a stage cannot be reached.
-const BACKOFF_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
-/// Longest wait that a full stage can ask for, and how often it may ask.
-const BUSY_WAIT: Duration = Duration::from_secs(30);
-const BUSY_ATTEMPTS: usize = 200;
+/// How long a stage may take to give its memory back. What runs on its device comes first; a stage that takes longer is
+/// not the one whose memory helps now.
+const UNLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Connections to the five stages.
 #[derive(Debug, Clone)]
@@ -81,9 +79,28 @@ impl Stages {
         match call.await {
             Ok(Ok(answer)) => Ok(answer.into_inner().defaults.unwrap_or_default()),
             Ok(Err(status)) => Err(fault(&status, Stage::Diffusion)),
-            Err(_) => {
-                Err(Fault::new(Kind::Unavailable, "diffusion: no answer to Describe within 5 s").at(Stage::Diffusion))
-            }
+            Err(_) => Err(silent(Stage::Diffusion)),
+        }
+    }
+
+    /// What decides a stage's answers besides its inputs: its checkpoint and how it computes. Empty where the stage
+    /// cannot say it.
+    pub async fn identity(&self, stage: Stage) -> Result<String, Fault> {
+        let answer = describe(self.channel(stage), stage).await?;
+        if answer.checkpoint_digest.is_empty() {
+            return Ok(String::new());
+        }
+        let device = kind_of_device(&answer.device);
+        Ok(format!("{} {} {device} {}", answer.checkpoint_digest, answer.version, answer.compute))
+    }
+
+    fn channel(&self, stage: Stage) -> &Channel {
+        match stage {
+            Stage::AudioEncoder => &self.audio_encoder,
+            Stage::TextEncoder => &self.text_encoder,
+            Stage::ImageEncoder => &self.image_encoder,
+            Stage::VaeDecode => &self.vae_decode,
+            Stage::Diffusion | Stage::Unspecified => &self.diffusion,
         }
     }
 
@@ -91,34 +108,31 @@ impl Stages {
     ///
     /// One that does not answer keeps what it has: nothing is lost by trying.
     pub async fn unload_beside(&self, stage: Stage) -> Vec<&'static str> {
-        let all = [
-            (Stage::AudioEncoder, &self.audio_encoder),
-            (Stage::TextEncoder, &self.text_encoder),
-            (Stage::ImageEncoder, &self.image_encoder),
-            (Stage::Diffusion, &self.diffusion),
-            (Stage::VaeDecode, &self.vae_decode),
-        ];
-        let Some((_, own)) = all.iter().find(|(one, _)| *one == stage) else { return Vec::new() };
-        let Some(device) = describe(own).await.map(|said| said.device_id).filter(|id| !id.is_empty()) else {
-            return Vec::new();
-        };
+        let all = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode];
+        let own = describe(self.channel(stage), stage).await.ok();
+        let Some(device) = own.map(|said| said.device_id).filter(|id| !id.is_empty()) else { return Vec::new() };
         let mut unloaded = Vec::new();
-        for (other, channel) in all.iter().filter(|(other, _)| *other != stage) {
-            let beside = describe(channel).await.is_some_and(|said| said.loaded && said.device_id == device);
+        for other in all.into_iter().filter(|other| *other != stage) {
+            let channel = self.channel(other);
+            let beside = describe(channel, other).await.is_ok_and(|said| said.loaded && said.device_id == device);
             if !beside {
                 continue;
             }
-            let name = crate::fault::stage_name(*other);
-            match StageServiceClient::new((*channel).clone()).unload(v1::UnloadRequest {}).await {
-                Ok(_) => unloaded.push(name),
-                Err(status) => tracing::warn!(stage = name, %status, "it was not unloaded"),
+            let name = crate::fault::stage_name(other);
+            match unload(channel, other, UNLOAD_TIMEOUT).await {
+                Ok(()) => unloaded.push(name),
+                Err(fault) => tracing::warn!(stage = name, %fault, "it was not unloaded"),
             }
         }
         unloaded
     }
 
     /// Speech (N samples, 16 kHz) to `features`.
-    pub async fn encode_audio(&self, header: EncodeAudioHeader, samples: HostTensor) -> Result<Encoded, Fault> {
+    pub async fn encode_audio(
+        &self,
+        header: EncodeAudioHeader,
+        samples: HostTensor,
+    ) -> Result<(Encoded, v1::EncodeAudioSummary), Fault> {
         use v1::{encode_audio_request::Body, encode_audio_response::Body as Answer};
         let stage = Stage::AudioEncoder;
         let messages = tensor_stream(Body::Header(header), vec![samples], Body::Part)
@@ -129,7 +143,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok(Encoded { tensors, memory: summary.memory.unwrap_or_default() })
+        Ok((Encoded { tensors, memory: summary.memory.unwrap_or_default() }, summary))
     }
 
     /// Prompt and picture to the text states of both prompts.
@@ -216,11 +230,30 @@ impl Stages {
     }
 }
 
-/// What a stage says of itself, if it answers.
-async fn describe(channel: &Channel) -> Option<v1::DescribeResponse> {
+/// What a stage says of itself.
+async fn describe(channel: &Channel, stage: Stage) -> Result<v1::DescribeResponse, Fault> {
     let mut client = StageServiceClient::new(channel.clone());
     let answer = tokio::time::timeout(DESCRIBE_TIMEOUT, client.describe(v1::DescribeRequest {})).await;
-    answer.ok()?.ok().map(Response::into_inner)
+    Ok(answer.map_err(|_| silent(stage))?.map_err(|status| fault(&status, stage))?.into_inner())
+}
+
+/// Makes a stage give its memory back, in `patience` at most.
+async fn unload(channel: &Channel, stage: Stage, patience: Duration) -> Result<(), Fault> {
+    let mut client = StageServiceClient::new(channel.clone());
+    match tokio::time::timeout(patience, client.unload(v1::UnloadRequest {})).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(status)) => Err(fault(&status, stage)),
+        Err(_) => {
+            let name = crate::fault::stage_name(stage);
+            let message = format!("{name}: not unloaded within {} s", patience.as_secs());
+            Err(Fault::new(Kind::Unavailable, message).at(stage))
+        }
+    }
+}
+
+/// The part of a device's name that its arithmetic depends on: how much memory of a CPU may be used changes no value.
+fn kind_of_device(name: &str) -> &str {
+    name.split_once(':').filter(|(kind, _)| *kind == "cpu").map_or(name, |(kind, _)| kind)
 }
 
 /// What a stage answered.
@@ -232,6 +265,20 @@ pub struct Encoded {
 }
 
 impl Encoded {
+    /// An answer that was kept.
+    #[must_use]
+    pub fn kept(tensors: HashMap<String, HostTensor>, memory: MemoryReport) -> Self {
+        Self { tensors, memory }
+    }
+
+    /// The tensors in the order of their names.
+    #[must_use]
+    pub fn sorted(&self) -> Vec<HostTensor> {
+        let mut tensors: Vec<HostTensor> = self.tensors.values().cloned().collect();
+        tensors.sort_by(|a, b| a.name().cmp(b.name()));
+        tensors
+    }
+
     /// Takes a tensor out; a stage that did not send it breaks the contract.
     pub fn take(&mut self, name: &str, stage: Stage) -> Result<HostTensor, Fault> {
         self.tensors.remove(name).ok_or_else(|| broken(stage, &format!("the answer has no tensor {name:?}")))
@@ -283,35 +330,14 @@ enum Piece<S> {
     Summary(S),
 }
 
-/// Repeats a call while its stage cannot be reached (a few times) or is full (as it asks to).
-pub async fn with_retries<T, F>(mut call: impl FnMut() -> F) -> Result<T, Fault>
-where
-    F: Future<Output = Result<T, Fault>>,
-{
-    let (mut lost, mut full) = (0, 0);
-    loop {
-        let fault = match call().await {
-            Ok(value) => return Ok(value),
-            Err(fault) => fault,
-        };
-        let wait = match fault.kind {
-            Kind::Unavailable if lost < BACKOFF_MS.len() => {
-                lost += 1;
-                Duration::from_millis(BACKOFF_MS[lost - 1])
-            }
-            Kind::Busy { retry_after } if full < BUSY_ATTEMPTS => {
-                full += 1;
-                retry_after.clamp(Duration::from_millis(10), BUSY_WAIT)
-            }
-            _ => return Err(fault),
-        };
-        tracing::warn!(%fault, wait_ms = wait.as_millis() as u64, "a stage did not take a call; it is tried again");
-        tokio::time::sleep(wait).await;
-    }
-}
-
 fn fault(status: &Status, stage: Stage) -> Fault {
     Fault::from_stage(&ServiceError::from_status(status), stage)
+}
+
+/// A stage that does not say what it is.
+fn silent(stage: Stage) -> Fault {
+    let message = format!("{}: no answer to Describe within 5 s", crate::fault::stage_name(stage));
+    Fault::new(Kind::Unavailable, message).at(stage)
 }
 
 /// A stage whose answer breaks the contract.
@@ -351,4 +377,25 @@ async fn collect<M, S>(
     reader.finish().map_err(|error| broken(stage, &error))?;
     let summary = summary.ok_or_else(|| broken(stage, &"the answer ended without its summary"))?;
     Ok((tensors, summary))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::fakes::{self, Script};
+
+    #[test]
+    fn a_budget_is_no_other_device() {
+        assert_eq!(["cpu", "cpu:4294967296", "cuda:1"].map(kind_of_device), ["cpu", "cpu", "cuda:1"]);
+    }
+
+    #[tokio::test]
+    async fn a_stage_that_does_not_unload_is_not_waited_for_without_end() {
+        let stages = fakes::start(&Arc::new(Script { unload_hangs: true, ..Script::default() }));
+        let fault = unload(&stages.vae_decode, Stage::VaeDecode, Duration::from_millis(50)).await.unwrap_err();
+        assert_eq!((fault.kind, fault.stage), (Kind::Unavailable, Stage::VaeDecode));
+        assert!(fault.message.starts_with("vae-decode: not unloaded"), "{fault}");
+    }
 }

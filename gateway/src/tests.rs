@@ -1,19 +1,32 @@
 //! Whole generations against fake stages.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    collections::HashSet,
+    io::Read as _,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use futures::StreamExt as _;
-use proto::v1::{FaceBox, GenerationSpec, GenerationState, Parity, PassMode, Stage};
+use planner::plan::Choice;
+use proto::v1::{
+    FaceBox, Generation, GenerationDefaults, GenerationEvent, GenerationSpec, GenerationState, Parity, PassMode, Stage,
+};
+use tower::ServiceExt as _;
+use uuid::Uuid;
 
 use crate::{
     Gateway, Options,
+    config::TierOptions,
     fakes::{self, Script},
-    fault::Kind,
-    intake::Upload,
-    store::Record,
+    fault::{Fault, Kind},
+    intake::{Order, Upload},
+    runner::prepare::Prepared,
+    store::life,
+    validate,
 };
 
 fn upload(spec: GenerationSpec, frames: u32) -> Upload {
@@ -27,18 +40,86 @@ fn upload(spec: GenerationSpec, frames: u32) -> Upload {
     audio.extend((2 * samples).to_le_bytes());
     audio.extend((0..samples).flat_map(|i| ((i % 100) as i16 * 90).to_le_bytes()));
     let spec = GenerationSpec { size: Some(64), guidance_scale: Some(7.5), flow_shift: Some(5.0), ..spec };
-    Upload { spec, picture: picture.into_inner(), audio }
+    Upload { spec, picture: picture.into_inner(), audio, order: Order::default() }
 }
 
-async fn start(script: &Arc<Script>, steps: u32) -> (Gateway, Arc<Record>) {
+fn keyed(key: &str) -> Order {
+    Order { idempotency_key: key.into(), ..Order::default() }
+}
+
+/// A gateway on fake stages, with a data folder that goes with it.
+struct Desk {
+    gateway: Gateway,
+    folder: tempfile::TempDir,
+}
+
+impl Desk {
+    async fn new(script: &Arc<Script>) -> Self {
+        Self::with(script, Options::default()).await
+    }
+
+    async fn with(script: &Arc<Script>, options: Options) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let options = Options { data_dir: folder.path().to_owned(), ..options };
+        Self { gateway: Gateway::new(&options, fakes::start(script)).await.unwrap(), folder }
+    }
+
+    async fn accept(&self, upload: Upload) -> Result<Uuid, Fault> {
+        let place = self.gateway.admit(&upload.order).await?;
+        let generation = self.gateway.accept(upload, place, false).await?;
+        Ok(Uuid::try_parse(&generation.generation_id).unwrap())
+    }
+
+    async fn ended(&self, id: Uuid) -> Generation {
+        tokio::time::timeout(Duration::from_secs(120), self.gateway.store().wait_end(id)).await.unwrap().unwrap()
+    }
+
+    async fn events(&self, id: Uuid) -> Vec<GenerationEvent> {
+        self.gateway.store().events(id, 1).map(Result::unwrap).collect().await
+    }
+
+    /// Stops the gateway without letting anything end, and starts one on the same folder.
+    async fn restart(self, script: &Arc<Script>) -> Self {
+        let Self { gateway, folder } = self;
+        gateway.drain(Duration::ZERO).await;
+        drop(gateway);
+        let options = Options { data_dir: folder.path().to_owned(), ..Options::default() };
+        // Clones that were in use by calls are dropped soon.
+        let gateway = loop {
+            match Gateway::new(&options, fakes::start(script)).await {
+                Ok(gateway) => break gateway,
+                Err(error) => assert!(error.to_string().contains("another process"), "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        };
+        Self { gateway, folder }
+    }
+
+    /// Files that are kept, whatever they are.
+    fn files(&self) -> usize {
+        let shelves = std::fs::read_dir(self.folder.path().join("artifacts")).unwrap().map(Result::unwrap);
+        shelves.map(|shelf| std::fs::read_dir(shelf.path()).unwrap().count()).sum()
+    }
+}
+
+/// Waits for what another task does.
+async fn until(condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), waiting).await.unwrap();
+}
+
+async fn start(script: &Arc<Script>, steps: u32) -> (Desk, Uuid) {
     start_with(script, GenerationSpec { steps: Some(steps), ..Default::default() }, 5).await
 }
 
-async fn start_with(script: &Arc<Script>, spec: GenerationSpec, frames: u32) -> (Gateway, Arc<Record>) {
-    let gateway = Gateway::new(&Options::default(), fakes::start(script)).unwrap();
-    let place = gateway.admit().unwrap();
-    let record = gateway.accept(upload(spec, frames), place).await.unwrap();
-    (gateway, record)
+async fn start_with(script: &Arc<Script>, spec: GenerationSpec, frames: u32) -> (Desk, Uuid) {
+    let desk = Desk::new(script).await;
+    let id = desk.accept(upload(spec, frames)).await.unwrap();
+    (desk, id)
 }
 
 /// The settings of a generation under the reference's rules.
@@ -46,25 +127,24 @@ fn by_the_reference(steps: u32) -> GenerationSpec {
     GenerationSpec { steps: Some(steps), parity: Parity::Reference.into(), ..Default::default() }
 }
 
-async fn ended(record: &Record) -> proto::v1::Generation {
-    tokio::time::timeout(Duration::from_secs(60), record.wait_end()).await.unwrap();
-    record.generation()
-}
-
 #[tokio::test]
 async fn quirk_fixed_k_makes_a_video_with_a_warning_about_the_missing_face() {
     let script = Arc::new(Script::default());
-    let (gateway, record) = start(&script, 3).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start(&script, 3).await;
+    let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
     let outcome = generation.outcome.unwrap();
     assert_eq!(outcome.stages.len(), 5);
     assert!(outcome.warnings[0].contains("No face was found"));
-    let video = std::fs::read(gateway.store().video_path(record.id())).unwrap();
+    let (kept, mut file) = desk.gateway.store().video(&id.to_string()).await.unwrap();
+    let mut video = Vec::new();
+    file.read_to_end(&mut video).unwrap();
     assert_eq!((video.len() as u64, crc32c::crc32c(&video)), (outcome.video_bytes, outcome.video_crc32c));
+    assert_eq!(kept.bytes, outcome.video_bytes);
     assert!(script.sessions.lock().unwrap().is_empty());
-    gateway.store().remove(&record.id().to_string()).await.unwrap();
-    assert_eq!(std::fs::read_dir(gateway.store().dir()).unwrap().count(), 0);
+    desk.gateway.store().remove(&id.to_string()).await.unwrap();
+    // They go right after the record has changed.
+    until(|| desk.files() == 0).await;
 }
 
 /// 18 steps: by the reference's literals the second phase begins at step 10 and steps 16 and 17 are cached; by ours
@@ -72,8 +152,8 @@ async fn quirk_fixed_k_makes_a_video_with_a_warning_about_the_missing_face() {
 #[tokio::test]
 async fn by_the_references_rules_short_speech_is_denoised_at_full_length_in_its_literal_steps() {
     let script = Arc::new(Script::default());
-    let (_gateway, record) = start_with(&script, by_the_reference(18), 5).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
     assert_eq!((generation.frames, generation.heard_frames, generation.denoised_frames), (5, 5, 129));
     assert_eq!(generation.spec.as_ref().unwrap().parity(), Parity::Reference);
@@ -99,21 +179,22 @@ async fn by_the_references_rules_short_speech_is_denoised_at_full_length_in_its_
 #[tokio::test]
 async fn by_the_references_rules_long_speech_is_cut_and_it_is_said_before_the_first_step() {
     let script = Arc::new(Script::default());
-    let (gateway, record) = start_with(&script, by_the_reference(1), 800).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start_with(&script, by_the_reference(1), 800).await;
+    let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
     assert_eq!((generation.frames, generation.heard_frames, generation.denoised_frames), (405, 400, 513));
     assert_eq!(script.samples.load(Ordering::SeqCst), 30 * 16_000, "the reference hears 30 s at most");
     assert_eq!(script.heard.load(Ordering::SeqCst), 400);
     let said = "The speech has 800 frames (32.00 s); with parity reference the first 400 (16.00 s) are heard";
     assert!(generation.outcome.unwrap().warnings[0].starts_with(said));
-    let events: Vec<_> = Arc::clone(&record).events(1).collect().await;
+    let events = desk.events(id).await;
     let warned = events.iter().position(|event| event.warning && event.message.starts_with(said)).unwrap();
     let denoised = events.iter().position(|event| event.state() == GenerationState::Denoising).unwrap();
     assert!(warned < denoised);
     let shown = std::process::Command::new("ffprobe")
         .args(["-v", "error", "-show_entries", "stream=duration", "-of", "csv=p=0"])
-        .arg(gateway.store().video_path(record.id()))
+        .arg("-")
+        .stdin(desk.gateway.store().video(&id.to_string()).await.unwrap().1)
         .output()
         .unwrap();
     let shown = String::from_utf8(shown.stdout).unwrap();
@@ -125,8 +206,8 @@ async fn by_the_references_rules_long_speech_is_cut_and_it_is_said_before_the_fi
 async fn without_parity_long_speech_is_heard_to_its_end() {
     let script = Arc::new(Script::default());
     let spec = GenerationSpec { steps: Some(1), ..Default::default() };
-    let (_gateway, record) = start_with(&script, spec, 450).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start_with(&script, spec, 450).await;
+    let generation = desk.ended(id).await;
     assert_eq!((generation.frames, generation.heard_frames), (450, 450), "{generation:?}");
     assert_eq!(script.samples.load(Ordering::SeqCst), 450 * 640);
 }
@@ -136,21 +217,57 @@ async fn several_faces_reach_the_caller_with_the_one_chosen_and_how_to_choose_an
     let face = |x: f64, side: f64| FaceBox { x, y: 4.0, width: side, height: side, score: Some(0.9) };
     let faces = vec![face(2.0, 30.0), face(40.0, 12.0)];
     let script = Arc::new(Script { faces: faces.clone(), ..Script::default() });
-    let (_gateway, record) = start(&script, 1).await;
-    let outcome = ended(&record).await.outcome.unwrap();
+    let (desk, id) = start(&script, 1).await;
+    let outcome = desk.ended(id).await.outcome.unwrap();
     assert_eq!((&outcome.faces, outcome.face), (&faces, Some(faces[0])));
     assert!(outcome.warnings[0].contains("--face X,Y,W,H"), "{:?}", outcome.warnings);
-    let events: Vec<_> = Arc::clone(&record).events(1).collect().await;
+    let events = desk.events(id).await;
     let told = events.iter().find(|event| !event.faces.is_empty()).unwrap();
     assert!(told.warning && told.face == Some(faces[0]) && told.stage() == Stage::ImageEncoder);
 }
 
 #[tokio::test]
-async fn survives_a_lost_session() {
-    let script = Arc::new(Script { lose_session_at: Some(1), ..Script::default() });
-    let (_gateway, record) = start(&script, 3).await;
-    assert_eq!(ended(&record).await.state(), GenerationState::Completed);
-    assert_eq!(script.opened.load(Ordering::SeqCst), 2);
+async fn survives_a_session_that_is_lost_again_and_again_in_one_step() {
+    let script = Arc::new(Script { lose_session_at: vec![1, 2, 3, 5], ..Script::default() });
+    let (desk, id) = start(&script, 3).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert_eq!(script.opened.load(Ordering::SeqCst), 5);
+    let steps: Vec<u32> = script.passes.lock().unwrap().iter().map(|(header, _)| header.step).collect();
+    assert_eq!(steps, [0, 1, 2]);
+}
+
+/// 18 steps by the reference's literals: step 15 leaves the features that steps 16 and 17 use.
+#[tokio::test]
+async fn features_that_are_lost_twice_in_a_step_are_made_again_from_the_same_latents() {
+    let plain = Arc::new(Script::default());
+    let (desk, id) = start_with(&plain, by_the_reference(18), 5).await;
+    desk.ended(id).await;
+    // Call 16 is step 16; call 17 makes the features again, and is lost too.
+    let script = Arc::new(Script { lose_session_at: vec![16, 17], ..Script::default() });
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let steps: Vec<u32> = script.passes.lock().unwrap().iter().map(|(header, _)| header.step).collect();
+    assert_eq!(steps, [(0..16).collect::<Vec<_>>(), vec![15, 16, 17]].concat());
+    assert_eq!(*script.decoded.lock().unwrap(), *plain.decoded.lock().unwrap());
+}
+
+#[tokio::test]
+async fn a_worker_that_keeps_no_session_fails_the_generation_instead_of_running_for_ever() {
+    let script = Arc::new(Script { lose_session_at: (0..1000).collect(), ..Script::default() });
+    let (desk, id) = start(&script, 3).await;
+    let failure = desk.ended(id).await.failure.unwrap();
+    assert_eq!((failure.code.as_str(), failure.stage()), ("NOT_FOUND", Stage::Diffusion));
+}
+
+#[tokio::test]
+async fn a_finished_denoise_waits_for_the_decoder_as_long_as_that_has_no_room() {
+    let script = Arc::new(Script { decoder_full: AtomicUsize::new(300), ..Script::default() });
+    let (desk, id) = start(&script, 2).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert_eq!(script.passes.lock().unwrap().len(), 2);
 }
 
 /// A script in which calls of one stage find the device full.
@@ -162,12 +279,12 @@ fn full(stage: Stage, calls: impl IntoIterator<Item = usize>) -> Arc<Script> {
 async fn memory_that_ends_at_a_stages_first_call_is_made_free_and_the_call_repeated() {
     for stage in [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode] {
         let script = full(stage, [0]);
-        let (_gateway, record) = start(&script, 2).await;
-        let generation = ended(&record).await;
+        let (desk, id) = start(&script, 2).await;
+        let generation = desk.ended(id).await;
         assert_eq!(generation.state(), GenerationState::Completed, "{stage:?}: {generation:?}");
         assert_eq!(script.unloads.load(Ordering::SeqCst), 4, "{stage:?}: the other four are unloaded");
         assert_eq!(script.passes.lock().unwrap().len(), 2, "{stage:?}: no step is repeated");
-        let events: Vec<_> = Arc::clone(&record).events(1).collect().await;
+        let events = desk.events(id).await;
         let told = events.iter().find(|event| event.message.contains("ran out of memory")).unwrap();
         assert!(told.stage() == stage && told.message.contains("unloaded") && !told.warning, "{told:?}");
     }
@@ -176,12 +293,12 @@ async fn memory_that_ends_at_a_stages_first_call_is_made_free_and_the_call_repea
 #[tokio::test]
 async fn a_step_without_memory_goes_on_from_its_own_latents_with_one_pass_a_call() {
     let plain = Arc::new(Script::default());
-    let (_gateway, record) = start(&plain, 4).await;
-    ended(&record).await;
+    let (desk, id) = start(&plain, 4).await;
+    desk.ended(id).await;
     // Call 0 opens the session; call 3 is step 2, and fails again after the other stages are gone.
     let script = full(Stage::Diffusion, [3, 4]);
-    let (_gateway, record) = start(&script, 4).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start(&script, 4).await;
+    let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
     let passes = script.passes.lock().unwrap();
     let seen: Vec<_> = passes.iter().map(|(header, _)| (header.step, header.items.len())).collect();
@@ -197,8 +314,8 @@ async fn a_step_without_memory_goes_on_from_its_own_latents_with_one_pass_a_call
 #[tokio::test]
 async fn every_rung_is_taken_in_turn_and_the_last_one_runs_without_features() {
     let script = full(Stage::Diffusion, [17, 18, 19]);
-    let (_gateway, record) = start_with(&script, by_the_reference(18), 5).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
     let passes = script.passes.lock().unwrap();
     let late: Vec<_> = passes.iter().filter(|(header, _)| header.step >= 16).collect();
@@ -211,8 +328,8 @@ async fn every_rung_is_taken_in_turn_and_the_last_one_runs_without_features() {
 #[tokio::test]
 async fn when_nothing_is_left_to_try_the_failure_lists_what_was_tried() {
     let script = full(Stage::Diffusion, 17..40);
-    let (_gateway, record) = start_with(&script, by_the_reference(18), 5).await;
-    let failure = ended(&record).await.failure.unwrap();
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    let failure = desk.ended(id).await.failure.unwrap();
     assert_eq!((failure.code.as_str(), failure.stage()), ("RESOURCE_EXHAUSTED", Stage::Diffusion));
     for part in ["900 bytes needed, 100 of 1000 free", "unloaded", "one pass a call", "no features kept"] {
         assert!(failure.message.contains(part), "{part} in {}", failure.message);
@@ -223,8 +340,8 @@ async fn when_nothing_is_left_to_try_the_failure_lists_what_was_tried() {
 #[tokio::test]
 async fn a_decoder_without_memory_takes_smaller_tiles_and_never_repeats_a_step() {
     let script = full(Stage::VaeDecode, [0, 1, 2]);
-    let (_gateway, record) = start(&script, 2).await;
-    let generation = ended(&record).await;
+    let (desk, id) = start(&script, 2).await;
+    let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
     let divisors: Vec<_> = script.decodes.lock().unwrap().iter().map(|header| header.tile_divisor).collect();
     assert_eq!(divisors, [1, 1, 2, 4]);
@@ -233,27 +350,72 @@ async fn a_decoder_without_memory_takes_smaller_tiles_and_never_repeats_a_step()
     assert!(warnings.iter().any(|said| said.contains("tiles 4 times shorter")), "{warnings:?}");
 
     let script = full(Stage::VaeDecode, 0..20);
-    let (_gateway, record) = start(&script, 2).await;
-    let failure = ended(&record).await.failure.unwrap();
+    let (desk, id) = start(&script, 2).await;
+    let failure = desk.ended(id).await.failure.unwrap();
     assert_eq!((failure.code.as_str(), failure.stage()), ("RESOURCE_EXHAUSTED", Stage::VaeDecode));
     assert!(failure.message.contains("tiles 2 times shorter; tiles 4 times shorter"), "{failure:?}");
     assert_eq!((script.passes.lock().unwrap().len(), script.decodes.lock().unwrap().len()), (2, 4));
 }
 
+/// Waits until a generation has taken so many steps, each stored.
+async fn steps_done(desk: &Desk, id: Uuid, steps: u32) {
+    let waiting = async {
+        while desk.gateway.store().get(&id.to_string()).await.unwrap().progress.unwrap().step < steps {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), waiting).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_denoise_that_gave_up_its_features_goes_on_without_them_after_a_restart() {
+    let out_of_memory = [17, 18, 19].map(|call| (Stage::Diffusion, call)).to_vec();
+    let script =
+        Script { out_of_memory, hold: Mutex::new(Some(17)), identity: Mutex::new("m".into()), ..Script::default() };
+    let script = Arc::new(script);
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    steps_done(&desk, id, 17).await;
+    let again = Arc::new(Script { identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let passes = again.passes.lock().unwrap();
+    assert!(!passes.is_empty() && passes.iter().all(|(header, _)| header.step == 17), "no step is repeated");
+    assert!(passes.iter().all(|(header, _)| header.mode() == PassMode::Full && !header.keep_features));
+    let warnings = generation.outcome.unwrap().warnings;
+    assert!(warnings.iter().any(|said| said.contains("no features kept")), "{warnings:?}");
+}
+
+#[test]
+fn what_a_tier_made_of_a_request_holds_whatever_tier_is_in_force_later() {
+    let tier = TierOptions { choice: Choice::Named("emergency".into()), allow_degrade: true, ..TierOptions::default() };
+    let seconds = tier.limit().unwrap().limits.audio_seconds;
+    let upload = upload(GenerationSpec { steps: Some(200), ..Default::default() }, 25 * seconds + 40);
+    let resolve = |spec| validate::resolve(spec, &GenerationDefaults::default()).unwrap();
+    let first = Prepared::read(&upload, resolve(upload.spec.clone()), 600, &tier).unwrap();
+    let Generation { spec, tier: held, .. } = first.generation();
+    assert_eq!(held.as_ref().unwrap().speech_frames, Some(25 * seconds));
+    let again = Prepared::again(&upload, resolve(spec.unwrap()), held).unwrap();
+    assert_eq!((again.settings.steps, again.heard), (first.settings.steps, first.heard));
+    assert_eq!(format!("{:?}", again.plan), format!("{:?}", first.plan));
+    assert!(again.warnings == first.warnings && again.audio.samples == first.audio.samples);
+    assert_eq!(again.audio.soundtrack.samples, first.audio.soundtrack.samples);
+}
+
 #[tokio::test]
 async fn a_stage_that_refuses_the_prompt_fails_the_generation_with_the_field() {
     let script = Arc::new(Script { refuse_prompt: true, ..Script::default() });
-    let (_gateway, record) = start(&script, 3).await;
-    let failure = ended(&record).await.failure.unwrap();
+    let (desk, id) = start(&script, 3).await;
+    let failure = desk.ended(id).await.failure.unwrap();
     assert_eq!((failure.code.as_str(), failure.stage()), ("INVALID_ARGUMENT", Stage::TextEncoder));
-    assert_eq!(record.fault().unwrap().field(), Some("prompt"));
+    assert_eq!(Fault::from_failure(&failure).field(), Some("prompt"));
 }
 
 #[tokio::test]
 async fn a_velocity_that_is_not_finite_fails_with_the_step_and_frees_the_session() {
     let script = Arc::new(Script { not_finite_at: Some(1), ..Script::default() });
-    let (_gateway, record) = start(&script, 3).await;
-    let failure = ended(&record).await.failure.unwrap();
+    let (desk, id) = start(&script, 3).await;
+    let failure = desk.ended(id).await.failure.unwrap();
     assert!(failure.message.contains("step 2"), "{failure:?}");
     assert!(script.sessions.lock().unwrap().is_empty());
 }
@@ -261,22 +423,335 @@ async fn a_velocity_that_is_not_finite_fails_with_the_step_and_frees_the_session
 #[tokio::test]
 async fn a_cancelled_generation_stops_in_the_middle_of_a_step() {
     let script = Arc::new(Script { predict_time: Duration::from_secs(30), ..Script::default() });
-    let (gateway, record) = start(&script, 3).await;
-    while script.opened.load(Ordering::SeqCst) == 0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    record.cancel_token().cancel();
-    assert_eq!(ended(&record).await.state(), GenerationState::Cancelled);
+    let (desk, id) = start(&script, 3).await;
+    until(|| script.opened.load(Ordering::SeqCst) > 0).await;
+    let cancelled = desk.gateway.store().cancel(&id.to_string()).await.unwrap();
+    assert_eq!(cancelled.state(), GenerationState::Cancelled);
     assert!(script.sessions.lock().unwrap().is_empty());
-    assert_eq!(std::fs::read_dir(gateway.store().dir()).unwrap().count(), 0);
+    // They go right after the record has changed.
+    until(|| desk.files() == 0).await;
 }
 
 #[tokio::test]
-async fn a_full_queue_refuses_at_once_with_a_delay() {
-    let options = Options { queue: 0, ..Options::default() };
-    let gateway = Gateway::new(&options, fakes::start(&Arc::new(Script::default()))).unwrap();
-    let place = gateway.admit().unwrap();
-    assert!(matches!(gateway.admit().unwrap_err().kind, Kind::Busy { .. }));
+async fn a_full_queue_refuses_at_once_with_a_delay_unless_the_request_was_accepted_before() {
+    let script = Arc::new(Script { predict_time: Duration::from_secs(600), ..Script::default() });
+    let desk = Desk::with(&script, Options { queue: 0, concurrent: 1, ..Options::default() }).await;
+    let place = desk.gateway.admit(&Order::default()).await.unwrap();
+    assert!(matches!(desk.gateway.admit(&Order::default()).await.unwrap_err().kind, Kind::Busy { .. }));
     drop(place);
-    assert!(gateway.admit().is_ok());
+    let request = || Upload { order: keyed("k"), ..upload(GenerationSpec::default(), 5) };
+    let id = desk.accept(request()).await.unwrap();
+    assert!(matches!(desk.accept(upload(GenerationSpec::default(), 5)).await.unwrap_err().kind, Kind::Busy { .. }));
+    assert_eq!(desk.accept(request()).await.unwrap(), id);
+}
+
+#[tokio::test]
+async fn the_same_key_gives_the_same_generation_and_another_request_under_it_is_refused() {
+    let script = Arc::new(Script::default());
+    let desk = Desk::new(&script).await;
+    let request = |seed| {
+        let spec = GenerationSpec { steps: Some(1), seed: Some(seed), ..Default::default() };
+        Upload { order: keyed("order-7"), ..upload(spec, 5) }
+    };
+    let id = desk.accept(request(1)).await.unwrap();
+    assert_eq!(desk.accept(request(1)).await.unwrap(), id);
+    let fault = desk.accept(request(2)).await.unwrap_err();
+    assert_eq!((fault.kind, fault.code()), (Kind::Conflict, tonic::Code::AlreadyExists));
+    assert!(fault.message.contains(&id.to_string()), "{fault}");
+    desk.ended(id).await;
+    let desk = desk.restart(&script).await;
+    assert_eq!(desk.accept(request(1)).await.unwrap(), id, "also when it has ended, and after a restart");
+    desk.gateway.store().remove(&id.to_string()).await.unwrap();
+    assert_ne!(desk.accept(request(2)).await.unwrap(), id, "once deleted the key is free");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_creations_of_one_key_at_once_make_one_generation() {
+    let script = Arc::new(Script { predict_time: Duration::from_secs(600), ..Script::default() });
+    let desk = Arc::new(Desk::with(&script, Options { queue: 100, ..Options::default() }).await);
+    let creations = (0..50).map(|_| {
+        let desk = Arc::clone(&desk);
+        tokio::spawn(async move {
+            let request = || Upload { order: keyed("one"), ..upload(GenerationSpec::default(), 2) };
+            desk.accept(request()).await.unwrap()
+        })
+    });
+    let ids: HashSet<Uuid> = futures::future::join_all(creations).await.into_iter().map(Result::unwrap).collect();
+    assert_eq!(ids.len(), 1);
+    assert_eq!(desk.gateway.store().unfinished("").await.unwrap(), (1, 1));
+}
+
+/// The video of a run that is stopped before a step is that of a run that is not, and no step is taken twice.
+#[tokio::test]
+async fn a_generation_goes_on_after_a_restart_where_it_was() {
+    let spec = || GenerationSpec { steps: Some(4), ..Default::default() };
+    let undisturbed = Arc::new(Script::default());
+    let (desk, id) = start_with(&undisturbed, spec(), 5).await;
+    desk.ended(id).await;
+
+    let script =
+        Arc::new(Script { away_at: Some((2, 1_000_000)), identity: Mutex::new("m".into()), ..Default::default() });
+    let (desk, id) = start_with(&script, spec(), 5).await;
+    until(|| script.predicted.load(Ordering::SeqCst) > 2).await;
+    assert_eq!(desk.gateway.store().get(&id.to_string()).await.unwrap().state(), GenerationState::Denoising);
+    let again = Arc::new(Script { identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert_eq!(again.encoded.load(Ordering::SeqCst), 0, "what the encoders gave was kept");
+    let steps: Vec<u32> = again.passes.lock().unwrap().iter().map(|(header, _)| header.step).collect();
+    assert_eq!(steps, [2, 3]);
+    assert_eq!(*again.decoded.lock().unwrap(), *undisturbed.decoded.lock().unwrap());
+    let events = desk.events(id).await;
+    assert_eq!(
+        events.iter().map(|event| event.number).collect::<Vec<_>>(),
+        (1..=events.len() as u64).collect::<Vec<_>>()
+    );
+    for pair in events.windows(2) {
+        assert!(life::may_follow(pair[0].state(), pair[1].state()), "{pair:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_finished_denoise_is_not_repeated_for_the_decoder() {
+    let script = Arc::new(Script { decoder_away: AtomicUsize::new(usize::MAX), ..Script::default() });
+    let (desk, id) = start(&script, 2).await;
+    until(|| script.decoder_away.load(Ordering::SeqCst) < usize::MAX).await;
+    let again = Arc::new(Script { decoder_away: AtomicUsize::new(2), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    assert_eq!(again.predicted.load(Ordering::SeqCst), 0);
+    assert_eq!(again.opened.load(Ordering::SeqCst), 0);
+    assert_eq!(again.decoded.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn latents_of_another_model_are_not_gone_on_with() {
+    let script =
+        Arc::new(Script { away_at: Some((2, 1_000_000)), identity: Mutex::new("old".into()), ..Default::default() });
+    let (desk, id) = start(&script, 3).await;
+    until(|| script.predicted.load(Ordering::SeqCst) > 2).await;
+    let again = Arc::new(Script { identity: Mutex::new("new".into()), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    assert_eq!((again.encoded.load(Ordering::SeqCst), again.predicted.load(Ordering::SeqCst)), (3, 3));
+}
+
+#[tokio::test]
+async fn the_same_inputs_are_encoded_once() {
+    let script = Arc::new(Script { identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = Desk::new(&script).await;
+    for (seed, prompt, encoded) in [(1, "a", 3), (2, "a", 3), (3, "b", 4)] {
+        let spec = GenerationSpec { seed: Some(seed), steps: Some(1), prompt: prompt.into(), ..Default::default() };
+        let id = desk.accept(upload(spec, 5)).await.unwrap();
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+        assert_eq!(script.encoded.load(Ordering::SeqCst), encoded);
+        assert_eq!(generation.outcome.unwrap().stages.len(), 5);
+    }
+}
+
+#[tokio::test]
+async fn a_stage_that_comes_back_is_waited_for_and_one_that_does_not_fails_the_generation() {
+    let script = Arc::new(Script { away_at: Some((1, 3)), ..Script::default() });
+    let (desk, id) = start(&script, 2).await;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    let events = desk.events(id).await;
+    let waits = events.iter().filter(|event| event.message.contains("diffusion does not answer")).count();
+    assert_eq!(waits, 1);
+
+    let script = Arc::new(Script { away_at: Some((0, usize::MAX)), ..Script::default() });
+    let options = Options { stage_patience: Duration::ZERO, ..Options::default() };
+    let desk = Desk::with(&script, options).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 5)).await.unwrap();
+    let failure = desk.ended(id).await.failure.unwrap();
+    assert_eq!((failure.code.as_str(), failure.stage()), ("UNAVAILABLE", Stage::Diffusion));
+    assert!(failure.retryable && failure.message.contains("waited for"), "{failure:?}");
+}
+
+#[tokio::test]
+async fn what_waits_and_what_was_cancelled_is_so_after_a_restart() {
+    let script = Arc::new(Script { predict_time: Duration::from_secs(600), ..Script::default() });
+    let desk = Desk::with(&script, Options { concurrent: 1, ..Options::default() }).await;
+    let running = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)).await.unwrap();
+    until(|| script.opened.load(Ordering::SeqCst) > 0).await;
+    let spec = || GenerationSpec { steps: Some(1), ..Default::default() };
+    let waiting = desk.accept(upload(spec(), 5)).await.unwrap();
+    let cancelled = desk.accept(upload(spec(), 5)).await.unwrap();
+    let ended = desk.gateway.store().cancel(&cancelled.to_string()).await.unwrap();
+    assert_eq!(ended.state(), GenerationState::Cancelled);
+    let place = desk.gateway.admit(&Order::default()).await.unwrap();
+    let attached = desk.gateway.accept(upload(spec(), 5), place, true).await.unwrap().generation_id;
+    let again = Arc::new(Script::default());
+    let desk = desk.restart(&again).await;
+    assert_eq!(desk.ended(running).await.state(), GenerationState::Completed);
+    assert_eq!(desk.ended(waiting).await.state(), GenerationState::Completed);
+    assert_eq!(desk.ended(cancelled).await.state(), GenerationState::Cancelled);
+    let gone = desk.gateway.store().get(&attached).await.unwrap_err();
+    assert_eq!(gone.kind, Kind::NotFound, "it went with the call that it belonged to");
+}
+
+#[tokio::test]
+async fn two_gateways_do_not_share_a_folder() {
+    let desk = Desk::new(&Arc::new(Script::default())).await;
+    let options = Options { data_dir: desk.folder.path().to_owned(), ..Options::default() };
+    let error = Gateway::new(&options, fakes::start(&Arc::new(Script::default()))).await.unwrap_err();
+    assert!(error.to_string().contains("another process uses it"), "{error}");
+}
+
+/// One call of the REST interface: status, headers and body.
+async fn rest(desk: &Desk, path: &str, headers: &[(&str, &str)]) -> (u16, http::HeaderMap, Vec<u8>) {
+    let mut request = http::Request::get(path);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(axum::body::Body::empty()).unwrap();
+    let (head, body) = desk.gateway.http_router().oneshot(request).await.unwrap().into_parts();
+    let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+    (head.status.as_u16(), head.headers, body.to_vec())
+}
+
+async fn json(desk: &Desk, path: &str) -> serde_json::Value {
+    let (status, _, body) = rest(desk, path, &[]).await;
+    assert_eq!(status, 200, "{path}: {}", String::from_utf8_lossy(&body));
+    serde_json::from_slice(&body).unwrap()
+}
+
+#[tokio::test]
+async fn a_download_goes_on_where_it_stopped_and_only_if_the_file_is_the_same() {
+    let script = Arc::new(Script::default());
+    let (desk, id) = start(&script, 1).await;
+    desk.ended(id).await;
+    let path = format!("/v1/videos/{id}/content");
+    let (status, headers, whole) = rest(&desk, &path, &[]).await;
+    let tag = headers["etag"].to_str().unwrap().to_owned();
+    assert_eq!((status, &headers["accept-ranges"]), (200, &http::HeaderValue::from_static("bytes")));
+    let (status, headers, rest_of_it) = rest(&desk, &path, &[("range", "bytes=100-"), ("if-range", &tag)]).await;
+    assert_eq!((status, &rest_of_it[..]), (206, &whole[100..]));
+    let wanted = format!("bytes 100-{}/{}", whole.len() - 1, whole.len());
+    assert_eq!(headers["content-range"].to_str().unwrap(), wanted);
+    let (status, _, again) = rest(&desk, &path, &[("range", "bytes=100-"), ("if-range", "\"another\"")]).await;
+    assert_eq!((status, again.len()), (200, whole.len()));
+    assert_eq!(rest(&desk, &path, &[("if-none-match", &tag)]).await.0, 304);
+    assert_eq!(rest(&desk, &path, &[("range", &format!("bytes={}-", whole.len()))]).await.0, 416);
+}
+
+#[tokio::test]
+async fn pages_of_a_list_have_each_generation_once_whatever_is_created_meanwhile() {
+    let script = Arc::new(Script::default());
+    let desk = Desk::new(&script).await;
+    let mut ids = Vec::new();
+    for steps in [1, 1, 1, 1, 1] {
+        let spec = GenerationSpec { steps: Some(steps), ..Default::default() };
+        let id = desk.accept(upload(spec, 2)).await.unwrap();
+        desk.ended(id).await;
+        ids.push(id.to_string());
+    }
+    let (mut seen, mut path) = (Vec::new(), "/v1/videos?limit=2&status=completed".to_owned());
+    loop {
+        let page = json(&desk, &path).await;
+        seen.extend(page["data"].as_array().unwrap().iter().map(|video| video["id"].as_str().unwrap().to_owned()));
+        if page["has_more"] == false {
+            break;
+        }
+        path = format!("/v1/videos?limit=2&status=completed&after={}", page["last_id"].as_str().unwrap());
+        desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 2)).await.unwrap();
+    }
+    seen.reverse();
+    assert_eq!(seen, ids);
+    let oldest = json(&desk, "/v1/videos?limit=1&order=asc").await;
+    assert_eq!(oldest["data"][0]["id"], ids[0].as_str());
+    assert_eq!(json(&desk, "/v1/videos?status=failed,cancelled").await["data"].as_array().unwrap().len(), 0);
+    assert_eq!(json(&desk, "/v1/videos?created_before=1").await["data"].as_array().unwrap().len(), 0);
+    for wrong in ["limit=0", "limit=101", "after=x", "order=up", "status=lost", "page=2"] {
+        assert_eq!(rest(&desk, &format!("/v1/videos?{wrong}"), &[]).await.0, 400, "{wrong}");
+    }
+}
+
+#[tokio::test]
+async fn server_sent_events_come_once_each_and_go_on_after_the_last_one_seen() {
+    let script = Arc::new(Script::default());
+    let (desk, id) = start(&script, 2).await;
+    let path = format!("/v1/videos/{id}/events");
+    let events = |body: Vec<u8>| {
+        let text = String::from_utf8(body).unwrap();
+        let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
+        data.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()).collect::<Vec<_>>()
+    };
+    let all = events(rest(&desk, &path, &[]).await.2);
+    let numbers: Vec<u64> = all.iter().map(|event| event["number"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, (1..=all.len() as u64).collect::<Vec<_>>());
+    assert_eq!(all.last().unwrap()["state"], "completed");
+    let last = (all.len() - 2).to_string();
+    assert_eq!(events(rest(&desk, &path, &[("last-event-id", &last)]).await.2), all[all.len() - 2..]);
+    assert_eq!(events(rest(&desk, &format!("{path}?from={last}"), &[]).await.2), all[all.len() - 3..]);
+    assert_eq!(rest(&desk, &path, &[("last-event-id", "x")]).await.0, 400);
+    assert_eq!(rest(&desk, "/v1/videos/x/events", &[]).await.0, 404);
+}
+
+#[tokio::test]
+async fn a_nearly_full_disk_refuses_with_the_reason_and_what_runs_goes_on() {
+    let script = Arc::new(Script::default());
+    let (desk, id) = start(&script, 1).await;
+    desk.ended(id).await;
+    let Desk { gateway, folder } = desk;
+    gateway.drain(Duration::ZERO).await;
+    drop(gateway);
+    let options = Options { data_dir: folder.path().to_owned(), min_free_bytes: u64::MAX, ..Options::default() };
+    let gateway = Gateway::new(&options, fakes::start(&script)).await.unwrap();
+    let fault = gateway.admit(&Order::default()).await.unwrap_err();
+    assert_eq!(fault.code(), tonic::Code::ResourceExhausted);
+    assert!(fault.message.contains("disk of the data folder is full") && fault.retryable(), "{fault}");
+    gateway.store().video(&id.to_string()).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_queue_serves_callers_in_turn_and_says_who_is_when_and_how_many_are_allowed() {
+    let script = Arc::new(Script::default());
+    let options = Options { concurrent: 1, queue_per_caller: Some(3), ..Options::default() };
+    let desk = Desk::with(&script, options).await;
+    let order = |caller: &str, priority| Order { caller: caller.into(), priority, ..Order::default() };
+    let request = |order| Upload { order, ..upload(GenerationSpec { steps: Some(1), ..Default::default() }, 2) };
+    // From then on the time of a generation is known.
+    let first = desk.accept(request(order("z", 0))).await.unwrap();
+    desk.ended(first).await;
+    *script.hold.lock().unwrap() = Some(0);
+    let mut ids = Vec::new();
+    for (caller, priority) in [("a", 0), ("a", 0), ("a", 0), ("b", 0), ("c", 1)] {
+        ids.push(desk.accept(request(order(caller, priority))).await.unwrap());
+        if ids.len() == 1 {
+            until(|| script.opened.load(Ordering::SeqCst) > 1).await;
+        }
+    }
+    let full = desk.gateway.admit(&order("a", 9)).await.unwrap_err();
+    assert!(matches!(full.kind, Kind::Busy { .. }) && full.message.contains("3 are allowed"), "{full}");
+    assert!(desk.gateway.admit(&order("d", 0)).await.is_ok());
+    for (id, place) in ids.iter().zip([0, 3, 4, 2, 1]) {
+        let generation = desk.gateway.get(&id.to_string()).await.unwrap();
+        assert_eq!(generation.queue_position, place, "{generation:?}");
+        assert_eq!(generation.estimated_start_unix_ms.is_some(), place > 0);
+    }
+    *script.hold.lock().unwrap() = None;
+    let mut began = Vec::new();
+    for id in &ids {
+        desk.ended(*id).await;
+        let events = desk.events(*id).await;
+        let first = events.iter().find(|event| event.state() == GenerationState::Encoding).unwrap();
+        began.push((first.unix_ms, *id));
+    }
+    began.sort();
+    let order: Vec<usize> = began.iter().map(|(_, id)| ids.iter().position(|one| one == id).unwrap()).collect();
+    assert_eq!(order, [0, 4, 3, 1, 2]);
+}
+
+#[tokio::test]
+async fn a_short_generation_does_not_wait_for_a_long_one() {
+    let script = Arc::new(Script { hold: Mutex::new(Some(1)), ..Script::default() });
+    let desk = Desk::new(&script).await;
+    let long = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 2)).await.unwrap();
+    until(|| script.predicted.load(Ordering::SeqCst) > 0).await;
+    let short = desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 2)).await.unwrap();
+    assert_eq!(desk.ended(short).await.state(), GenerationState::Completed);
+    let running = desk.gateway.get(&long.to_string()).await.unwrap();
+    assert!(!life::is_terminal(running.state()), "{running:?}");
 }

@@ -13,6 +13,9 @@ pub const PICTURE_BYTES: usize = 32 << 20;
 /// Most bytes of a recording's file.
 pub const AUDIO_BYTES: usize = 128 << 20;
 
+/// Longest recording that any gateway takes, in seconds.
+pub const MOST_AUDIO_SECONDS: u32 = 600;
+
 const STEPS: RangeInclusive<u32> = 1..=200;
 const SIZE: RangeInclusive<u32> = 64..=1280;
 const GUIDANCE_SCALE: RangeInclusive<f32> = 1.0..=20.0;

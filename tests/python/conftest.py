@@ -46,9 +46,11 @@ def models(avatar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(avatar: Path, models: Path):
+def server(avatar: Path, models: Path, tmp_path_factory: pytest.TempPathFactory):
     """The system in one process, on free ports; it must end well after SIGTERM."""
-    command = [avatar, "serve", "--models", models, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    data = tmp_path_factory.mktemp("data")
+    command = [avatar, "serve", "--models", models, "--data-dir", data]
+    command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True).start()

@@ -1,6 +1,7 @@
 //! What the five stages have in common: weights that load at the first need, and `StageService`.
 
 use std::{
+    io::{Read as _, Seek as _, SeekFrom},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{
@@ -249,6 +250,7 @@ impl<M: StageModel> StageService for StageServer<M> {
             queue_capacity: u32::try_from(host.device.capacity()).unwrap_or(u32::MAX),
             memory: Some(host.memory()),
             defaults,
+            compute: format!("{:?}", host.compute).to_lowercase(),
         }))
     }
 
@@ -287,7 +289,10 @@ impl<M: StageModel> StageService for StageServer<M> {
     }
 }
 
-/// Hash of the names and sizes of files below `models`, in hexadecimal; nothing where there is no file.
+/// Bytes at a file's end that its checkpoint's hash knows: values of its last tensors, which training changes.
+const TAIL: u64 = 64 << 10;
+
+/// Hash of the names, sizes and last bytes of files below `models`, in hexadecimal; nothing where there is no file.
 ///
 /// Errors: a file cannot be read.
 pub fn checkpoint_digest(models: &Path, files: &[PathBuf]) -> std::io::Result<String> {
@@ -296,12 +301,20 @@ pub fn checkpoint_digest(models: &Path, files: &[PathBuf]) -> std::io::Result<St
     }
     let named = files.iter().map(|file| {
         let name = file.strip_prefix(models).unwrap_or(file).to_string_lossy().into_owned();
-        Ok((name, std::fs::metadata(file)?.len()))
+        let mut opened = std::fs::File::open(file)?;
+        let size = opened.metadata()?.len();
+        opened.seek(SeekFrom::Start(size.saturating_sub(TAIL)))?;
+        let mut tail = Vec::new();
+        opened.take(TAIL).read_to_end(&mut tail)?;
+        Ok((name, size, tail))
     });
     let mut named = named.collect::<std::io::Result<Vec<_>>>()?;
     named.sort();
     // FNV-1a: it tells checkpoints apart, and guards nothing.
-    let bytes = named.iter().flat_map(|(name, size)| name.bytes().chain([0]).chain(size.to_le_bytes()));
+    let one = |(name, size, tail): (String, u64, Vec<u8>)| {
+        name.into_bytes().into_iter().chain([0]).chain(size.to_le_bytes()).chain(tail)
+    };
+    let bytes = named.into_iter().flat_map(one);
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     Ok(format!("{hash:016x}"))
 }
@@ -419,5 +432,19 @@ mod tests {
         assert_ne!(base, digest(&[("config.json", 3), ("clip/a.safetensors", 10)]));
         assert_ne!(base, digest(&[("config.json", 3), ("clip/b.safetensors", 9)]));
         assert_eq!(digest(&[]), "");
+    }
+
+    #[test]
+    fn the_digest_tells_values_apart_that_training_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("w.safetensors");
+        let digest = |last: u8| {
+            let mut bytes = vec![0; 200_000];
+            bytes[199_000] = last;
+            std::fs::write(&file, bytes).unwrap();
+            checkpoint_digest(folder.path(), std::slice::from_ref(&file)).unwrap()
+        };
+        assert_ne!(digest(1), digest(2));
+        assert_eq!(digest(1), digest(1));
     }
 }

@@ -8,7 +8,7 @@ use proto::v1::{FaceBox, GenerationSpec, Parity};
 use super::video::{MODEL, REFERENCE};
 use crate::{
     fault::{Fault, Kind, Violation},
-    intake::{File, Intake, Upload, too_large},
+    intake::{File, Intake, Order, Upload, too_large},
     validate::{AUDIO_BYTES, PROMPT_BYTES},
 };
 
@@ -45,7 +45,7 @@ struct Form {
 }
 
 /// Reads the whole form. Wrong values are reported together, once all has come.
-pub(crate) async fn read(mut parts: Multipart) -> Result<Upload, Fault> {
+pub(crate) async fn read(mut parts: Multipart, order: Order) -> Result<Upload, Fault> {
     let mut form = Form::default();
     while let Some(part) = parts.next_field().await.map_err(|error| broken(&error))? {
         form.take(part).await?;
@@ -57,7 +57,7 @@ pub(crate) async fn read(mut parts: Multipart) -> Result<Upload, Fault> {
     intake.spec(form.spec)?;
     intake.bytes(File::Picture, &form.picture)?;
     intake.bytes(File::Audio, &form.audio)?;
-    intake.finish()
+    intake.finish(order)
 }
 
 impl Form {

@@ -1,6 +1,9 @@
 //! The REST interface, in the shape that OpenAI-style video clients speak. gRPC is in `service.rs`.
 
+mod content;
+mod events;
 mod form;
+mod list;
 mod openapi;
 mod plan;
 pub mod rest;

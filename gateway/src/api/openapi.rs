@@ -4,6 +4,9 @@ use axum::Json;
 use utoipa::{OpenApi, ToSchema};
 
 use super::{
+    content,
+    events::{self, VideoEvent},
+    list::{self, VideoList},
     plan::{self, PlanBody, TierList},
     rest,
     video::{Deleted, ErrorBody, ErrorObject, Face, Video, VideoError},
@@ -55,15 +58,29 @@ pub(crate) struct CreateVideo {
     ),
     paths(
         rest::create,
+        list::list,
         rest::show,
-        rest::content,
+        events::events,
+        content::content,
         rest::remove,
         rest::cancel,
         rest::healthz,
         plan::create,
         plan::tiers
     ),
-    components(schemas(CreateVideo, Video, VideoError, Face, Deleted, ErrorBody, ErrorObject, PlanBody, TierList))
+    components(schemas(
+        CreateVideo,
+        Video,
+        VideoList,
+        VideoEvent,
+        VideoError,
+        Face,
+        Deleted,
+        ErrorBody,
+        ErrorObject,
+        PlanBody,
+        TierList
+    ))
 )]
 struct Api;
 

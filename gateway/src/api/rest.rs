@@ -4,26 +4,21 @@ use std::time::Duration;
 
 use axum::{
     Json, Router,
-    body::Body,
     extract::{DefaultBodyLimit, FromRequest as _, Multipart, Path, Request, State},
     response::{IntoResponse as _, Response},
     routing::{get, post},
 };
-use http::{
-    HeaderValue, StatusCode,
-    header::{CONTENT_LENGTH, CONTENT_TYPE},
-};
-use tokio_util::io::ReaderStream;
+use http::{HeaderMap, HeaderValue, StatusCode};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
-    form, openapi, plan,
+    content, events, form, list, openapi, plan,
     video::{Deleted, ErrorBody, Video},
 };
 use crate::{
     fault::{Fault, Kind},
+    intake::Order,
     scheduler::Gateway,
-    service,
     validate::{AUDIO_BYTES, PICTURE_BYTES},
 };
 
@@ -31,15 +26,14 @@ use crate::{
 const BODY_BYTES: usize = PICTURE_BYTES + AUDIO_BYTES / 3 * 4 + (1 << 20);
 /// How long a form may take to arrive: 128 MiB on a slow line.
 const UPLOAD_TIME: Duration = Duration::from_secs(15 * 60);
-/// Bytes of video read at a time.
-const VIDEO_CHUNK: usize = 256 << 10;
 
 /// All paths. A handler that panics answers 500; the process goes on.
 pub(crate) fn router(gateway: Gateway) -> Router {
     Router::new()
-        .route("/v1/videos", post(create).layer(DefaultBodyLimit::max(BODY_BYTES)))
+        .route("/v1/videos", post(create).layer(DefaultBodyLimit::max(BODY_BYTES)).get(list::list))
         .route("/v1/videos/{id}", get(show).delete(remove))
-        .route("/v1/videos/{id}/content", get(content))
+        .route("/v1/videos/{id}/content", get(content::content))
+        .route("/v1/videos/{id}/events", get(events::events))
         .route("/v1/videos/{id}/cancel", post(cancel))
         .route("/v1/plans", post(plan::create))
         .route("/v1/tiers", get(plan::tiers))
@@ -54,27 +48,49 @@ pub(crate) fn router(gateway: Gateway) -> Router {
 /// Accepts a generation.
 #[utoipa::path(
     post, path = "/v1/videos", tag = "videos",
+    params(
+        ("Idempotency-Key" = Option<String>, Header,
+            description = "1 to 255 visible ASCII characters. The same request with the same key is accepted once."),
+        ("Avatar-Caller" = Option<String>, Header,
+            description = "Who asks: at most 64 visible ASCII characters. Callers of one priority take turns."),
+        ("Avatar-Priority" = Option<i64>, Header, description = "-9 to 9, the higher the earlier; 0 if absent."),
+    ),
     request_body(content = openapi::CreateVideo, content_type = "multipart/form-data"),
     responses(
         (status = 200, description = "Accepted; it runs on without the caller.", body = Video),
         (status = 400, description = "A field is wrong; `param` names it.", body = ErrorBody),
+        (status = 409, description = "The key is that of another request.", body = ErrorBody),
         (status = 413, description = "A file or the request is too large.", body = ErrorBody),
         (status = 415, description = "Not multipart/form-data, or a file of a kind that is not decoded.", body = ErrorBody),
         (status = 422, description = "A file that cannot be used.", body = ErrorBody),
-        (status = 429, description = "The queue is full; `Retry-After` says when to try again.", body = ErrorBody),
+        (status = 429, description = "The queue or the disk is full; `Retry-After` says when to try again.", body = ErrorBody),
         (status = 503, description = "A stage cannot be reached, or the gateway shuts down.", body = ErrorBody),
     )
 )]
 pub(crate) async fn create(State(gateway): State<Gateway>, request: Request) -> Result<Json<Video>, Fault> {
+    let order = order(request.headers())?;
     let parts = Multipart::from_request(request, &())
         .await
         .map_err(|_| Fault::new(Kind::UnsupportedMedia, "the request must be multipart/form-data with a boundary"))?;
-    let place = gateway.admit()?;
-    let upload = tokio::time::timeout(UPLOAD_TIME, form::read(parts))
+    let place = gateway.admit(&order).await?;
+    let upload = tokio::time::timeout(UPLOAD_TIME, form::read(parts, order))
         .await
         .map_err(|_| Fault::new(Kind::Deadline, "the form took more than 15 minutes to arrive"))??;
-    let record = gateway.accept(upload, place).await?;
-    Ok(Json(Video::from(&record.generation())))
+    Ok(Json(Video::from(&gateway.accept(upload, place, false).await?)))
+}
+
+/// How a request is to be served, from its headers.
+fn order(headers: &HeaderMap) -> Result<Order, Fault> {
+    let text = |name: &str, field: &str| match headers.get(name).map(HeaderValue::to_str) {
+        None => Ok(""),
+        Some(Ok(text)) => Ok(text),
+        Some(Err(_)) => Err(Fault::invalid(field, format!("{name} is no visible ASCII text"))),
+    };
+    Order::read(
+        text("avatar-caller", "caller")?,
+        text("avatar-priority", "priority")?,
+        text("idempotency-key", "idempotency_key")?,
+    )
 }
 
 /// Shows a generation as it stands.
@@ -83,28 +99,7 @@ pub(crate) async fn create(State(gateway): State<Gateway>, request: Request) -> 
     responses((status = 200, body = Video), (status = 404, description = "No generation has this id.", body = ErrorBody))
 )]
 pub(crate) async fn show(State(gateway): State<Gateway>, Path(id): Path<String>) -> Result<Json<Video>, Fault> {
-    Ok(Json(Video::from(&gateway.store().get(&id)?.generation())))
-}
-
-/// Gives the MP4.
-#[utoipa::path(
-    get, path = "/v1/videos/{id}/content", tag = "videos",
-    params(("id" = String, Path, description = "The generation.")),
-    responses(
-        (status = 200, description = "The whole file.", body = Vec<u8>, content_type = "video/mp4"),
-        (status = 404, description = "No generation has this id.", body = ErrorBody),
-        (status = 409, description = "It is not completed.", body = ErrorBody),
-    )
-)]
-pub(crate) async fn content(State(gateway): State<Gateway>, Path(id): Path<String>) -> Result<Response, Fault> {
-    let path = service::completed_video(&gateway, &id)?;
-    let unreadable = |error: std::io::Error| Fault::internal("the video cannot be read", &error);
-    let file = tokio::fs::File::open(path).await.map_err(unreadable)?;
-    let bytes = file.metadata().await.map_err(unreadable)?.len();
-    let mut response = Response::new(Body::from_stream(ReaderStream::with_capacity(file, VIDEO_CHUNK)));
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("video/mp4"));
-    response.headers_mut().insert(CONTENT_LENGTH, bytes.into());
-    Ok(response)
+    Ok(Json(Video::from(&gateway.get(&id).await?)))
 }
 
 /// Cancels if need be, and removes the record and the video.
@@ -124,8 +119,7 @@ pub(crate) async fn remove(State(gateway): State<Gateway>, Path(id): Path<String
     responses((status = 200, body = Video), (status = 404, description = "No generation has this id.", body = ErrorBody))
 )]
 pub(crate) async fn cancel(State(gateway): State<Gateway>, Path(id): Path<String>) -> Result<Json<Video>, Fault> {
-    let record = gateway.store().get(&id)?;
-    Ok(Json(Video::from(&service::cancel(&record).await)))
+    Ok(Json(Video::from(&gateway.store().cancel(&id).await?)))
 }
 
 /// Says that the gateway answers.

@@ -5,7 +5,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::header::RETRY_AFTER;
-use proto::v1::{FaceBox, Generation, GenerationState, Parity};
+use proto::v1::{FaceBox, Failure, Generation, GenerationState, Parity};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -34,6 +34,10 @@ pub struct Video {
     pub created_at: u64,
     /// Unix time in seconds, once it has ended well.
     pub completed_at: Option<u64>,
+    /// Its place while it is queued, 1 for the next one.
+    pub queue_position: Option<u32>,
+    /// Unix time in seconds when it will begin, by how long the last generations took.
+    pub estimated_start_at: Option<u64>,
     /// Length of the video.
     pub seconds: String,
     /// Width x height in pixels.
@@ -153,14 +157,12 @@ impl From<&Generation> for Video {
             progress: percent.clamp(0.0, 100.0) as u32,
             created_at: generation.created_unix_ms / 1000,
             completed_at: (state == GenerationState::Completed).then_some(generation.ended_unix_ms / 1000),
+            queue_position: Some(generation.queue_position).filter(|position| *position > 0),
+            estimated_start_at: generation.estimated_start_unix_ms.map(|unix_ms| unix_ms / 1000),
             seconds: format!("{:.2}", f64::from(generation.frames) / f64::from(planner::clip::FPS)),
             size: format!("{}x{}", generation.width, generation.height),
             prompt: spec.prompt,
-            error: failure.map(|failure| VideoError {
-                code: failure.code.to_lowercase(),
-                message: failure.message.clone(),
-                field: Some(rest_name(&failure.field).to_owned()).filter(|field| !field.is_empty()),
-            }),
+            error: failure.map(VideoError::from),
             warnings: outcome.map(|outcome| outcome.warnings.clone()).unwrap_or_default(),
             steps: spec.steps.unwrap_or_default(),
             seed: spec.seed.unwrap_or_default(),
@@ -175,6 +177,16 @@ impl From<&Generation> for Video {
             clip_tokens_kept: outcome.map(|outcome| outcome.clip_tokens_kept),
             faces: outcome.map(|outcome| outcome.faces.iter().map(Face::from).collect()).unwrap_or_default(),
             face: outcome.and_then(|outcome| outcome.face.as_ref()).map(Face::from),
+        }
+    }
+}
+
+impl From<&Failure> for VideoError {
+    fn from(failure: &Failure) -> Self {
+        Self {
+            code: failure.code.to_lowercase(),
+            message: failure.message.clone(),
+            field: Some(rest_name(&failure.field).to_owned()).filter(|field| !field.is_empty()),
         }
     }
 }

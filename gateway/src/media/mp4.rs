@@ -66,11 +66,6 @@ impl Clip {
     pub async fn read(self) -> Result<Vec<u8>> {
         tokio::fs::read(self.path()).await.map_err(Error::io("reading the video"))
     }
-
-    /// Moves the video to `path`, in one step if that is in the directory of the settings. A file there is replaced.
-    pub async fn persist(self, path: &Path) -> Result<()> {
-        tokio::fs::rename(self.path(), path).await.map_err(Error::io("moving the video to its place"))
-    }
 }
 
 const VIDEO: &str = "video.mp4";

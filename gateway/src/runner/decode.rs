@@ -17,24 +17,24 @@ use crate::{
     media::mp4,
 };
 
-/// A finished video's size and sum.
-#[derive(Debug, Clone, Copy)]
+/// A finished video that is not kept yet.
+#[derive(Debug)]
 pub(crate) struct Video {
+    /// The file; it goes with this.
+    pub(crate) clip: mp4::Clip,
     /// Bytes of the file.
     pub(crate) bytes: u64,
     /// CRC32C of the file.
     pub(crate) crc32c: u32,
 }
 
-/// Where the video goes, and what writes it.
+/// What writes the video.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Target<'a> {
     /// The encoder program.
     pub(crate) ffmpeg: &'a Path,
     /// The folder for files in the making.
     pub(crate) directory: &'a Path,
-    /// The finished file; it appears whole or not at all.
-    pub(crate) file: &'a Path,
 }
 
 /// Decodes `latents` (C, T, h, w), of which T latent frames are wanted, and writes the video.
@@ -44,21 +44,20 @@ pub(crate) async fn decode(
     latents: HostTensor,
     target: Target<'_>,
 ) -> Result<Video, Fault> {
-    let began = run.stage_began(Stage::VaeDecode);
+    let began = run.stage_began(Stage::VaeDecode).await;
     let (clip, memory) = climb(run, Stage::VaeDecode, |tile_divisor| {
         let header =
             DecodeLatentsHeader { generation_id: run.id(), frame_limit: prepared.plan.frames as u32, tile_divisor };
         attempt(run, prepared, (header, latents.clone()), target)
     })
     .await?;
-    run.stage_ended(Stage::VaeDecode, began, memory);
+    run.stage_ended(Stage::VaeDecode, began, memory).await;
     let path = clip.path();
     let (bytes, crc32c) = tokio::task::spawn_blocking(move || sum(&path))
         .await
         .map_err(|error| Fault::internal("the video cannot be read", &error))?
         .map_err(|error| Fault::internal("the video cannot be read", &error))?;
-    clip.persist(target.file).await.map_err(refused)?;
-    Ok(Video { bytes, crc32c })
+    Ok(Video { clip, bytes, crc32c })
 }
 
 async fn attempt(
@@ -81,7 +80,7 @@ async fn attempt(
         }
         done += tensor.shape()[0];
         writer.push_frames(tensor.data()).await.map_err(refused)?;
-        run.frames_done(done, wanted, began.elapsed().as_secs_f64() / done as f64);
+        run.frames_done(done, wanted, began.elapsed().as_secs_f64() / done as f64).await;
     }
     if done != wanted {
         let message = format!("vae-decode: {done} frames came, {wanted} were asked for");

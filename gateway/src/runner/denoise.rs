@@ -8,7 +8,7 @@ use proto::{
 };
 
 use super::{
-    ladder::Ladder,
+    ladder::{Ladder, Rung, still_without_features},
     prepare::Prepared,
     run::Run,
     session::{Session, StepPasses},
@@ -16,59 +16,125 @@ use super::{
 use crate::{
     fault::{Fault, Kind},
     sampler::{Branch, FrameShape, Prompt, Request, Rounding, Sampler, SamplerError, Schedule, Setup, StepPlan, noise},
+    store::{Resume, artifacts::sha256},
 };
 
-/// Denoises a clip; gives the latent frames that are decoded, F32 (C, T, h, w).
-pub(crate) async fn denoise(
-    run: &Run,
-    prepared: &Prepared,
-    session: &mut Session,
-    channels: usize,
-) -> Result<HostTensor, Fault> {
-    let (clip, settings) = (&prepared.plan, &prepared.settings);
-    let (rows, columns) = prepared.size.latent();
-    let shape = FrameShape { channels, rows, columns };
-    let schedule = Schedule {
-        steps: settings.steps as usize,
-        flow_shift: settings.flow_shift,
-        guidance_scale: settings.guidance_scale,
-    };
-    let (plan, rounding) = match settings.parity {
-        Parity::Unspecified => (StepPlan::scaled(schedule), Rounding::Nowhere),
-        Parity::Reference => (StepPlan::reference(schedule), Rounding::Reference),
-    };
-    let features = plan.steps().iter().any(|step| step.keep_features);
-    let mut ladder = Ladder::of(Stage::Diffusion, features);
-    while let Err(fault) = session.open().await {
-        session.fit(ladder.next(run, fault).await?);
-    }
-    let setup = Setup { plan, clip: clip.clone(), shape, rounding };
-    let start = noise(settings.seed, shape.values(clip.latent_frames));
-    let mut sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
-    let began = Instant::now();
-    while let Some(&step) = sampler.current() {
-        let number = sampler.step();
-        let passes = StepPasses {
-            step: number as u32,
-            timestep: step.timestep,
-            mode: if step.cached { PassMode::Cached } else { PassMode::Full },
-            keep_features: step.keep_features,
-            shape: [channels, clip.window, rows, columns],
-            items: sampler.requests().into_iter().map(item).collect(),
+/// A clip between two steps, and the hash of the plan that it follows.
+#[derive(Debug)]
+pub(crate) struct Denoise {
+    sampler: Sampler,
+    plan: String,
+    /// The hash of what is left of the plan when all steps run in full, because features find no memory.
+    full_plan: String,
+    /// Whether the steps that are left are of the full plan already.
+    full: bool,
+    /// (channels, rows, columns) of a latent frame.
+    shape: FrameShape,
+}
+
+impl Denoise {
+    /// Begins with noise, or goes on with latents that were stored under the same plan.
+    ///
+    /// `models` says which checkpoints give what it is conditioned on and the velocities.
+    pub(crate) async fn begin(run: &Run, prepared: &Prepared, channels: usize, models: &str) -> Result<Self, Fault> {
+        let (clip, settings) = (&prepared.plan, &prepared.settings);
+        let (rows, columns) = prepared.size.latent();
+        let shape = FrameShape { channels, rows, columns };
+        let schedule = Schedule {
+            steps: settings.steps as usize,
+            flow_shift: settings.flow_shift,
+            guidance_scale: settings.guidance_scale,
         };
-        for (index, velocity) in predict(run, session, &mut ladder, passes).await?.into_iter().enumerate() {
-            sampler.accept(index, velocity).map_err(|error| wrong(number, &error))?;
+        let (plan, rounding) = match settings.parity {
+            Parity::Unspecified => (StepPlan::scaled(schedule), Rounding::Nowhere),
+            Parity::Reference => (StepPlan::reference(schedule), Rounding::Reference),
+        };
+        // All that decides the latents, besides the inputs, which a generation never changes.
+        let followed = format!("{settings:?} {clip:?} {shape:?} {rounding:?} {plan:?} {models}");
+        let hash = sha256(followed.as_bytes());
+        let full_hash = sha256(format!("{followed} without features").as_bytes());
+        // What an earlier process decided for want of memory holds, or the rest would be that of no single run.
+        let full = run.lease.stored_plan() == full_hash;
+        let followed = if full { &full_hash } else { &hash };
+        let stored = run.lease.resume(followed).await;
+        let setup = Setup { plan, clip: clip.clone(), shape, rounding };
+        if let Some(Resume { step, latents }) = stored {
+            let plan = if full { setup.plan.without_features() } else { setup.plan.clone() };
+            match Sampler::resume(Setup { plan, ..setup.clone() }, step, latents) {
+                Ok(sampler) => {
+                    run.resumed(step as u32).await;
+                    if full {
+                        still_without_features(run).await;
+                    }
+                    return Ok(Self { sampler, plan: hash, full_plan: full_hash, full, shape });
+                }
+                Err(error) => tracing::warn!(generation_id = run.id(), %error, "the stored latents cannot be used"),
+            }
         }
-        sampler.advance().map_err(|error| wrong(number, &error))?;
-        if sampler.latents().iter().any(|value| !value.is_finite()) {
-            let message = format!("step {}: the latents are no longer finite numbers", number + 1);
-            return Err(Fault::new(Kind::Internal, message).at(Stage::Diffusion));
-        }
-        let done = sampler.step();
-        run.step_done(session.memory(), done as u32, began.elapsed().as_secs_f64() / done as f64);
+        let start = noise(settings.seed, shape.values(clip.latent_frames));
+        let sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
+        Ok(Self { sampler, plan: hash, full_plan: full_hash, full: false, shape })
     }
-    HostTensor::from_f32("latents", &[channels, clip.kept_latent_frames, rows, columns], &sampler.kept_latents())
-        .map_err(|error| Fault::internal("the latents cannot be sent", &error))
+
+    /// Whether all steps are done.
+    pub(crate) fn is_done(&self) -> bool {
+        self.sampler.current().is_none()
+    }
+
+    /// Takes the steps that are left. Latents that the rest can be gone on with are stored before each step, and
+    /// after the last one.
+    pub(crate) async fn run(&mut self, run: &Run, prepared: &Prepared, session: &mut Session) -> Result<(), Fault> {
+        let FrameShape { channels, rows, columns } = self.shape;
+        if self.full {
+            session.fit(Rung::NoFeatures);
+        }
+        let features = self.sampler.plan().steps().iter().any(|step| step.keep_features);
+        let mut ladder = Ladder::of(Stage::Diffusion, features);
+        while let Err(fault) = session.open().await {
+            session.fit(ladder.next(run, fault).await?);
+        }
+        let (began, first) = (Instant::now(), self.sampler.step());
+        while let Some(&step) = self.sampler.current() {
+            let number = self.sampler.step();
+            let passes = StepPasses {
+                step: number as u32,
+                timestep: step.timestep,
+                mode: if step.cached { PassMode::Cached } else { PassMode::Full },
+                keep_features: step.keep_features,
+                shape: [channels, prepared.plan.window, rows, columns],
+                items: self.sampler.requests().into_iter().map(item).collect(),
+            };
+            for (index, velocity) in predict(run, session, &mut ladder, passes).await?.into_iter().enumerate() {
+                self.sampler.accept(index, velocity).map_err(|error| wrong(number, &error))?;
+            }
+            self.sampler.advance().map_err(|error| wrong(number, &error))?;
+            if self.sampler.latents().iter().any(|value| !value.is_finite()) {
+                let message = format!("step {}: the latents are no longer finite numbers", number + 1);
+                return Err(Fault::new(Kind::Internal, message).at(Stage::Diffusion));
+            }
+            let done = self.sampler.step();
+            self.full = !session.keeps_features();
+            // Where no features are kept, every step can be begun from its latents.
+            if self.full || self.sampler.plan().resumable(done) {
+                let plan = if self.full { &self.full_plan } else { &self.plan };
+                let stored = run.lease.checkpoint(done, plan, self.sampler.latents()).await;
+                // A full disk costs what a later crash would repeat, and not what is done already.
+                if let Err(fault) = stored {
+                    tracing::warn!(generation_id = run.id(), step = done, %fault, "the latents were not stored");
+                }
+            }
+            run.step_done(session.memory(), done as u32, began.elapsed().as_secs_f64() / (done - first) as f64).await;
+        }
+        Ok(())
+    }
+
+    /// The latent frames that are decoded, F32 (C, T, h, w).
+    pub(crate) fn latents(&self, prepared: &Prepared) -> Result<HostTensor, Fault> {
+        let FrameShape { channels, rows, columns } = self.shape;
+        let shape = [channels, prepared.plan.kept_latent_frames, rows, columns];
+        HostTensor::from_f32("latents", &shape, &self.sampler.kept_latents())
+            .map_err(|error| Fault::internal("the latents cannot be sent", &error))
+    }
 }
 
 /// Runs a step's passes; where memory ends, with less and from the same latents.

@@ -1,15 +1,22 @@
 //! Speech, prompt and picture to what the transformer is conditioned on, side by side.
 
+use std::future::Future;
+
+use prost::Message as _;
 use proto::{
     tensor::HostTensor,
     v1::{
         EncodeAudioHeader, EncodePromptHeader, EncodePromptSummary, EncodeReferenceHeader, EncodeReferenceSummary,
-        FaceBox, Stage,
+        FaceBox, MemoryReport, Stage,
     },
 };
 
-use super::{ladder::climb, prepare::Prepared, run::Run};
-use crate::fault::{Fault, Kind};
+use super::{kept, ladder::climb, prepare::Prepared, run::Run};
+use crate::{
+    fault::{Fault, Kind, stage_name},
+    stages::Encoded,
+    store::{artifacts::sha256, role},
+};
 
 /// Faces besides the largest whose boxes a sentence names.
 const SHOWN_FACES: usize = 8;
@@ -29,6 +36,8 @@ pub(crate) struct Conditions {
     pub(crate) faces: Vec<FaceBox>,
     /// The face that is animated.
     pub(crate) face: Option<FaceBox>,
+    /// What the encoders are.
+    pub(crate) models: String,
 }
 
 /// Runs the three encoders at once. When one fails, the calls to the others are dropped, which cancels them.
@@ -40,36 +49,40 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
     let samples = HostTensor::from_f32("samples", &[samples.len()], samples).map_err(malformed)?;
 
     let audio = async {
-        let began = run.stage_began(Stage::AudioEncoder);
         let header = EncodeAudioHeader { generation_id: run.id() };
-        let mut encoded =
-            climb(run, Stage::AudioEncoder, |_| run.stages.encode_audio(header.clone(), samples.clone())).await?;
-        run.stage_ended(Stage::AudioEncoder, began, encoded.memory);
-        encoded.take("features", Stage::AudioEncoder)
+        let call = || run.stages.encode_audio(header.clone(), samples.clone());
+        let question = [samples.data()];
+        let (mut encoded, _, model) =
+            ask(run, (Stage::AudioEncoder, role::FEATURES), &question, call, |summary| summary.memory).await?;
+        Ok::<_, Fault>((encoded.take("features", Stage::AudioEncoder)?, model))
     };
+    let side = [picture.width.to_le_bytes(), size.width.to_le_bytes(), size.height.to_le_bytes()].concat();
     let text = async {
-        let began = run.stage_began(Stage::TextEncoder);
         let prompt = prepared.settings.prompt.clone();
         let truncate_prompt = prepared.settings.truncate_prompt;
         let (width, height) = (size.width, size.height);
         let header = EncodePromptHeader { generation_id: run.id(), prompt, width, height, truncate_prompt };
-        let (mut encoded, summary) =
-            climb(run, Stage::TextEncoder, |_| run.stages.encode_prompt(header.clone(), pixels.clone())).await?;
-        run.stage_ended(Stage::TextEncoder, began, encoded.memory);
+        let call = || run.stages.encode_prompt(header.clone(), pixels.clone());
+        let cut: &[u8] = if truncate_prompt { b"cut" } else { b"whole" };
+        let question = [side.as_slice(), header.prompt.as_bytes(), cut, pixels.data()];
+        let (mut encoded, summary, model) =
+            ask(run, (Stage::TextEncoder, role::TEXT_STATES), &question, call, |summary| summary.memory).await?;
         let states = TEXT_STATES.iter().map(|name| encoded.take(name, Stage::TextEncoder));
-        Ok((states.collect::<Result<Vec<_>, _>>()?, summary))
+        Ok::<_, Fault>((states.collect::<Result<Vec<_>, Fault>>()?, summary, model))
     };
     let reference = async {
-        let began = run.stage_began(Stage::ImageEncoder);
         let face = prepared.settings.face;
         let header = EncodeReferenceHeader { generation_id: run.id(), width: size.width, height: size.height, face };
-        let (mut encoded, summary) =
-            climb(run, Stage::ImageEncoder, |_| run.stages.encode_reference(header.clone(), pixels.clone())).await?;
-        run.stage_ended(Stage::ImageEncoder, began, encoded.memory);
+        let call = || run.stages.encode_reference(header.clone(), pixels.clone());
+        let face = face.map(|face| face.encode_to_vec()).unwrap_or_default();
+        let question = [side.as_slice(), face.as_slice(), pixels.data()];
+        let (mut encoded, summary, model) =
+            ask(run, (Stage::ImageEncoder, role::REFERENCE), &question, call, |summary| summary.memory).await?;
         let latents = encoded.take("reference_latents", Stage::ImageEncoder)?;
-        Ok((latents, encoded.take("face_mask", Stage::ImageEncoder)?, summary))
+        Ok::<_, Fault>((latents, encoded.take("face_mask", Stage::ImageEncoder)?, summary, model))
     };
-    let (features, (states, prompt), (latents, mask, summary)) = tokio::try_join!(audio, text, reference)?;
+    let ((features, heard_by), (states, prompt, read_by), (latents, mask, summary, seen_by)) =
+        tokio::try_join!(audio, text, reference)?;
 
     let (height, width) = size.latent();
     let channels = match *latents.shape() {
@@ -77,15 +90,62 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         _ => return Err(malformed(latents.mismatch(format!("F32 [C, 1, {height}, {width}]"))).at(Stage::ImageEncoder)),
     };
     for warning in prompt_warnings(&prompt) {
-        run.warn(Stage::TextEncoder, warning);
+        run.warn(Stage::TextEncoder, warning).await;
     }
     let EncodeReferenceSummary { faces, face, .. } = summary;
     if let Some(said) = said_of_faces(&faces, prepared.settings.face.is_some()) {
-        run.faces_found(&faces, face, said);
+        run.faces_found(&faces, face, said).await;
     }
     let mut tensors = vec![features, latents, mask];
     tensors.extend(states);
-    Ok(Conditions { tensors, channels, prompt, faces, face })
+    let models = [heard_by, read_by, seen_by].join("; ");
+    Ok(Conditions { tensors, channels, prompt, faces, face, models })
+}
+
+/// What a stage gives for inputs, and what the stage is: kept from before where it was asked the same, else asked and kept.
+async fn ask<S, F>(
+    run: &Run,
+    (stage, role): (Stage, &'static str),
+    question: &[&[u8]],
+    mut call: impl FnMut() -> F,
+    memory: impl Fn(&S) -> Option<MemoryReport>,
+) -> Result<(Encoded, S, String), Fault>
+where
+    S: prost::Message + Default,
+    F: Future<Output = Result<(Encoded, S), Fault>>,
+{
+    let identity = run.patience.call(|| run.stages.identity(stage)).await?;
+    let key = key(stage, &identity, question);
+    // A stage that cannot say what it is may be another one next time.
+    let known = !identity.is_empty();
+    if known && let Some(bytes) = run.lease.stage_output(role, &key).await {
+        if let Some((tensors, summary)) = kept::from_bytes::<S>(&bytes) {
+            let memory = memory(&summary).unwrap_or_default();
+            run.stage_kept(stage, memory).await;
+            return Ok((Encoded::kept(tensors, memory), summary, identity));
+        }
+        tracing::warn!(generation_id = run.id(), role, "what was kept of a stage cannot be read; it is asked again");
+    }
+    let began = run.stage_began(stage).await;
+    let (encoded, summary) = climb(run, stage, |_| call()).await?;
+    if known {
+        let bytes = kept::to_bytes(&encoded.sorted(), &summary);
+        if let Err(fault) = run.lease.keep_stage_output(role, &key, bytes).await {
+            tracing::warn!(generation_id = run.id(), role, %fault, "what the stage gave was not kept");
+        }
+    }
+    run.stage_ended(stage, began, encoded.memory).await;
+    Ok((encoded, summary, identity))
+}
+
+/// Names what a stage gives: its own identity and all that it is asked, each with its length.
+fn key(stage: Stage, identity: &str, question: &[&[u8]]) -> String {
+    let mut parts = Vec::new();
+    for part in [stage_name(stage).as_bytes(), identity.as_bytes()].iter().chain(question) {
+        parts.extend((part.len() as u64).to_le_bytes());
+        parts.extend_from_slice(part);
+    }
+    sha256(&parts)
 }
 
 /// What to say about a prompt that was not read to its end.

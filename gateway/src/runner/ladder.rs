@@ -8,10 +8,7 @@ use std::{collections::VecDeque, future::Future};
 use proto::v1::Stage;
 
 use super::run::Run;
-use crate::{
-    fault::{Fault, Kind, stage_name},
-    stages::with_retries,
-};
+use crate::fault::{Fault, Kind, stage_name};
 
 /// Most that the decoder's tiles are shrunk by.
 const TILE_DIVISORS: [u32; 2] = [2, 4];
@@ -86,7 +83,7 @@ impl Ladder {
                 }
                 said = format!("{} unloaded", unloaded.join(", "));
             }
-            self.tell(run, rung, &fault, &said);
+            self.tell(run, rung, &fault, &said).await;
             if !self.tried.contains(&said) {
                 self.tried.push(said);
             }
@@ -97,15 +94,24 @@ impl Ladder {
         Err(Fault { message: format!("{fault}. Tried: {tried}"), ..fault })
     }
 
-    fn tell(&self, run: &Run, rung: Rung, fault: &Fault, said: &str) {
+    async fn tell(&self, run: &Run, rung: Rung, fault: &Fault, said: &str) {
         tracing::warn!(stage = stage_name(self.stage), %fault, "out of memory; tried again with {said}");
-        let sentence = format!("{} ran out of memory and goes on with {said}", stage_name(self.stage));
+        let sentence = sentence(self.stage, said);
         match rung {
             // The pictures may not be quite the same.
-            Rung::NoFeatures | Rung::SmallerTiles(_) => run.warn(self.stage, sentence),
-            Rung::UnloadOthers | Rung::OnePass => run.note(self.stage, sentence),
+            Rung::NoFeatures | Rung::SmallerTiles(_) => run.warn(self.stage, sentence).await,
+            Rung::UnloadOthers | Rung::OnePass => run.note(self.stage, sentence).await,
         }
     }
+}
+
+/// Says again in this run that a denoise does without features, as an earlier process decided.
+pub(crate) async fn still_without_features(run: &Run) {
+    run.warn(Stage::Diffusion, sentence(Stage::Diffusion, &Rung::NoFeatures.said())).await;
+}
+
+fn sentence(stage: Stage, said: &str) -> String {
+    format!("{} ran out of memory and goes on with {said}", stage_name(stage))
 }
 
 /// Calls a stage until it answers or its ladder ends; the call gets the divisor of the decoder's tiles.
@@ -115,7 +121,7 @@ where
 {
     let (mut ladder, mut divisor) = (Ladder::of(stage, false), 1);
     loop {
-        match with_retries(|| call(divisor)).await {
+        match run.patience.call(|| call(divisor)).await {
             Ok(value) => return Ok(value),
             Err(fault) => {
                 if let Rung::SmallerTiles(by) = ladder.next(run, fault).await? {

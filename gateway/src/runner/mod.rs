@@ -3,25 +3,37 @@
 mod decode;
 mod denoise;
 mod encode;
+mod kept;
 mod ladder;
+mod patience;
 pub(crate) mod prepare;
 mod run;
 mod session;
 
-use std::{panic::AssertUnwindSafe, path::PathBuf, sync::Arc};
+use std::{panic::AssertUnwindSafe, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::FutureExt as _;
-use proto::v1::{GenerationState, OpenSessionHeader, Outcome, Stage};
+use proto::v1::{Generation, GenerationDefaults, GenerationState, OpenSessionHeader, Outcome, Stage};
+use tokio_util::sync::CancellationToken;
 
-use self::{decode::Target, prepare::Prepared, run::Run, session::Session};
+use self::{
+    decode::{Target, Video},
+    denoise::Denoise,
+    patience::Patience,
+    prepare::Prepared,
+    run::Run,
+    session::Session,
+};
 use crate::{
     fault::{Fault, Kind},
+    intake::{Order, Upload},
     stages::Stages,
-    store::{Change, Record},
+    store::{Change, Lease, role},
+    validate,
 };
 
-/// Where a generation's work is done.
-#[derive(Debug)]
+/// What a generation's work is done with.
+#[derive(Debug, Clone)]
 pub(crate) struct Workshop {
     /// The stages.
     pub(crate) stages: Stages,
@@ -29,89 +41,138 @@ pub(crate) struct Workshop {
     pub(crate) ffmpeg: PathBuf,
     /// The folder for files in the making.
     pub(crate) directory: PathBuf,
-    /// The finished video.
-    pub(crate) file: PathBuf,
+    /// How long a stage may stay away before the generation fails.
+    pub(crate) patience: Duration,
+    /// Cancelled when this process stops; the generation can be gone on with then.
+    pub(crate) stopping: CancellationToken,
 }
 
-/// Runs a generation to its end and records how it ended. Neither a fault nor a panic leaves this function.
-pub(crate) async fn run(record: Arc<Record>, prepared: Prepared, workshop: Workshop) {
-    let run = Run::begin(Arc::clone(&record), workshop.stages.clone(), prepared.settings.steps);
-    let session_id = run.id();
-    let driven = AssertUnwindSafe(drive(&run, prepared, &workshop)).catch_unwind();
-    let ended = tokio::select! {
-        biased;
-        () = record.cancel_token().cancelled() => Err(Fault::new(Kind::Cancelled, "the generation was cancelled")),
-        ended = driven => ended.unwrap_or_else(|_| Err(Fault::internal("the generation failed", &"a panic"))),
-    };
-    if ended.is_err() {
-        // Calls in flight are gone with the future that made them; the session may still be there.
-        Session::close(&workshop.stages, session_id).await;
+/// How a run came to its end.
+enum End {
+    Done(Video, Box<Outcome>),
+    Failed(Fault),
+    /// The generation is somebody else's, or goes on later.
+    LetGo,
+}
+
+/// Runs a generation to its end and records how it ended, or lets go of it as it is when the process stops. Neither a
+/// fault nor a panic leaves this function.
+pub(crate) async fn run(lease: Arc<Lease>, workshop: Workshop) {
+    if lease.generation().await.state() != GenerationState::Queued {
+        let message = "goes on: the process that ran it has ended".to_owned();
+        lease.publish(Change { state: Some(GenerationState::Queued), message, ..Change::default() }).await;
     }
-    conclude(&run, ended);
+    let patience = Patience::new(Arc::clone(&lease), workshop.patience);
+    let run = Run::begin(Arc::clone(&lease), workshop.stages.clone(), patience).await;
+    let driven = AssertUnwindSafe(drive(&run, &workshop)).catch_unwind();
+    let end = tokio::select! {
+        biased;
+        () = lease.lost().cancelled() => End::LetGo,
+        () = lease.cancel_token().cancelled() => {
+            End::Failed(Fault::new(Kind::Cancelled, "the generation was cancelled"))
+        }
+        () = workshop.stopping.cancelled() => End::LetGo,
+        () = lease.keep_alive() => End::LetGo,
+        ended = driven => match ended {
+            Ok(Ok((video, outcome))) => End::Done(video, Box::new(outcome)),
+            Ok(Err(fault)) => End::Failed(fault),
+            Err(_) => End::Failed(Fault::internal("the generation failed", &"a panic")),
+        },
+    };
+    if !matches!(end, End::Done(..)) {
+        // Calls in flight are gone with the future that made them; the session may still be there.
+        Session::close(&workshop.stages, run.id()).await;
+    }
+    conclude(&run, end).await;
 }
 
 /// Records the end.
-fn conclude(run: &Run, ended: Result<Outcome, Fault>) {
+async fn conclude(run: &Run, end: End) {
     let generation_id = run.id();
-    let change = match ended {
-        Ok(outcome) => {
-            tracing::info!(generation_id, "completed");
-            Change {
+    let fault = match end {
+        End::LetGo => {
+            tracing::info!(generation_id, "let go as it is");
+            return run.lease.release().await;
+        }
+        End::Done(video, outcome) => {
+            let completed = Change {
                 state: Some(GenerationState::Completed),
                 progress: Some(run.last_progress(true)),
-                outcome: Some(outcome),
+                outcome: Some(*outcome),
                 ..Change::default()
+            };
+            match run.lease.complete(video.clip.path(), completed).await {
+                Ok(()) => return tracing::info!(generation_id, "completed"),
+                Err(fault) => fault,
             }
         }
-        Err(fault) if fault.kind == Kind::Cancelled => {
-            tracing::info!(generation_id, "cancelled");
-            Change {
-                state: Some(GenerationState::Cancelled),
-                progress: Some(run.last_progress(false)),
-                message: fault.message,
-                ..Change::default()
-            }
-        }
-        Err(fault) => {
-            tracing::error!(generation_id, %fault, "failed");
-            Change {
-                state: Some(GenerationState::Failed),
-                progress: Some(run.last_progress(false)),
-                stage: fault.stage,
-                message: fault.message.clone(),
-                fault: Some(fault),
-                ..Change::default()
-            }
-        }
+        End::Failed(fault) => fault,
     };
-    run.record.publish(change);
+    let progress = Some(run.last_progress(false));
+    if fault.kind == Kind::Cancelled {
+        tracing::info!(generation_id, "cancelled");
+        run.lease.publish(Change { progress, ..Change::cancelled(&fault.message) }).await;
+        return;
+    }
+    tracing::error!(generation_id, %fault, "failed");
+    let failed = Change {
+        state: Some(GenerationState::Failed),
+        progress,
+        stage: fault.stage,
+        message: fault.message.clone(),
+        fault: Some(fault),
+        ..Change::default()
+    };
+    run.lease.publish(failed).await;
 }
 
-async fn drive(run: &Run, prepared: Prepared, workshop: &Workshop) -> Result<Outcome, Fault> {
-    run.enter(GenerationState::Encoding);
+/// Reads a generation's inputs again, as they were when it was accepted.
+async fn inputs(lease: &Lease) -> Result<Prepared, Fault> {
+    let Generation { spec, tier: held, .. } = lease.generation().await;
+    let spec = spec.unwrap_or_default();
+    let settings = validate::resolve(spec.clone(), &GenerationDefaults::default())?;
+    let (picture, audio) = (lease.read(role::PICTURE).await?, lease.read(role::AUDIO).await?);
+    let upload = Upload { spec, picture, audio, order: Order::default() };
+    tokio::task::spawn_blocking(move || Prepared::again(&upload, settings, held))
+        .await
+        .map_err(|error| Fault::internal("the files could not be read", &error))?
+}
+
+async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault> {
+    run.enter(GenerationState::Encoding).await;
+    let prepared = inputs(&run.lease).await?;
     for warning in &prepared.warnings {
-        run.warn(Stage::Unspecified, warning.clone());
+        run.warn(Stage::Unspecified, warning.clone()).await;
     }
     let conditions = encode::encode(run, &prepared).await?;
+    let transformer = run.patience.call(|| run.stages.identity(Stage::Diffusion)).await?;
+    let models = format!("{}; {transformer}", conditions.models);
+    let mut denoise = Denoise::begin(run, &prepared, conditions.channels, &models).await?;
 
-    run.enter(GenerationState::Denoising);
-    let began = run.stage_began(Stage::Diffusion);
-    let header = OpenSessionHeader {
-        session_id: run.id(),
-        generation_id: run.id(),
-        audio_frames: prepared.heard as u32,
-        fps: planner::clip::FPS as f32,
-    };
-    let mut session = Session::new(run.stages.clone(), header, conditions.tensors);
-    let latents = denoise::denoise(run, &prepared, &mut session, conditions.channels).await?;
-    run.stage_ended(Stage::Diffusion, began, session.memory());
-    drop(session);
-    Session::close(&run.stages, run.id()).await;
+    if !denoise.is_done() {
+        run.enter(GenerationState::Denoising).await;
+        let began = run.stage_began(Stage::Diffusion).await;
+        let header = OpenSessionHeader {
+            session_id: run.id(),
+            generation_id: run.id(),
+            audio_frames: prepared.heard as u32,
+            fps: planner::clip::FPS as f32,
+        };
+        if run.goes_on() {
+            // What an earlier process left open holds memory that opening it again may need.
+            Session::close(&run.stages, run.id()).await;
+        }
+        let mut session = Session::new(run.stages.clone(), run.patience.clone(), header, conditions.tensors);
+        denoise.run(run, &prepared, &mut session).await?;
+        run.stage_ended(Stage::Diffusion, began, session.memory()).await;
+        drop(session);
+        Session::close(&run.stages, run.id()).await;
+    }
 
-    run.enter(GenerationState::Decoding);
-    let target = Target { ffmpeg: &workshop.ffmpeg, directory: &workshop.directory, file: &workshop.file };
-    let video = decode::decode(run, &prepared, latents, target).await?;
-    Ok(Outcome {
+    run.enter(GenerationState::Decoding).await;
+    let target = Target { ffmpeg: &workshop.ffmpeg, directory: &workshop.directory };
+    let video = decode::decode(run, &prepared, denoise.latents(&prepared)?, target).await?;
+    let outcome = Outcome {
         video_bytes: video.bytes,
         video_crc32c: video.crc32c,
         warnings: run.warnings(),
@@ -122,5 +183,6 @@ async fn drive(run: &Run, prepared: Prepared, workshop: &Workshop) -> Result<Out
         prompt_tokens_kept: conditions.prompt.prompt_tokens_kept,
         clip_tokens: conditions.prompt.clip_tokens,
         clip_tokens_kept: conditions.prompt.clip_tokens_kept,
-    })
+    };
+    Ok((video, outcome))
 }

@@ -6,7 +6,7 @@ use planner::{
     size::{PictureSize, generation_size, reference_size},
     tiers::{Change, Wanted},
 };
-use proto::v1::{Generation, Parity, Progress};
+use proto::v1::{Generation, HeldTo, Parity, Progress};
 
 use crate::{
     config::TierOptions,
@@ -19,7 +19,7 @@ use crate::{
     },
     planning::past_limits,
     sampler::{MOST_HEARD_FRAMES, ReferenceSpeech},
-    validate::{Settings, face_inside},
+    validate::{MOST_AUDIO_SECONDS, Settings, face_inside},
 };
 
 /// Samples that the reference's audio encoder takes: 30 s, filled with silence. Features past the end of the speech
@@ -43,34 +43,47 @@ pub(crate) struct Prepared {
     pub(crate) heard: usize,
     /// What the caller should know, in sentences.
     pub(crate) warnings: Vec<String>,
+    /// The tier's limits, where one was in force when it was accepted.
+    pub(crate) held: Option<HeldTo>,
 }
 
 impl Prepared {
     /// Decodes the files, and holds the request to the tier's limits. Blocking.
     pub(crate) fn read(
-        upload: Upload,
+        upload: &Upload,
         mut settings: Settings,
         max_audio_seconds: u32,
         tier: &TierOptions,
     ) -> Result<Self, Fault> {
-        let picture = media::picture::decode(&upload.picture).map_err(refused)?;
-        if let Some(face) = &settings.face {
-            face_inside(face, picture.width, picture.height)?;
-        }
-        let mut audio = media::audio::decode(upload.audio, f64::from(max_audio_seconds)).map_err(refused)?;
-        let warnings = match tier.limit() {
-            Some(limit) => within(limit, tier.allow_degrade, &mut settings, &mut audio)?,
-            None => Vec::new(),
+        let (picture, mut audio) = decode(upload, &settings, max_audio_seconds)?;
+        let held = match tier.limit() {
+            Some(limit) => Some(within(limit, tier.allow_degrade, &mut settings, &mut audio)?),
+            None => None,
         };
-        let window = tier.limit().map_or(REFERENCE_WINDOW, |tier| tier.limits.window());
+        Ok(Self::of(settings, picture, audio, held))
+    }
+
+    /// Decodes the files of a generation that was accepted; `held` is what it was held to then, whatever tier is in
+    /// force now. Blocking.
+    pub(crate) fn again(upload: &Upload, settings: Settings, held: Option<HeldTo>) -> Result<Self, Fault> {
+        let (picture, mut audio) = decode(upload, &settings, MOST_AUDIO_SECONDS)?;
+        if let Some(frames) = held.as_ref().and_then(|held| held.speech_frames) {
+            cut_speech(&mut audio, frames as usize);
+        }
+        Ok(Self::of(settings, picture, audio, held))
+    }
+
+    fn of(settings: Settings, picture: Picture, audio: Audio, held: Option<HeldTo>) -> Self {
+        let warnings = held.as_ref().map(|held| held.lowered.clone()).unwrap_or_default();
+        let window = held.as_ref().map_or(REFERENCE_WINDOW, |held| held.window_latent_frames.max(2) as usize);
         let frames = (audio.samples.len() / SAMPLES_PER_FRAME).max(1);
         if settings.parity == Parity::Reference {
             let prepared = Self::by_the_reference(settings, picture, audio, frames);
-            return Ok(Self { warnings: [warnings, prepared.warnings].concat(), ..prepared });
+            return Self { warnings: [warnings, prepared.warnings].concat(), held, ..prepared };
         }
         let size = generation_size(settings.size, picture.width, picture.height);
         let plan = ClipPlan::new(frames, settings.min_frames as usize, window);
-        Ok(Self { settings, picture, audio, size, plan, heard: frames, warnings })
+        Self { settings, picture, audio, size, plan, heard: frames, warnings, held }
     }
 
     /// Follows the reference's rules for the size and for speech of `frames` frames; says what they cut.
@@ -93,13 +106,14 @@ impl Prepared {
         if plan.frames < frames {
             cut_soundtrack(&mut audio, plan.frames);
         }
-        Self { settings, picture, audio, size, plan, heard, warnings }
+        Self { settings, picture, audio, size, plan, heard, warnings, held: None }
     }
 
     /// The generation as it is before it starts.
     pub(crate) fn generation(&self) -> Generation {
         Generation {
             spec: Some(self.settings.to_spec()),
+            tier: self.held.clone(),
             width: self.size.width,
             height: self.size.height,
             frames: self.plan.frames as u32,
@@ -111,6 +125,21 @@ impl Prepared {
     }
 }
 
+fn decode(upload: &Upload, settings: &Settings, max_audio_seconds: u32) -> Result<(Picture, Audio), Fault> {
+    let picture = media::picture::decode(&upload.picture).map_err(refused)?;
+    if let Some(face) = &settings.face {
+        face_inside(face, picture.width, picture.height)?;
+    }
+    let audio = media::audio::decode(upload.audio.clone(), f64::from(max_audio_seconds)).map_err(refused)?;
+    Ok((picture, audio))
+}
+
+/// Leaves of the speech, and of the sound in the video, so many frames.
+fn cut_speech(audio: &mut Audio, frames: usize) {
+    audio.samples.truncate(frames * SAMPLES_PER_FRAME);
+    cut_soundtrack(audio, frames);
+}
+
 /// Leaves of the sound that is heard in the video what goes with so many frames.
 fn cut_soundtrack(audio: &mut Audio, frames: usize) {
     let track = &mut audio.soundtrack;
@@ -118,10 +147,10 @@ fn cut_soundtrack(audio: &mut Audio, frames: usize) {
     track.samples.truncate(samples * track.channels as usize);
 }
 
-/// Holds a request to a tier's limits; what is lowered is told in sentences.
+/// Holds a request to a tier's limits; says which they are, and what is lowered.
 ///
 /// Errors: a value is past its limit and may not be lowered.
-fn within(tier: &Tier, lower: bool, settings: &mut Settings, audio: &mut Audio) -> Result<Vec<String>, Fault> {
+fn within(tier: &Tier, lower: bool, settings: &mut Settings, audio: &mut Audio) -> Result<HeldTo, Fault> {
     let wanted = Wanted {
         size: settings.size,
         steps: settings.steps,
@@ -135,16 +164,17 @@ fn within(tier: &Tier, lower: bool, settings: &mut Settings, audio: &mut Audio) 
     let (lowered, changes) = tier.lowered(&wanted).map_err(|excess| past_limits(&[excess]))?;
     settings.size = lowered.size;
     settings.steps = lowered.steps;
-    if changes.iter().any(|change: &Change| change.field == "audio") {
-        let frames = (lowered.seconds * f64::from(FPS)) as usize;
-        audio.samples.truncate(frames * SAMPLES_PER_FRAME);
-        cut_soundtrack(audio, frames);
+    let cut = changes.iter().any(|change: &Change| change.field == "audio");
+    let speech_frames = cut.then_some((lowered.seconds * f64::from(FPS)) as u32);
+    if let Some(frames) = speech_frames {
+        cut_speech(audio, frames as usize);
     }
     let said: Vec<String> = changes.iter().map(|change| format!("Tier {}: {change}.", tier.name)).collect();
     for sentence in &said {
         tracing::warn!(tier = tier.name, "{sentence}");
     }
-    Ok(said)
+    let window_latent_frames = tier.limits.window() as u32;
+    Ok(HeldTo { name: tier.name.clone(), window_latent_frames, speech_frames, lowered: said })
 }
 
 /// What the media code refused, as the caller's fault where it is.

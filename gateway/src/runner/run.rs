@@ -8,10 +8,11 @@ use std::{
 
 use proto::v1::{FaceBox, GenerationState, MemoryReport, Progress, Stage, StageReport};
 
+use super::patience::Patience;
 use crate::{
     fault::stage_name,
     stages::Stages,
-    store::{Change, Record},
+    store::{Change, Lease},
 };
 
 /// How much of the work, in percent, is done when encoding and denoising are.
@@ -21,11 +22,17 @@ const DENOISED_PERCENT: f32 = 90.0;
 /// One generation that runs.
 #[derive(Debug)]
 pub(crate) struct Run {
-    /// Its record.
-    pub(crate) record: Arc<Record>,
+    /// The right to drive it.
+    pub(crate) lease: Arc<Lease>,
     /// The stages that it uses.
     pub(crate) stages: Stages,
+    /// How they are waited for.
+    pub(crate) patience: Patience,
     began: Instant,
+    /// Seconds that earlier processes worked on it.
+    earlier_seconds: f64,
+    /// Warnings that its events tell of already.
+    warned: Vec<String>,
     inside: Mutex<Inside>,
 }
 
@@ -39,68 +46,89 @@ struct Inside {
 }
 
 impl Run {
-    /// Begins the run of a generation with `steps` steps.
-    pub(crate) fn begin(record: Arc<Record>, stages: Stages, steps: u32) -> Self {
-        let progress = Progress { steps, ..Progress::default() };
+    /// Begins the run of a generation, or goes on with it.
+    pub(crate) async fn begin(lease: Arc<Lease>, stages: Stages, patience: Patience) -> Self {
+        let progress = lease.generation().await.progress.unwrap_or_default();
+        let warned = lease.warned().await;
         let (reports, pressure) = (BTreeMap::new(), BTreeMap::new());
         let inside = Mutex::new(Inside { progress, reports, warnings: Vec::new(), pressure });
-        Self { record, stages, began: Instant::now(), inside }
+        let earlier_seconds = progress.elapsed_seconds;
+        Self { lease, stages, patience, began: Instant::now(), earlier_seconds, warned, inside }
     }
 
     /// The id for headers.
     pub(crate) fn id(&self) -> String {
-        self.record.id().to_string()
+        self.lease.id().to_string()
     }
 
     /// Says that a state begins.
-    pub(crate) fn enter(&self, state: GenerationState) {
+    pub(crate) async fn enter(&self, state: GenerationState) {
         let percent = match state {
             GenerationState::Denoising => ENCODED_PERCENT,
             GenerationState::Decoding => DENOISED_PERCENT,
             _ => 0.0,
         };
         let progress = self.progress(|progress| progress.percent = percent.max(progress.percent));
-        self.record.publish(Change { state: Some(state), progress: Some(progress), ..Change::default() });
+        self.lease.publish(Change { state: Some(state), progress: Some(progress), ..Change::default() }).await;
     }
 
     /// Says that a stage begins; the answer is for [`Run::stage_ended`].
-    pub(crate) fn stage_began(&self, stage: Stage) -> Instant {
-        self.note(stage, format!("{} began", stage_name(stage)));
+    pub(crate) async fn stage_began(&self, stage: Stage) -> Instant {
+        self.note(stage, format!("{} began", stage_name(stage))).await;
         Instant::now()
     }
 
     /// Says that a stage is done, and keeps its time and peak.
-    pub(crate) fn stage_ended(&self, stage: Stage, began: Instant, memory: MemoryReport) {
+    pub(crate) async fn stage_ended(&self, stage: Stage, began: Instant, memory: MemoryReport) {
         let seconds = began.elapsed().as_secs_f64();
         let report = StageReport { stage: stage.into(), seconds, peak_bytes: memory.peak_bytes };
         self.lock().reports.insert(stage.into(), report);
-        self.watch_pressure(stage, memory);
+        self.watch_pressure(stage, memory).await;
         let held = said_of_memory(&memory).map(|said| format!(", {said}")).unwrap_or_default();
-        self.note(stage, format!("{} took {seconds:.1} s{held}", stage_name(stage)));
+        self.note(stage, format!("{} took {seconds:.1} s{held}", stage_name(stage))).await;
     }
 
     /// Says what the caller should know, now and in the outcome.
-    pub(crate) fn warn(&self, stage: Stage, sentence: String) {
-        tracing::info!(generation_id = %self.record.id(), "warning: {sentence}");
+    pub(crate) async fn warn(&self, stage: Stage, sentence: String) {
+        tracing::info!(generation_id = %self.lease.id(), "warning: {sentence}");
         let progress = self.progress(|_| {});
         self.lock().warnings.push(sentence.clone());
+        if self.warned.contains(&sentence) {
+            return;
+        }
         let change = Change { progress: Some(progress), stage, message: sentence, ..Change::default() };
-        self.record.publish(Change { warning: true, ..change });
+        self.lease.publish(Change { warning: true, ..change }).await;
     }
 
     /// Says which faces were found, and which is animated; `warning` where the caller should choose.
-    pub(crate) fn faces_found(&self, faces: &[FaceBox], face: Option<FaceBox>, (message, warning): (String, bool)) {
+    pub(crate) async fn faces_found(
+        &self,
+        faces: &[FaceBox],
+        face: Option<FaceBox>,
+        (message, warning): (String, bool),
+    ) {
         let progress = self.progress(|_| {});
         if warning {
             self.lock().warnings.push(message.clone());
         }
+        if self.warned.contains(&message) {
+            return;
+        }
         let change = Change { faces: faces.to_vec(), face, message, warning, ..Change::default() };
-        self.record.publish(Change { progress: Some(progress), stage: Stage::ImageEncoder, ..change });
+        self.lease.publish(Change { progress: Some(progress), stage: Stage::ImageEncoder, ..change }).await;
+    }
+
+    /// Says that the denoise goes on where an earlier process left it.
+    pub(crate) async fn resumed(&self, done: u32) {
+        let progress = self.progress(|progress| progress.step = done);
+        let message = format!("goes on after step {done} of {}", progress.steps);
+        let change = Change { progress: Some(progress), stage: Stage::Diffusion, message, ..Change::default() };
+        self.lease.publish(change).await;
     }
 
     /// Says that `done` steps are done, the last of which began `pace_seconds` per step ago.
-    pub(crate) fn step_done(&self, memory: MemoryReport, done: u32, pace_seconds: f64) {
-        self.watch_pressure(Stage::Diffusion, memory);
+    pub(crate) async fn step_done(&self, memory: MemoryReport, done: u32, pace_seconds: f64) {
+        self.watch_pressure(Stage::Diffusion, memory).await;
         let progress = self.progress(|progress| {
             progress.step = done;
             let share = done as f32 / progress.steps.max(1) as f32;
@@ -108,26 +136,27 @@ impl Run {
             progress.remaining_seconds = Some(pace_seconds * f64::from(progress.steps.saturating_sub(done)));
         });
         let message = said_of_memory(&memory).unwrap_or_default();
-        self.record.publish(Change { progress: Some(progress), stage: Stage::Diffusion, message, ..Change::default() });
+        let change = Change { progress: Some(progress), stage: Stage::Diffusion, message, ..Change::default() };
+        self.lease.publish(change).await;
     }
 
     /// Says when a stage's device becomes nearly full, when it is so no more, and when idle stages had to go.
-    fn watch_pressure(&self, stage: Stage, memory: MemoryReport) {
+    async fn watch_pressure(&self, stage: Stage, memory: MemoryReport) {
         let before = self.lock().pressure.insert(stage.into(), (memory.pressure, memory.unloaded_stages));
         let (pressed, unloaded) = before.unwrap_or((false, memory.unloaded_stages));
         let name = stage_name(stage);
         if let Some(count) = memory.unloaded_stages.checked_sub(unloaded).filter(|&count| count > 0) {
-            self.note(stage, format!("{name}'s device was nearly full; idle stages unloaded: {count}"));
+            self.note(stage, format!("{name}'s device was nearly full; idle stages unloaded: {count}")).await;
         }
         match (pressed, memory.pressure) {
-            (false, true) => self.note(stage, format!("{name}'s device is nearly full; new work has to wait")),
-            (true, false) => self.note(stage, format!("{name}'s device has room again")),
+            (false, true) => self.note(stage, format!("{name}'s device is nearly full; new work has to wait")).await,
+            (true, false) => self.note(stage, format!("{name}'s device has room again")).await,
             _ => {}
         }
     }
 
     /// Says that `done` of `frames` frames are decoded.
-    pub(crate) fn frames_done(&self, done: usize, frames: usize, pace_seconds: f64) {
+    pub(crate) async fn frames_done(&self, done: usize, frames: usize, pace_seconds: f64) {
         let progress = self.progress(|progress| {
             let share = done as f32 / frames.max(1) as f32;
             progress.percent = DENOISED_PERCENT + (99.0 - DENOISED_PERCENT) * share.min(1.0);
@@ -135,7 +164,14 @@ impl Run {
         });
         let message = format!("{done} of {frames} frames decoded");
         let change = Change { progress: Some(progress), stage: Stage::VaeDecode, message, ..Change::default() };
-        self.record.publish(change);
+        self.lease.publish(change).await;
+    }
+
+    /// Says that a stage need not be asked, for what it gave before was kept.
+    pub(crate) async fn stage_kept(&self, stage: Stage, memory: MemoryReport) {
+        let report = StageReport { stage: stage.into(), seconds: 0.0, peak_bytes: memory.peak_bytes };
+        self.lock().reports.insert(stage.into(), report);
+        self.note(stage, format!("{}: kept from before", stage_name(stage))).await;
     }
 
     /// Times and peaks of the stages so far.
@@ -160,16 +196,21 @@ impl Run {
         })
     }
 
+    /// Whether an earlier process worked on it.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.earlier_seconds > 0.0
+    }
+
     /// Says something that the caller need not act on.
-    pub(crate) fn note(&self, stage: Stage, message: String) {
-        tracing::info!(generation_id = %self.record.id(), "{message}");
+    pub(crate) async fn note(&self, stage: Stage, message: String) {
+        tracing::info!(generation_id = %self.lease.id(), "{message}");
         let progress = self.progress(|_| {});
-        self.record.publish(Change { progress: Some(progress), stage, message, ..Change::default() });
+        self.lease.publish(Change { progress: Some(progress), stage, message, ..Change::default() }).await;
     }
 
     fn progress(&self, change: impl FnOnce(&mut Progress)) -> Progress {
         let mut inside = self.lock();
-        inside.progress.elapsed_seconds = self.began.elapsed().as_secs_f64();
+        inside.progress.elapsed_seconds = self.earlier_seconds + self.began.elapsed().as_secs_f64();
         change(&mut inside.progress);
         inside.progress
     }

@@ -99,6 +99,16 @@ impl StepPlan {
         Self { steps, sigmas }
     }
 
+    /// The same plan with every step a full one, for a transformer that has no memory for features.
+    #[must_use]
+    pub fn without_features(&self) -> Self {
+        let mut plan = self.clone();
+        for step in &mut plan.steps {
+            (step.cached, step.keep_features) = (false, false);
+        }
+        plan
+    }
+
     /// The steps, first to last.
     #[must_use]
     pub fn steps(&self) -> &[Step] {

@@ -1,159 +1,615 @@
-//! Generations and their videos: records in memory, files in one folder.
+//! What the gateway keeps: a record for each generation with its events, and files by their content.
 //!
-//! Callers use only the methods here, so that a durable store can take this one's place.
+//! All of it outlives the process. A change is on the disk before anyone is told of it.
 
-mod record;
+pub mod artifacts;
+mod engine;
+mod lease;
+mod ledger;
+pub mod life;
+mod schema;
+mod sqlite;
+#[cfg(test)]
+mod tests;
+mod turns;
 
 use std::{
     collections::HashMap,
-    io,
+    fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use futures::{Stream, stream};
+use proto::v1::{Generation, GenerationEvent, GenerationState};
+use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
+use tokio::sync::{Notify, RwLock, watch};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::fault::{Fault, Kind};
+use self::{
+    artifacts::{Artifact, Artifacts, sha256},
+    engine::SqlError,
+    ledger::{Inserted, Ledger, NewRow, Page, Row},
+    sqlite::Sqlite,
+};
+use crate::{
+    fault::{Fault, Kind},
+    intake::Order,
+};
 
-pub use record::{Change, Record, is_terminal, unix_ms};
+pub(crate) use lease::{Change, Lease, Resume};
+pub(crate) use turns::seconds_until;
 
-/// The folder for videos cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[error("the data folder {path}: {source}")]
-pub struct StoreError {
-    path: String,
-    source: io::Error,
+/// Files of a generation.
+pub(crate) mod role {
+    /// The picture as it came.
+    pub(crate) const PICTURE: &str = "picture";
+    /// The recording as it came.
+    pub(crate) const AUDIO: &str = "audio";
+    /// The latents before the step that it can be gone on with.
+    pub(crate) const LATENTS: &str = "latents";
+    /// The finished video.
+    pub(crate) const VIDEO: &str = "video";
+    /// What the encoders gave.
+    pub(crate) const FEATURES: &str = "features";
+    /// What the encoders gave.
+    pub(crate) const TEXT_STATES: &str = "text-states";
+    /// What the encoders gave.
+    pub(crate) const REFERENCE: &str = "reference";
+    /// All that a generation works with, without what came out.
+    pub(crate) const MATERIAL: [&str; 6] = [PICTURE, AUDIO, LATENTS, FEATURES, TEXT_STATES, REFERENCE];
 }
 
-/// All generations of one gateway.
+/// How long a lease lasts after its holder's last sign of life.
+const LEASE: Duration = Duration::from_secs(15);
+/// How often the holder of a lease gives a sign of life.
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(5);
+/// How often a watcher looks for itself, besides being told.
+const LOOK: Duration = Duration::from_secs(5);
+/// Events that a watcher reads at a time.
+const EVENTS_AT_ONCE: i64 = 64;
+/// How long a caller who cancels is kept waiting for the end.
+const CANCEL_TIME: Duration = Duration::from_secs(10);
+
+/// The data folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("the data folder {path}: {reason}")]
+pub struct StoreError {
+    path: String,
+    reason: String,
+}
+
+/// A request whose files are read and whose values are settled.
 #[derive(Debug)]
+pub(crate) struct Accepted {
+    /// What is made; id, state and times are set by the store.
+    pub(crate) generation: Generation,
+    /// The picture's file.
+    pub(crate) picture: Vec<u8>,
+    /// The recording's file.
+    pub(crate) audio: Vec<u8>,
+    /// How it is to be served.
+    pub(crate) order: Order,
+    /// Hash of what was asked for, as it was asked.
+    pub(crate) request_hash: String,
+    /// It belongs to a call: it does not outlive this process.
+    pub(crate) attached: bool,
+}
+
+/// Which generations a caller wants to see.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Listing {
+    /// Only those in one of these states; empty for all.
+    pub(crate) states: Vec<GenerationState>,
+    /// Only those created from this time on.
+    pub(crate) created_from_ms: u64,
+    /// Only those created before this time; 0 for no limit.
+    pub(crate) created_before_ms: u64,
+    /// The oldest first.
+    pub(crate) oldest_first: bool,
+    /// Only those behind this one.
+    pub(crate) after: Option<Uuid>,
+    /// How many at most.
+    pub(crate) limit: usize,
+}
+
+/// How much is kept of what has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retention {
+    /// How long a generation is kept after its end; without it until it is deleted.
+    pub age: Option<Duration>,
+    /// How many bytes the files of all generations may have; the generations that ended first go first.
+    pub bytes: Option<u64>,
+    /// How many bytes the encoders' answers may have that are kept for other generations.
+    pub stage_output_bytes: u64,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self { age: None, bytes: None, stage_output_bytes: 4 << 30 }
+    }
+}
+
+/// All generations. Clones are the same store.
+#[derive(Debug, Clone)]
 pub struct Store {
-    records: Mutex<HashMap<Uuid, Arc<Record>>>,
-    dir: PathBuf,
-    /// Removes the folder when the store goes, if it was a temporary one.
-    _temporary: Option<TempDir>,
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    ledger: Ledger,
+    artifacts: Artifacts,
+    /// Where files are made that are not whole yet; goes with the process.
+    work: TempDir,
+    /// Held for reading from before a file is kept until a record names it, and for writing while files are removed
+    /// that no record names.
+    naming: RwLock<()>,
+    /// Rings when there may be something to run.
+    arrivals: Notify,
+    /// Generations that run in this process, and how to stop them.
+    running: Mutex<HashMap<Uuid, CancellationToken>>,
+    /// Rings for those who watch a generation.
+    bells: Mutex<HashMap<Uuid, watch::Sender<()>>>,
+    /// Locked as long as this process uses the folder.
+    _lock: fs::File,
 }
 
 impl Store {
-    /// Opens the store on a folder, made if missing; without one, on a temporary folder that goes with the store.
-    pub fn open(dir: Option<&Path>) -> Result<Self, StoreError> {
-        let records = Mutex::default();
-        let Some(dir) = dir else {
-            let made = tempfile::Builder::new().prefix("avatar-gateway-").tempdir();
-            let made = made.map_err(|source| StoreError { path: "(temporary)".into(), source })?;
-            return Ok(Self { records, dir: made.path().to_path_buf(), _temporary: Some(made) });
+    /// Opens the store on a folder, made if missing.
+    ///
+    /// Generations that belonged to a call of an earlier process are removed; all others that had not ended can be
+    /// taken again.
+    ///
+    /// Errors: the folder cannot be written, another process uses it, or a newer program made its records.
+    pub async fn open(dir: &Path) -> Result<Self, StoreError> {
+        let failed = |reason: String| StoreError { path: dir.display().to_string(), reason };
+        let refused = |error: io::Error| failed(error.to_string());
+        fs::create_dir_all(dir).map_err(refused)?;
+        let lock = fs::File::create(dir.join("lock")).map_err(refused)?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|_| failed("another process uses it; give each gateway a folder of its own".into()))?;
+        let work = dir.join("work");
+        if let Err(error) = fs::remove_dir_all(&work)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            // An encoder of the process before may still be ending in there.
+            tracing::warn!(%error, "unfinished files stay behind in {}", work.display());
+        }
+        fs::create_dir_all(&work).map_err(refused)?;
+        let work = tempfile::Builder::new().prefix("run-").tempdir_in(&work).map_err(refused)?;
+        let artifacts = Artifacts::open(&dir.join("artifacts")).map_err(refused)?;
+        let engine = Sqlite::open(&dir.join("avatar.db")).await.map_err(|error| failed(error.to_string()))?;
+        schema::migrate(&engine).await.map_err(|error| failed(format!("avatar.db: {error}")))?;
+        let inner = Inner {
+            ledger: Ledger::new(Arc::new(engine)),
+            artifacts,
+            work,
+            naming: RwLock::default(),
+            arrivals: Notify::new(),
+            running: Mutex::default(),
+            bells: Mutex::default(),
+            _lock: lock,
         };
-        let failed = |source| StoreError { path: dir.display().to_string(), source };
-        std::fs::create_dir_all(dir).map_err(failed)?;
-        // A file that cannot be made now would fail only after an hour of denoising.
-        tempfile::tempfile_in(dir).map_err(failed)?;
-        remove_unfinished(dir).map_err(failed)?;
-        Ok(Self { records, dir: dir.to_path_buf(), _temporary: None })
+        let store = Self { inner: Arc::new(inner) };
+        store.recover().await.map_err(|fault| failed(fault.message))?;
+        Ok(store)
     }
 
-    /// Keeps a new generation.
-    pub fn insert(&self, record: Arc<Record>) {
-        self.lock().insert(record.id(), record);
+    /// Tidies up after the process before.
+    async fn recover(&self) -> Result<(), Fault> {
+        self.inner.ledger.release_all().await?;
+        for id in self.inner.ledger.attached().await? {
+            self.delete(id).await?;
+        }
+        let artifacts = self.inner.artifacts.clone();
+        let hashes = blocking(move || artifacts.hashes()).await?;
+        self.remove_unused(hashes).await
+    }
+
+    /// Keeps a new generation; once this has returned, it will be run, whatever happens to the process.
+    ///
+    /// Errors: its key is that of another request, or there is no room.
+    pub(crate) async fn create(&self, accepted: Accepted) -> Result<Generation, Fault> {
+        let Accepted { generation, picture, audio, order, request_hash, attached } = accepted;
+        let now = unix_ms();
+        let generation = Generation {
+            generation_id: Uuid::now_v7().to_string(),
+            state: GenerationState::Queued.into(),
+            created_unix_ms: now,
+            ended_unix_ms: 0,
+            ..generation
+        };
+        let event = GenerationEvent {
+            generation_id: generation.generation_id.clone(),
+            number: 1,
+            unix_ms: now,
+            state: generation.state,
+            progress: generation.progress,
+            ..GenerationEvent::default()
+        };
+        let naming = self.inner.naming.read().await;
+        let artifacts = self.inner.artifacts.clone();
+        let (picture, audio) = blocking(move || Ok((artifacts.put(&picture)?, artifacts.put(&audio)?))).await?;
+        let files = [(role::PICTURE, picture), (role::AUDIO, audio)];
+        let new = NewRow {
+            generation: &generation,
+            event: &event,
+            order: &order,
+            request_hash: &request_hash,
+            attached,
+            artifacts: &files,
+        };
+        let inserted = match self.inner.ledger.insert(new).await {
+            // Somebody else was quicker with the same key; now it is known.
+            Err(SqlError::Unique) => {
+                let new = NewRow {
+                    generation: &generation,
+                    event: &event,
+                    order: &order,
+                    request_hash: &request_hash,
+                    attached,
+                    artifacts: &files,
+                };
+                self.inner.ledger.insert(new).await
+            }
+            other => other,
+        };
+        drop(naming);
+        match inserted {
+            Ok(Inserted::New) => {
+                self.inner.arrivals.notify_waiters();
+                Ok(generation)
+            }
+            refused => {
+                self.remove_unused(files.into_iter().map(|(_, file)| file.hash).collect()).await?;
+                match refused? {
+                    Inserted::Known(known, hash) if hash == request_hash => Ok(*known),
+                    Inserted::Known(known, _) => Err(Fault::new(
+                        Kind::Conflict,
+                        format!(
+                            "the idempotency key {:?} is that of the generation {}, which was asked for with other values \
+                             or files",
+                            order.idempotency_key, known.generation_id
+                        ),
+                    )),
+                    Inserted::New => Ok(generation),
+                }
+            }
+        }
+    }
+
+    /// Generations in the order of their creation, page by page; gives the token of the next page, if there is one.
+    ///
+    /// Errors: the token is none that a page gave.
+    pub(crate) async fn list(&self, wanted: &Listing) -> Result<(Vec<Generation>, Option<Uuid>), Fault> {
+        let mut page = Page {
+            // An id begins with the milliseconds of its time, so the first of a time is above the last one before it.
+            after_id: first_of(wanted.created_from_ms),
+            before_id: if wanted.created_before_ms == 0 { Uuid::max() } else { first_of(wanted.created_before_ms) },
+            states: wanted.states.clone(),
+            oldest_first: wanted.oldest_first,
+            limit: wanted.limit + 1,
+        };
+        if let Some(last) = wanted.after {
+            if wanted.oldest_first {
+                page.after_id = page.after_id.max(last);
+            } else {
+                page.before_id = page.before_id.min(last);
+            }
+        }
+        let mut generations = self.inner.ledger.list(&page).await?;
+        let more = generations.len() > wanted.limit;
+        generations.truncate(wanted.limit);
+        let next = generations.last().filter(|_| more).map(identity);
+        Ok((generations, next))
+    }
+
+    /// Removes what is kept longer or is more than wanted.
+    pub(crate) async fn tidy(&self, keep: &Retention) -> Result<(), Fault> {
+        let forgotten = self.inner.ledger.forget_stage_outputs(keep.stage_output_bytes).await?;
+        self.remove_unused(forgotten).await?;
+        if let Some(age) = keep.age {
+            let before = unix_ms().saturating_sub(u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
+            while self.remove_ended(before, 64).await? {}
+        }
+        if let Some(bytes) = keep.bytes {
+            while self.inner.ledger.artifact_bytes().await? > bytes && self.remove_ended(u64::MAX, 1).await? {}
+        }
+        Ok(())
+    }
+
+    /// Removes up to `limit` generations that ended before a time; false when there are none.
+    async fn remove_ended(&self, before_ms: u64, limit: i64) -> Result<bool, Fault> {
+        let ended = self.inner.ledger.ended_before(before_ms, limit).await?;
+        for id in &ended {
+            tracing::info!(generation_id = %id, "removed: it was kept as long as was wanted");
+            self.delete(*id).await?;
+        }
+        Ok(!ended.is_empty())
+    }
+
+    /// Bytes that are free where the data folder is.
+    pub(crate) async fn free_bytes(&self) -> Result<u64, Fault> {
+        let dir = self.work_dir();
+        blocking(move || {
+            let disk = rustix::fs::statvfs(&dir)?;
+            Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+        })
+        .await
+    }
+
+    /// Whether a caller's generation has this key.
+    pub(crate) async fn has_key(&self, caller: &str, key: &str) -> Result<bool, Fault> {
+        Ok(self.inner.ledger.has_key(caller, key).await?)
+    }
+
+    /// How many generations wait or run, and how many of these are a caller's.
+    pub(crate) async fn unfinished(&self, caller: &str) -> Result<(u64, u64), Fault> {
+        Ok(self.inner.ledger.unfinished(caller).await?)
+    }
+
+    /// Ids of what waits, in the order in which it is begun, and the seconds that are left of each that runs, where
+    /// they are known.
+    pub(crate) async fn queue(&self) -> Result<(Vec<Uuid>, Vec<Option<f64>>), Fault> {
+        let now = unix_ms();
+        let waiting = self.inner.ledger.waiting(now).await?.into_iter().map(|one| one.id).collect();
+        let driven = self.inner.ledger.driven(now).await?.into_iter();
+        let left = driven.map(|one| one.progress.and_then(|progress| progress.remaining_seconds)).collect();
+        Ok((waiting, left))
     }
 
     /// The generation with an id as it came over the wire.
-    pub fn get(&self, id: &str) -> Result<Arc<Record>, Fault> {
-        let known = Uuid::try_parse(id).ok().and_then(|id| self.lock().get(&id).cloned());
+    pub async fn get(&self, id: &str) -> Result<Generation, Fault> {
+        Ok(self.row(id).await?.generation)
+    }
+
+    /// The id of a generation that there is.
+    pub(crate) async fn id(&self, id: &str) -> Result<Uuid, Fault> {
+        Ok(identity(&self.get(id).await?))
+    }
+
+    async fn row(&self, id: &str) -> Result<Row, Fault> {
+        let known = match Uuid::try_parse(id) {
+            Ok(id) => self.inner.ledger.get(id).await?,
+            Err(_) => None,
+        };
         known.ok_or_else(|| {
             let shown: String = id.chars().take(64).collect();
             Fault::new(Kind::NotFound, format!("no generation has the id {shown:?}"))
         })
     }
 
-    /// Cancels a generation if it still runs, and removes record and video.
-    pub async fn remove(&self, id: &str) -> Result<(), Fault> {
-        let record = self.get(id)?;
-        self.forget(&record);
-        // A run that is just ending removes its video itself, when it sees that nobody wants it.
-        self.remove_video(record.id()).await
-    }
-
-    /// Cancels a generation and removes its record; the video goes with the run, or with [`Store::remove_video`].
-    pub fn forget(&self, record: &Record) {
-        self.lock().remove(&record.id());
-        record.mark_removed();
-        record.cancel_token().cancel();
-    }
-
-    /// Removes a generation's video, if there is one.
-    pub async fn remove_video(&self, id: Uuid) -> Result<(), Fault> {
-        match tokio::fs::remove_file(self.video_path(id)).await {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Fault::internal("the video cannot be removed", &error))
+    /// A generation's events from number `from` (0 and 1 mean all) to the terminal one, as they happen.
+    ///
+    /// Errors: no generation has the id, or it is removed meanwhile.
+    pub fn events(
+        &self,
+        id: Uuid,
+        from: u64,
+    ) -> impl Stream<Item = Result<GenerationEvent, Fault>> + Send + 'static + use<> {
+        let bell = self.subscribe(id);
+        let state = (self.clone(), bell, from.max(1), std::collections::VecDeque::new(), false);
+        stream::unfold(state, move |(store, mut bell, mut next, mut ready, mut over)| async move {
+            loop {
+                if let Some(event) = ready.pop_front() {
+                    return Some((event, (store, bell, next, ready, over)));
+                }
+                if over {
+                    return None;
+                }
+                // Before looking: what happens in between makes `changed` return at once.
+                bell.borrow_and_update();
+                match store.look(id, next).await {
+                    Err(fault) => {
+                        over = true;
+                        ready.push_back(Err(fault));
+                    }
+                    Ok((events, ended)) => {
+                        over = ended;
+                        next += events.len() as u64;
+                        ready.extend(events.into_iter().map(Ok));
+                        if ready.is_empty() && !over {
+                            let _ = tokio::time::timeout(LOOK, bell.changed()).await;
+                        }
+                    }
+                }
             }
-            _ => Ok(()),
+        })
+    }
+
+    /// Events of a generation from a number on, and whether no more can come.
+    async fn look(&self, id: Uuid, from: u64) -> Result<(Vec<GenerationEvent>, bool), Fault> {
+        let row = self.row(&id.to_string()).await?;
+        let events = self.inner.ledger.events(id, from, EVENTS_AT_ONCE).await?;
+        let read = from + events.len() as u64;
+        Ok((events, life::is_terminal(row.generation.state()) && read > row.last_event))
+    }
+
+    fn subscribe(&self, id: Uuid) -> watch::Receiver<()> {
+        lock(&self.inner.bells).entry(id).or_insert_with(|| watch::Sender::new(())).subscribe()
+    }
+
+    /// Tells those who watch that something has happened.
+    fn ring(&self, id: Uuid) {
+        let mut bells = lock(&self.inner.bells);
+        bells.retain(|_, bell| bell.receiver_count() > 0);
+        if let Some(bell) = bells.get(&id) {
+            bell.send_replace(());
         }
     }
 
-    /// Where a completed generation's video is.
-    #[must_use]
-    pub fn video_path(&self, id: Uuid) -> PathBuf {
-        self.dir.join(format!("{id}.mp4"))
+    /// Waits until a generation has ended, and gives it.
+    pub async fn wait_end(&self, id: Uuid) -> Result<Generation, Fault> {
+        let mut bell = self.subscribe(id);
+        loop {
+            bell.borrow_and_update();
+            let generation = self.row(&id.to_string()).await?.generation;
+            if life::is_terminal(generation.state()) {
+                return Ok(generation);
+            }
+            let _ = tokio::time::timeout(LOOK, bell.changed()).await;
+        }
     }
 
-    /// The folder of the videos.
-    #[must_use]
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// Stops a generation, and gives it as it is then. Once this has returned it will not go on, whatever happens to
+    /// the process.
+    pub async fn cancel(&self, id: &str) -> Result<Generation, Fault> {
+        let row = self.row(id).await?;
+        if life::is_terminal(row.generation.state()) {
+            return Ok(row.generation);
+        }
+        let id = identity(&row.generation);
+        self.inner.ledger.request_cancel(id).await?;
+        if let Some(running) = lock(&self.inner.running).get(&id) {
+            running.cancel();
+        }
+        if let Some(lease) = self.claim(id).await? {
+            lease.publish(Change::cancelled("cancelled before its turn came")).await;
+        }
+        // The run notices at its next await; a moment is plenty, and the answer is true either way.
+        match tokio::time::timeout(CANCEL_TIME, self.wait_end(id)).await {
+            Ok(ended) => ended,
+            Err(_) => self.get(&id.to_string()).await,
+        }
     }
 
-    /// Generations that have not ended.
-    #[must_use]
-    pub fn running(&self) -> Vec<Arc<Record>> {
-        self.lock().values().filter(|record| !record.ended()).cloned().collect()
+    /// Cancels a generation if it still runs, and removes its record and its files.
+    pub async fn remove(&self, id: &str) -> Result<(), Fault> {
+        let row = self.row(id).await?;
+        if !life::is_terminal(row.generation.state()) {
+            self.cancel(id).await?;
+        }
+        if self.delete(identity(&row.generation)).await? {
+            return Ok(());
+        }
+        Err(Fault::new(Kind::NotFound, format!("no generation has the id {id:?}")))
     }
 
-    /// The map holds whole records only, so it is sound even after a panic of a holder.
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, Arc<Record>>> {
-        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    async fn delete(&self, id: Uuid) -> Result<bool, Fault> {
+        let Some(hashes) = self.inner.ledger.delete(id).await? else { return Ok(false) };
+        self.ring(id);
+        self.remove_unused(hashes).await?;
+        Ok(true)
+    }
+
+    /// Removes those files that belong to no generation and are no stage's output.
+    async fn remove_unused(&self, hashes: Vec<String>) -> Result<(), Fault> {
+        if hashes.is_empty() {
+            return Ok(());
+        }
+        let _alone = self.inner.naming.write().await;
+        for hash in hashes {
+            if !self.inner.ledger.is_used(&hash).await? {
+                let artifacts = self.inner.artifacts.clone();
+                blocking(move || artifacts.remove(&hash)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A completed generation's video, and its file at the start.
+    ///
+    /// Errors: there is none, or the file is damaged.
+    pub async fn video(&self, id: &str) -> Result<(Artifact, fs::File), Fault> {
+        let generation = self.get(id).await?;
+        if generation.state() != GenerationState::Completed {
+            let state = crate::api::video::status_name(generation.state());
+            let message = format!("the generation is {state}; a video is there once it is completed");
+            return Err(Fault::new(Kind::Precondition, message));
+        }
+        let video = self.inner.ledger.artifact(identity(&generation), role::VIDEO).await?;
+        let video = video.ok_or_else(|| Fault::new(Kind::NotFound, "the generation's video is gone"))?;
+        let (artifacts, wanted) = (self.inner.artifacts.clone(), video.clone());
+        let file = blocking(move || artifacts.open_file(&wanted)).await?;
+        Ok((video, file))
+    }
+
+    /// The next generation to run, once there is one.
+    pub(crate) async fn next(&self) -> Arc<Lease> {
+        loop {
+            let arrival = self.inner.arrivals.notified();
+            match self.claim_next().await {
+                Ok(Some(lease)) => return lease,
+                Ok(None) => {}
+                Err(fault) => tracing::error!(%fault, "the next generation cannot be read"),
+            }
+            let _ = tokio::time::timeout(LOOK, arrival).await;
+        }
+    }
+
+    async fn claim_next(&self) -> Result<Option<Arc<Lease>>, Fault> {
+        let now = unix_ms();
+        let skip = |id| lock(&self.inner.running).contains_key(&id);
+        let row = self.inner.ledger.claim_next(now, now + LEASE.as_millis() as u64, &skip).await?;
+        Ok(row.map(|row| Lease::new(self.clone(), row)))
+    }
+
+    async fn claim(&self, id: Uuid) -> Result<Option<Arc<Lease>>, Fault> {
+        if lock(&self.inner.running).contains_key(&id) {
+            return Ok(None);
+        }
+        let now = unix_ms();
+        let row = self.inner.ledger.claim(id, now, now + LEASE.as_millis() as u64).await?;
+        Ok(row.map(|row| Lease::new(self.clone(), row)))
+    }
+
+    /// A folder for files that are not whole yet; they can be kept without being copied.
+    pub(crate) fn work_dir(&self) -> PathBuf {
+        self.inner.work.path().to_owned()
     }
 }
 
-/// Removes the folders in which an earlier process was still writing videos when it ended.
-fn remove_unfinished(dir: &Path) -> io::Result<()> {
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() && entry.file_name().to_string_lossy().starts_with(".clip-") {
-            std::fs::remove_dir_all(entry.path())?;
-        }
-    }
-    Ok(())
+/// The first id of a millisecond; below all that are made from then on.
+fn first_of(unix_ms: u64) -> Uuid {
+    Uuid::from_u128(u128::from(unix_ms.min((1 << 48) - 1)) << 80)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The id of a generation of this store; it was made here.
+fn identity(generation: &Generation) -> Uuid {
+    Uuid::try_parse(&generation.generation_id).unwrap_or_default()
+}
 
-    #[test]
-    fn an_id_that_is_none_is_not_found() {
-        let store = Store::open(None).unwrap();
-        for id in ["", "../../etc/passwd", "\0", &"9".repeat(100_000), "0190163d-8694-739b-aea5-966c26f8ad91"] {
-            assert_eq!(store.get(id).unwrap_err().kind, Kind::NotFound);
+/// The holders only put in and take out whole values, so they are sound even after a panic of one.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does what waits for the disk where that holds nobody up.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Fault> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::StorageFull => Err(full(&error.to_string())),
+        Ok(Err(error)) => Err(Fault::internal("a file of the data folder cannot be used", &error)),
+        Err(error) => Err(Fault::internal("a file of the data folder cannot be used", &error)),
+    }
+}
+
+fn full(detail: &str) -> Fault {
+    Fault::new(Kind::Exhausted, format!("no space is left in the data folder: {detail}"))
+}
+
+impl From<SqlError> for Fault {
+    fn from(error: SqlError) -> Self {
+        match error {
+            SqlError::Full(detail) => full(&detail),
+            SqlError::Unique | SqlError::Other(_) => Fault::internal("the records cannot be used", &error),
         }
     }
+}
 
-    #[test]
-    fn only_what_was_being_written_is_removed_at_start() {
-        let dir = tempfile::tempdir().unwrap();
-        let unfinished = dir.path().join(".clip-x1y2");
-        std::fs::create_dir(&unfinished).unwrap();
-        std::fs::write(unfinished.join("video.mp4"), b"x").unwrap();
-        let kept = dir.path().join(format!("{}.mp4", Uuid::now_v7()));
-        std::fs::write(&kept, b"x").unwrap();
-        Store::open(Some(dir.path())).unwrap();
-        assert!(!unfinished.exists());
-        assert!(kept.exists());
-    }
+/// Hash of a request: of its values as they came, and of both files.
+pub(crate) fn request_hash(spec: &proto::v1::GenerationSpec, picture: &[u8], audio: &[u8]) -> String {
+    use prost::Message as _;
+    let parts = [sha256(&spec.encode_to_vec()), sha256(picture), sha256(audio)];
+    sha256(parts.concat().as_bytes())
+}
 
-    #[test]
-    fn a_folder_that_cannot_be_made_is_named() {
-        let error = Store::open(Some(Path::new("/dev/null/videos"))).unwrap_err();
-        assert!(error.to_string().contains("/dev/null/videos"), "{error}");
-    }
+/// Milliseconds since 1970.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

@@ -13,9 +13,12 @@ use model::{
 use proto::v1::{self, FaceBox, GenerationSpec};
 use service_kit::config::DeviceFlags;
 
-use crate::weights::{
-    convert::{ConvertFlags, stage},
-    verify::VerifyFlags,
+use crate::{
+    client::flags::{DownloadFlags, ListFlags, OneFlags, SubmitFlags, WatchFlags},
+    weights::{
+        convert::{ConvertFlags, stage},
+        verify::VerifyFlags,
+    },
 };
 
 use crate::compute::ComputeByStage;
@@ -40,6 +43,24 @@ pub enum Command {
     ///
     /// Prints `ready grpc=ADDR http=ADDR` once it answers. SIGTERM ends it gracefully. Exit code 64: wrong settings.
     Serve(crate::serve::ServeFlags),
+    /// Hand a video to a server, which makes it on its own, and print its id.
+    ///
+    /// Exit codes of this and of the commands below: 0 done, 1 failed, 2 wrong usage or input.
+    Submit(SubmitFlags),
+    /// Show a generation on a server as it stands.
+    Status(OneFlags),
+    /// Follow a generation on a server to its end. Ctrl-C leaves it running.
+    ///
+    /// Exit codes: 0 completed, 1 failed or cancelled, 2 wrong usage, 130 interrupted.
+    Watch(WatchFlags),
+    /// List the generations of a server, the newest first.
+    List(ListFlags),
+    /// Stop a generation on a server.
+    Cancel(OneFlags),
+    /// Remove a generation and its video from a server; it is stopped if it runs.
+    Delete(OneFlags),
+    /// Fetch a generation's video from a server.
+    Download(DownloadFlags),
     /// List this machine's devices with their memory: the processor, and CUDA devices where a driver answers.
     Devices(DevicesFlags),
     /// Say what would be done on some devices: tier, placement, fit, bytes and seconds, with reasons.
@@ -141,9 +162,9 @@ pub struct SynthFlags {
     pub quiet: bool,
 }
 
-/// The flags of `avatar generate`.
+/// What a video is made of; for `generate` and `submit`.
 #[derive(Debug, Args)]
-pub struct GenerateFlags {
+pub struct RequestFlags {
     /// Picture of the person: PNG, JPEG or WebP.
     #[arg(long, value_name = "FILE")]
     pub image: PathBuf,
@@ -156,22 +177,6 @@ pub struct GenerateFlags {
     /// Cut a prompt of too many tokens at the model's limit, and say how many were kept, instead of refusing it.
     #[arg(long)]
     pub truncate_prompt: bool,
-    /// Video file to write (H.264 and AAC in MP4); replaced only by a finished video.
-    #[arg(long, value_name = "FILE", default_value = "avatar.mp4")]
-    pub out: PathBuf,
-    /// Folder of the models: one subfolder a stage, or the official download. `avatar weights synth` makes a small one.
-    #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
-    pub models: Option<PathBuf>,
-    /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
-    #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
-    pub compute: ComputeByStage,
-    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
-    #[command(flatten)]
-    pub device: DeviceFlags,
-    /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
-    /// or auto for the most exact that is there. Another form than the chosen one is refused.
-    #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
-    pub weights: Choice,
     /// Seeds the noise; the same seed, inputs and models give the same video. Default 128.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -190,9 +195,6 @@ pub struct GenerateFlags {
     /// The face to animate, in pixels of the upright picture. Default: found.
     #[arg(long, value_name = "X,Y,WIDTH,HEIGHT", allow_hyphen_values = true)]
     pub face: Option<Face>,
-    /// Face detector to use instead of the built-in one: an ONNX file of UltraFace, YuNet, SCRFD or YOLO-face.
-    #[arg(long, env = "AVATAR_FACE_MODEL", value_name = "FILE")]
-    pub face_model: Option<PathBuf>,
     /// Denoise at least this many frames, 1 to 400; 129 is what the reference does. Default 1.
     #[arg(long, value_name = "N")]
     pub min_frames: Option<u32>,
@@ -200,6 +202,33 @@ pub struct GenerateFlags {
     /// 400 (16 s), and takes its literal steps and rounding. Not together with --min-frames. Default: ours.
     #[arg(long, value_enum, value_name = "RULES")]
     pub parity: Option<Parity>,
+}
+
+/// The flags of `avatar generate`.
+#[derive(Debug, Args)]
+pub struct GenerateFlags {
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub request: RequestFlags,
+    /// Video file to write (H.264 and AAC in MP4); replaced only by a finished video.
+    #[arg(long, value_name = "FILE", default_value = "avatar.mp4")]
+    pub out: PathBuf,
+    /// Folder of the models: one subfolder a stage, or the official download. `avatar weights synth` makes a small one.
+    #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
+    pub models: Option<PathBuf>,
+    /// Type to compute in: f32, bf16 or f16; or by stage, as in `diffusion=bf16,vae-decode=f16`. Sums are f32 in any case.
+    #[arg(long, env = "AVATAR_COMPUTE", value_name = "TYPE|STAGE=TYPE,...", default_value = "f32")]
+    pub compute: ComputeByStage,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub device: DeviceFlags,
+    /// Form in which the transformer's weights are taken, where the official download has several: bf16, fp8, int8,
+    /// or auto for the most exact that is there. Another form than the chosen one is refused.
+    #[arg(long, env = "AVATAR_WEIGHTS", value_name = "FORM", default_value = "auto")]
+    pub weights: Choice,
+    /// Face detector to use instead of the built-in one: an ONNX file of UltraFace, YuNet, SCRFD or YOLO-face.
+    #[arg(long, env = "AVATAR_FACE_MODEL", value_name = "FILE")]
+    pub face_model: Option<PathBuf>,
     #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
     #[command(flatten)]
     pub tier: gateway::config::TierFlags,
@@ -214,7 +243,7 @@ pub struct GenerateFlags {
     pub log: String,
 }
 
-impl GenerateFlags {
+impl RequestFlags {
     /// What the flags ask for; what they leave open stays open.
     #[must_use]
     pub fn spec(&self) -> GenerationSpec {

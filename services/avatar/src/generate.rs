@@ -16,7 +16,7 @@ use tonic::transport::Channel;
 
 use crate::{
     InProcess, Setup,
-    config::GenerateFlags,
+    config::{GenerateFlags, RequestFlags},
     failure::Failure,
     in_process,
     output::{Output, Part},
@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Bytes of a file in one message.
-const CHUNK: usize = 1 << 20;
+pub(crate) const CHUNK: usize = 1 << 20;
 /// Time that a cancelled generation gets to stop its current step.
 const STOP: Duration = Duration::from_secs(10);
 
@@ -49,7 +49,7 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
     let mut mistakes = Mistakes::default();
     let device = flags.device.resolve(&mut mistakes).filter(|_| mistakes.is_empty());
     let device = device.ok_or_else(|| Failure::input("device", mistakes.to_string().trim_end().to_owned()))?;
-    let unused = flags.face_model.is_none() && flags.face.is_none();
+    let unused = flags.face_model.is_none() && flags.request.face.is_none();
     let unused = unused.then(|| unused_detector(&inputs.models)).flatten();
     if let Some(said) = &unused {
         progress.warn(said);
@@ -60,7 +60,8 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
     let tier = plan::here(plan::tier_options(&flags.tier)?, &device);
-    let options = gateway::Options { data_dir: Some(work.path().to_owned()), tier, ..gateway::Options::default() };
+    let data_dir = work.path().to_owned();
+    let options = gateway::Options { data_dir, min_free_bytes: 0, tier, ..gateway::Options::default() };
     let setup = Setup { compute: flags.compute, device, weights: flags.weights, detector: inputs.detector.clone() };
     let system = in_process(&inputs.models, setup, &options).await?;
     let result = tokio::select! {
@@ -81,13 +82,20 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
 
 /// Checks everything that can be checked on this side, before any work.
 fn read_inputs(flags: &GenerateFlags) -> Result<Inputs, Failure> {
-    let picture = read_file("picture", &flags.image, gateway::validate::PICTURE_BYTES)?;
-    let audio = read_file("audio", &flags.audio, gateway::validate::AUDIO_BYTES)?;
-    let output = Output::check(&flags.out, &[&flags.image, &flags.audio])?;
+    let (picture, audio) = read_files(&flags.request)?;
+    let output = Output::check(&flags.out, &[&flags.request.image, &flags.request.audio])?;
     let models = models_folder(flags.models.as_deref())?;
     let detector =
         Detector::open(flags.face_model.as_deref()).map_err(|e| Failure::input("face_model", e.to_string()))?;
-    Ok(Inputs { spec: flags.spec(), picture, audio, output, models, detector })
+    Ok(Inputs { spec: flags.request.spec(), picture, audio, output, models, detector })
+}
+
+/// Reads the picture and the recording.
+///
+/// Errors: a file is missing, unreadable or too large.
+pub fn read_files(request: &RequestFlags) -> Result<(Vec<u8>, Vec<u8>), Failure> {
+    let picture = read_file("picture", &request.image, gateway::validate::PICTURE_BYTES)?;
+    Ok((picture, read_file("audio", &request.audio, gateway::validate::AUDIO_BYTES)?))
 }
 
 /// The models' folder, if one was given and is there.

@@ -3,6 +3,7 @@
 use std::{process::ExitCode, time::Duration};
 
 use avatar::{
+    client::{self, flags::WatchFlags},
     config::{Cli, Command, GenerateFlags, WeightsCommand},
     devices,
     failure::{FAILED, Failure},
@@ -26,6 +27,13 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Generate(flags) => run_generate(&flags),
         Command::Serve(flags) => run_serve(flags),
+        Command::Submit(flags) => call(flags.server.json, client::submit(&flags)),
+        Command::Status(flags) => call(flags.server.json, client::status(&flags)),
+        Command::Watch(flags) => run_watch(&flags),
+        Command::List(flags) => call(flags.server.json, client::list(&flags)),
+        Command::Cancel(flags) => call(flags.server.json, client::cancel(&flags)),
+        Command::Delete(flags) => call(flags.server.json, client::delete(&flags)),
+        Command::Download(flags) => call(flags.server.json, client::download(&flags)),
         Command::Devices(flags) => {
             telemetry::init(&LogConfig { filter: "warn".to_owned(), format: LogFormat::Text });
             devices::show(&flags);
@@ -110,6 +118,18 @@ fn run_serve(flags: serve::ServeFlags) -> ExitCode {
 
 fn start() -> Result<Runtime, Failure> {
     Runtime::new().map_err(|e| Failure { exit: FAILED, ..Failure::local("cannot start the runtime", e) })
+}
+
+/// Runs a command that talks to a server.
+fn call(json: bool, command: impl Future<Output = Result<(), Failure>>) -> ExitCode {
+    end(json, start().and_then(|runtime| runtime.block_on(command)))
+}
+
+fn run_watch(flags: &WatchFlags) -> ExitCode {
+    match start().and_then(|runtime| runtime.block_on(client::watch(flags))) {
+        Ok(exit) => ExitCode::from(exit),
+        Err(failure) => end(flags.server.json, Err(failure)),
+    }
 }
 
 /// The end of a command that has shown its result.

@@ -221,7 +221,8 @@ impl Progress {
         }
     }
 
-    fn clear(&self) {
+    /// Takes the bars away.
+    pub(crate) fn clear(&self) {
         if let Form::Bars { of, .. } = &self.form {
             of.values().for_each(ProgressBar::abandon);
         }
@@ -280,7 +281,8 @@ pub(crate) fn print_text(text: &str) {
     let _ = writeln!(out, "{text}").and_then(|()| out.flush());
 }
 
-fn state_name(state: GenerationState) -> &'static str {
+/// A state's name.
+pub(crate) fn state_name(state: GenerationState) -> &'static str {
     match state {
         GenerationState::Unspecified => "unspecified",
         GenerationState::Queued => "queued",

@@ -72,7 +72,7 @@ pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Resul
             vae_decode::serve_on(of("vae-decode"), device.clone(), incoming, shutdown.clone())
         }),
     };
-    let gateway = Gateway::new(options, stages).map_err(|e| Failure::local("cannot start the gateway", e))?;
+    let gateway = Gateway::new(options, stages).await.map_err(|e| Failure::local("cannot start the gateway", e))?;
     let gateway = gateway.planning_for(crate::plan::fleet(models, (compute, weights), config.device.name));
     let routes = gateway.grpc_routes();
     let lifetime = Lifetime { shutdown: shutdown.clone(), drain: config.common.drain_timeout };

@@ -49,7 +49,7 @@ where
     if let (Detector::BuiltIn, Some(said)) = (&detector, unused_detector(&config.models)) {
         tracing::warn!("{said}");
     }
-    let host = StageHost::new(&config, (), device, shutdown.clone());
+    let host = StageHost::new(&config, detector.clone(), device, shutdown.clone());
     let service = service::Service::new(host.clone(), config.max_tensor_bytes, detector);
     let routes = Routes::new(host.stage_service()).add_service(ImageEncoderServiceServer::new(service));
     server::serve(routes, &SERVICES, incoming, Lifetime { shutdown, drain: config.common.drain_timeout }).await

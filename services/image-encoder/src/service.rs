@@ -36,9 +36,9 @@ pub(crate) struct Model(ImageEncoder);
 impl StageModel for Model {
     const STAGE: Stage = Stage::ImageEncoder;
     const NAME: &'static str = "image-encoder";
-    type Options = ();
+    type Options = Detector;
 
-    fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
+    fn open(models: &Path, compute: Compute, _: &Detector) -> Result<Self, ServiceError> {
         ImageEncoder::open(models, &setup(compute))
             .map(Self)
             .map_err(|e| ServiceError::failed_precondition(e.to_string()))
@@ -48,8 +48,13 @@ impl StageModel for Model {
         model::memory::watched(move |bytes| watch.allows(bytes), work)
     }
 
-    fn files(models: &Path, (): &()) -> Vec<PathBuf> {
-        checkpoint::files(models, checkpoint::Stage::ImageEncoder, Choice::Auto)
+    fn files(models: &Path, detector: &Detector) -> Vec<PathBuf> {
+        let mut files = checkpoint::files(models, checkpoint::Stage::ImageEncoder, Choice::Auto);
+        // Another detector finds other faces, so it is told apart as another checkpoint is.
+        if !files.is_empty() {
+            files.extend(detector.file().map(Path::to_owned));
+        }
+        files
     }
 }
 

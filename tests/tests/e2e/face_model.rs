@@ -85,7 +85,8 @@ async fn a_service_finds_faces_with_its_network() {
     use proto::v1::generate_response::Body;
     let folder = tempfile::tempdir().unwrap();
     let models = tiny_models();
-    let doors = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"];
+    let data = folder.path().join("data");
+    let doors = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data-dir", data.to_str().unwrap()];
     let file = detector();
     let served = [&["serve", "--models", models.to_str().unwrap(), "--face-model", &file][..], &doors].concat();
     let process = Process::start("avatar", &served);

@@ -2,6 +2,7 @@
 
 mod boundaries;
 mod cases;
+mod durable;
 mod face_model;
 mod fetch;
 mod forms;

@@ -166,9 +166,9 @@ async fn six_processes_and_one_give_the_same_video_through_every_door() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_stage_fails_the_generation_and_not_the_gateway() {
+async fn a_killed_stage_that_stays_away_fails_the_generation_and_not_the_gateway() {
     let models = tiny_models();
-    let mut six = Stack::six(&models);
+    let mut six = Stack::six_with(&models, &["--stage-patience", "2"]);
     let diffusion = six.stages.iter_mut().find(|(name, _)| *name == "diffusion").unwrap();
     diffusion.1.kill();
     let stream = tokio_stream::iter(requests(spec(), &portrait(), &tone(0.2, 16_000)));

@@ -144,25 +144,54 @@ pub struct Stack {
     pub gateway: Process,
     /// The stages by name, where they are processes of their own.
     pub stages: Vec<(&'static str, Process)>,
+    /// How the gateway was started.
+    command: (&'static str, Vec<String>),
+    /// What the gateway keeps.
+    _data: TempDir,
 }
 
 impl Stack {
     /// Six processes.
     pub fn six(models: &Path) -> Self {
+        Self::six_with(models, &[])
+    }
+
+    /// Six processes, the gateway with more flags.
+    pub fn six_with(models: &Path, flags: &[&str]) -> Self {
         let stages: Vec<_> = STAGES.iter().map(|name| (*name, stage(name, models))).collect();
-        let mut arguments = vec!["--grpc".to_owned(), "127.0.0.1:0".into(), "--http".into(), "127.0.0.1:0".into()];
+        let mut arguments: Vec<String> = flags.iter().map(|&flag| flag.to_owned()).collect();
         for (name, process) in &stages {
             arguments.extend([format!("--{name}"), format!("http://{}", process.address("grpc"))]);
         }
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        Self { gateway: Process::start("gateway", &arguments), stages }
+        Self::start("gateway", arguments, stages)
     }
 
     /// Everything in one process.
     pub fn one(models: &Path) -> Self {
-        let models = models.to_str().unwrap();
-        let arguments = ["serve", "--models", models, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"];
-        Self { gateway: Process::start("avatar", &arguments), stages: Vec::new() }
+        let arguments = ["serve", "--models", models.to_str().unwrap()].map(str::to_owned);
+        Self::start("avatar", arguments.to_vec(), Vec::new())
+    }
+
+    fn start(name: &'static str, mut arguments: Vec<String>, stages: Vec<(&'static str, Process)>) -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let ports = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data-dir", data.path().to_str().unwrap()];
+        arguments.extend(ports.map(str::to_owned));
+        Self { gateway: run(name, &arguments), stages, command: (name, arguments), _data: data }
+    }
+
+    /// Kills the gateway at once, and starts it again on the same data.
+    pub fn kill_and_restart(&mut self) {
+        self.gateway.kill();
+        let (name, arguments) = &self.command;
+        self.gateway = run(name, arguments);
+    }
+
+    /// Kills a stage at once, and starts it again at the same address.
+    pub fn kill_and_restart_stage(&mut self, name: &str, models: &Path) {
+        let (known, process) = self.stages.iter_mut().find(|(known, _)| *known == name).unwrap();
+        let address = process.address("grpc");
+        process.kill();
+        *process = Process::start(known, &["--listen", &address, "--models", models.to_str().unwrap()]);
     }
 
     /// URL of the public gRPC door.
@@ -174,6 +203,10 @@ impl Stack {
     pub fn http(&self) -> String {
         format!("http://{}", self.gateway.address("http"))
     }
+}
+
+fn run(name: &str, arguments: &[String]) -> Process {
+    Process::start(name, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
 /// A client for the REST door. It has no root certificates, for a test machine need not have any.

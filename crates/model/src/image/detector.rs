@@ -23,6 +23,15 @@ impl Detector {
         file.map_or(Ok(Self::BuiltIn), |file| Ok(Self::Network(Arc::new(FaceNetwork::open(file)?))))
     }
 
+    /// The network's file; none for the built-in one.
+    #[must_use]
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Self::BuiltIn => None,
+            Self::Network(network) => Some(network.file()),
+        }
+    }
+
     /// Finds faces.
     ///
     /// - returns: boxes in pixels of the picture, the largest first

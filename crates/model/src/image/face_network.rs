@@ -35,6 +35,12 @@ pub struct FaceNetwork {
 }
 
 impl FaceNetwork {
+    /// The file that it was read from.
+    #[must_use]
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
     /// Reads a file and runs it once, on black.
     ///
     /// Errors: a file that is missing, too large or no ONNX (of a PyTorch file it is said what to do instead); a network

@@ -63,7 +63,8 @@ async fn a_clip_has_one_h264_and_one_aac_stream_of_exact_length() {
         assert_eq!(clip.frames, count as u64);
         let path = folder.path().join("out.mp4");
         let bytes = clip.bytes;
-        clip.persist(&path).await.unwrap();
+        std::fs::rename(clip.path(), &path).unwrap();
+        drop(clip);
         assert_eq!(std::fs::metadata(&path).unwrap().len(), bytes);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "only the video is left");
 

@@ -133,7 +133,7 @@ async fn clip_in_a_hostile_folder() -> (tempfile::TempDir, serde_json::Value) {
     let mut writer = Writer::start(settings, &sound).await.unwrap();
     writer.push_frames(&[90; 32 * 16 * 3 * 10]).await.unwrap();
     let video = folder.join("-o \"a'b\".mp4");
-    writer.finish().await.unwrap().persist(&video).await.unwrap();
+    std::fs::rename(writer.finish().await.unwrap().path(), &video).unwrap();
     let shown = probe(&video);
     assert!(!video_stream(&video).is_empty());
     (outside, shown)

@@ -1,0 +1,328 @@
+//! The right to drive a generation: whoever holds it adds the events, and nobody else.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Progress, Stage};
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::{
+    HEARTBEAT, LEASE, Store,
+    artifacts::Artifact,
+    blocking, identity,
+    ledger::{Append, Row},
+    life, lock, role, unix_ms,
+};
+use crate::fault::Fault;
+
+/// How long a change waits before it is tried again, where the database refused it.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Something that happened; what is left `None` stays as it was.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Change {
+    /// The new state.
+    pub(crate) state: Option<GenerationState>,
+    /// How far it is now.
+    pub(crate) progress: Option<Progress>,
+    /// The stage that began or ended.
+    pub(crate) stage: Stage,
+    /// A sentence for people.
+    pub(crate) message: String,
+    /// The sentence is a warning.
+    pub(crate) warning: bool,
+    /// Faces that were found, or the one that was given.
+    pub(crate) faces: Vec<FaceBox>,
+    /// The face that is animated.
+    pub(crate) face: Option<FaceBox>,
+    /// Why it failed.
+    pub(crate) fault: Option<Fault>,
+    /// What came out.
+    pub(crate) outcome: Option<Outcome>,
+}
+
+impl Change {
+    /// The end of a generation that its caller stopped.
+    pub(crate) fn cancelled(message: &str) -> Self {
+        Self { state: Some(GenerationState::Cancelled), message: message.into(), ..Self::default() }
+    }
+}
+
+/// Latents that a generation can go on with.
+#[derive(Debug, Clone)]
+pub(crate) struct Resume {
+    /// The step that comes next.
+    pub(crate) step: usize,
+    /// The latents before it, (C, T, h, w).
+    pub(crate) latents: Vec<f32>,
+}
+
+/// A generation that this process drives.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    store: Store,
+    id: Uuid,
+    number: i64,
+    /// The generation as last stored, and the number of its last event.
+    inside: Mutex<(Generation, u64)>,
+    cancel: CancellationToken,
+    lost: CancellationToken,
+    resume: (u32, String),
+}
+
+impl Lease {
+    /// The lease on a generation that was just taken.
+    pub(super) fn new(store: Store, row: Row) -> Arc<Self> {
+        let id = identity(&row.generation);
+        let cancel = CancellationToken::new();
+        if row.cancel {
+            cancel.cancel();
+        }
+        lock(&store.inner.running).insert(id, cancel.clone());
+        Arc::new(Self {
+            store,
+            id,
+            number: row.lease,
+            inside: Mutex::new((row.generation, row.last_event)),
+            cancel,
+            lost: CancellationToken::new(),
+            resume: row.resume,
+        })
+    }
+
+    /// The id.
+    pub(crate) fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// Cancelled when the caller wants the generation stopped.
+    pub(crate) fn cancel_token(&self) -> &CancellationToken {
+        &self.cancel
+    }
+
+    /// Cancelled when somebody else may drive the generation, or it was removed: then nothing more is written.
+    pub(crate) fn lost(&self) -> &CancellationToken {
+        &self.lost
+    }
+
+    /// The generation as last stored.
+    pub(crate) async fn generation(&self) -> Generation {
+        self.inside.lock().await.0.clone()
+    }
+
+    /// The warnings that were given before this process took the generation.
+    pub(crate) async fn warned(&self) -> Vec<String> {
+        let last = self.inside.lock().await.1;
+        let events = self.store.inner.ledger.events(self.id, 1, i64::try_from(last).unwrap_or(i64::MAX)).await;
+        let events = events.unwrap_or_default().into_iter();
+        events.filter(|event| event.warning).map(|event| event.message).collect()
+    }
+
+    /// Stores a change and tells those who watch; what may not follow the state is left out.
+    ///
+    /// It waits while the database cannot take the change, and is whole even if nobody waits for it.
+    pub(crate) async fn publish(self: &Arc<Self>, change: Change) {
+        let lease = Arc::clone(self);
+        let stored = tokio::spawn(async move {
+            let unused = lease.store_change(change, None).await;
+            drop_files(&lease.store, unused).await;
+        });
+        if let Err(error) = stored.await {
+            tracing::error!(generation_id = %self.id, %error, "an event was not stored");
+        }
+    }
+
+    /// Keeps the finished video, which lies in the store's folder for work and is moved, and stores the end.
+    pub(crate) async fn complete(self: &Arc<Self>, video: PathBuf, change: Change) -> Result<(), Fault> {
+        let lease = Arc::clone(self);
+        let stored = tokio::spawn(async move {
+            let naming = lease.store.inner.naming.read().await;
+            let artifacts = lease.store.inner.artifacts.clone();
+            let video = blocking(move || artifacts.adopt(&video)).await?;
+            let unused = lease.store_change(change, Some(video)).await;
+            drop(naming);
+            drop_files(&lease.store, unused).await;
+            Ok(())
+        });
+        stored.await.unwrap_or_else(|error| Err(Fault::internal("the video cannot be kept", &error)))
+    }
+
+    /// Stores a change; gives the hashes of files that the generation no longer has.
+    async fn store_change(&self, change: Change, video: Option<Artifact>) -> Vec<String> {
+        let mut inside = self.inside.lock().await;
+        let before = inside.0.state();
+        let state = change.state.unwrap_or(before);
+        if self.lost.is_cancelled() || !life::may_follow(before, state) {
+            return Vec::new();
+        }
+        let (generation, event) = after(&inside.0, inside.1 + 1, state, change);
+        let keep: Vec<(&'static str, Artifact)> = video.map(|video| (role::VIDEO, video)).into_iter().collect();
+        // What a failure was made from stays, so that it can be looked into.
+        let done = matches!(state, GenerationState::Completed | GenerationState::Cancelled);
+        let drop: &[&'static str] = if done { &role::MATERIAL } else { &[] };
+        let mut unused = Vec::new();
+        for role in drop {
+            unused.extend(self.artifact(role).await.map(|artifact| artifact.hash));
+        }
+        loop {
+            let append = Append { generation: &generation, event: &event, keep: &keep, drop };
+            match self.store.inner.ledger.append(self.number, append).await {
+                Ok(true) => break,
+                Ok(false) => {
+                    tracing::warn!(generation_id = %self.id, "the lease is lost; nothing more is written");
+                    self.lost.cancel();
+                    return Vec::new();
+                }
+                Err(error) => {
+                    tracing::error!(generation_id = %self.id, %error, "an event waits to be stored");
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+        }
+        *inside = (generation, event.number);
+        self.store.ring(self.id);
+        unused
+    }
+
+    /// A file of the generation.
+    async fn artifact(&self, role: &str) -> Option<Artifact> {
+        self.store.inner.ledger.artifact(self.id, role).await.ok().flatten()
+    }
+
+    /// The bytes of a file that the generation was made with.
+    pub(crate) async fn read(&self, role: &'static str) -> Result<Vec<u8>, Fault> {
+        let artifact = self.store.inner.ledger.artifact(self.id, role).await?;
+        let artifact = artifact.ok_or_else(|| Fault::internal("a file of the generation is gone", &role))?;
+        let artifacts = self.store.inner.artifacts.clone();
+        blocking(move || artifacts.read(&artifact)).await
+    }
+
+    /// Stores latents that the generation can go on with: those before step `step` of the plan.
+    pub(crate) async fn checkpoint(&self, step: usize, plan: &str, latents: &[f32]) -> Result<(), Fault> {
+        let bytes: Vec<u8> = latents.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let before = self.artifact(role::LATENTS).await;
+        let naming = self.store.inner.naming.read().await;
+        let artifacts = self.store.inner.artifacts.clone();
+        let kept = blocking(move || artifacts.put(&bytes)).await?;
+        let step = u32::try_from(step).unwrap_or(u32::MAX);
+        let ledger = &self.store.inner.ledger;
+        let held = ledger.checkpoint((self.id, self.number), (step, plan), (role::LATENTS, &kept)).await?;
+        drop(naming);
+        if !held {
+            self.lost.cancel();
+        }
+        let unused = if held { before.filter(|before| *before != kept) } else { Some(kept) };
+        drop_files(&self.store, unused.map(|file| file.hash).into_iter().collect()).await;
+        Ok(())
+    }
+
+    /// The hash of the plan whose latents an earlier process stored last; empty where it stored none.
+    pub(crate) fn stored_plan(&self) -> &str {
+        &self.resume.1
+    }
+
+    /// The latents to go on with, if there are any of this plan that are whole.
+    pub(crate) async fn resume(&self, plan: &str) -> Option<Resume> {
+        let (step, of) = &self.resume;
+        if *step == 0 {
+            return None;
+        }
+        if of != plan {
+            tracing::warn!(generation_id = %self.id, "the stored latents are of another plan; they are not used");
+            return None;
+        }
+        match self.read(role::LATENTS).await {
+            Ok(bytes) => {
+                let latents = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+                Some(Resume { step: *step as usize, latents })
+            }
+            Err(fault) => {
+                tracing::warn!(generation_id = %self.id, %fault, "the stored latents cannot be used");
+                None
+            }
+        }
+    }
+
+    /// What a stage gave before for the same inputs and the same model; it is the generation's in `role` then.
+    pub(crate) async fn stage_output(&self, role: &'static str, key: &str) -> Option<Vec<u8>> {
+        let naming = self.store.inner.naming.read().await;
+        let known = self.store.inner.ledger.use_stage_output((self.id, role), key, unix_ms()).await;
+        drop(naming);
+        let artifact = known.ok().flatten()?;
+        let artifacts = self.store.inner.artifacts.clone();
+        blocking(move || artifacts.read(&artifact)).await.ok()
+    }
+
+    /// Keeps what a stage gave.
+    pub(crate) async fn keep_stage_output(&self, role: &'static str, key: &str, output: Vec<u8>) -> Result<(), Fault> {
+        let _naming = self.store.inner.naming.read().await;
+        let artifacts = self.store.inner.artifacts.clone();
+        let kept = blocking(move || artifacts.put(&output)).await?;
+        Ok(self.store.inner.ledger.keep_stage_output((self.id, role), (key, &kept), unix_ms()).await?)
+    }
+
+    /// Gives signs of life until the lease is lost.
+    pub(crate) async fn keep_alive(&self) {
+        let mut beat = tokio::time::interval(HEARTBEAT);
+        loop {
+            beat.tick().await;
+            match self.store.inner.ledger.renew(self.id, self.number, unix_ms() + LEASE.as_millis() as u64).await {
+                Ok(Some(true)) => self.cancel.cancel(),
+                Ok(Some(false)) => {}
+                Ok(None) => return self.lost.cancel(),
+                Err(error) => tracing::error!(generation_id = %self.id, %error, "the lease was not renewed"),
+            }
+        }
+    }
+
+    /// Gives the generation back as it is, so that somebody can go on with it.
+    pub(crate) async fn release(&self) {
+        if let Err(error) = self.store.inner.ledger.renew(self.id, self.number, 0).await {
+            tracing::warn!(generation_id = %self.id, %error, "the lease was not given back; it ends by itself");
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        lock(&self.store.inner.running).remove(&self.id);
+    }
+}
+
+async fn drop_files(store: &Store, hashes: Vec<String>) {
+    if let Err(fault) = store.remove_unused(hashes).await {
+        tracing::warn!(%fault, "a file that nobody needs stays behind");
+    }
+}
+
+/// The generation after a change, and the event that tells of it.
+fn after(before: &Generation, number: u64, state: GenerationState, change: Change) -> (Generation, GenerationEvent) {
+    let unix_ms = unix_ms();
+    let failure = change.fault.as_ref().map(Fault::to_failure);
+    let mut generation = before.clone();
+    generation.state = state.into();
+    if life::is_terminal(state) {
+        generation.ended_unix_ms = unix_ms;
+    }
+    if change.progress.is_some() {
+        generation.progress = change.progress;
+    }
+    generation.failure.clone_from(&failure);
+    generation.outcome.clone_from(&change.outcome);
+    let event = GenerationEvent {
+        generation_id: generation.generation_id.clone(),
+        number,
+        unix_ms,
+        state: state.into(),
+        progress: generation.progress,
+        stage: change.stage.into(),
+        message: change.message,
+        failure,
+        outcome: change.outcome,
+        warning: change.warning,
+        faces: change.faces,
+        face: change.face,
+    };
+    (generation, event)
+}

@@ -1,0 +1,122 @@
+//! The flags of the commands that talk to a server.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use proto::v1::GenerationState;
+
+use crate::config::RequestFlags;
+
+/// Which server, and in what form its answers are shown.
+#[derive(Debug, Args)]
+pub struct ServerFlags {
+    /// Address of the server's gRPC door.
+    #[arg(long, env = "AVATAR_SERVER", value_name = "URL", default_value = "http://127.0.0.1:50050")]
+    pub server: String,
+    /// Print one JSON object a line on standard output.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The flags of `avatar submit`.
+#[derive(Debug, Args)]
+pub struct SubmitFlags {
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub request: RequestFlags,
+    /// A name for this request, so that handing it in again makes no second video: at most 255 visible ASCII characters.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub idempotency_key: String,
+    /// Who asks: at most 64 visible ASCII characters; callers of one priority take turns.
+    #[arg(long, env = "AVATAR_CALLER", value_name = "NAME", default_value = "")]
+    pub caller: String,
+    /// How urgent it is, -9 to 9, the higher the earlier.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true)]
+    pub priority: i32,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub server: ServerFlags,
+}
+
+/// The flags of the commands about one generation.
+#[derive(Debug, Args)]
+pub struct OneFlags {
+    /// The generation.
+    #[arg(value_name = "ID")]
+    pub id: String,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub server: ServerFlags,
+}
+
+/// The flags of `avatar watch`.
+#[derive(Debug, Args)]
+pub struct WatchFlags {
+    /// The generation.
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Number of the first event to show; 1 shows all.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub from: u64,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub server: ServerFlags,
+}
+
+/// States by their names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)] // They say what they are.
+pub enum State {
+    Queued,
+    Encoding,
+    Denoising,
+    Decoding,
+    Completed,
+    Failed,
+    Cancelled,
+}
+
+impl From<State> for GenerationState {
+    fn from(state: State) -> Self {
+        match state {
+            State::Queued => Self::Queued,
+            State::Encoding => Self::Encoding,
+            State::Denoising => Self::Denoising,
+            State::Decoding => Self::Decoding,
+            State::Completed => Self::Completed,
+            State::Failed => Self::Failed,
+            State::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+/// The flags of `avatar list`.
+#[derive(Debug, Args)]
+pub struct ListFlags {
+    /// Show only those in these states, with commas between.
+    #[arg(long, value_enum, value_name = "STATE,..", value_delimiter = ',')]
+    pub state: Vec<State>,
+    /// Show at most this many.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub limit: usize,
+    /// Show the oldest first.
+    #[arg(long)]
+    pub oldest_first: bool,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub server: ServerFlags,
+}
+
+/// The flags of `avatar download`.
+#[derive(Debug, Args)]
+pub struct DownloadFlags {
+    /// The generation.
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Video file to write; replaced only by a whole video.
+    #[arg(long, value_name = "FILE", default_value = "avatar.mp4")]
+    pub out: PathBuf,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub server: ServerFlags,
+}

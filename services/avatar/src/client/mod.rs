@@ -1,0 +1,293 @@
+//! The commands that talk to a server, over gRPC.
+
+pub mod flags;
+
+use std::time::{Duration, Instant};
+
+use gateway::fault::code_name;
+use proto::v1::{
+    CancelGenerationRequest, CreateGenerationRequest, DeleteGenerationRequest, DownloadVideoRequest, Generation,
+    GenerationEvent, GenerationState, GetGenerationRequest, ListGenerationsRequest, WatchGenerationRequest,
+    avatar_service_client::AvatarServiceClient, create_generation_request::Body,
+};
+use serde_json::{Value, json};
+use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
+
+use self::flags::{DownloadFlags, ListFlags, OneFlags, ServerFlags, SubmitFlags, WatchFlags};
+use crate::{
+    failure::{FAILED, Failure},
+    generate::{CHUNK, read_files},
+    output::Output,
+    progress::{Progress, print_line, print_text, state_name},
+    signals::Signals,
+};
+
+/// How long a server may be gone while a generation is followed or a video fetched.
+const AWAY: Duration = Duration::from_secs(120);
+/// How long to wait before it is asked again.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Generations of one page.
+const PAGE: usize = 100;
+
+type Client = AvatarServiceClient<Channel>;
+
+fn connect(server: &ServerFlags) -> Result<Client, Failure> {
+    let channel = service_kit::client::connect(&server.server);
+    channel.map(AvatarServiceClient::new).map_err(|error| Failure::input("server", error.to_string()))
+}
+
+/// What the server answered instead of doing it.
+fn refused(status: &Status) -> Failure {
+    let failure = Failure { advice: None, ..Failure::of_status(status) };
+    match status.code() {
+        Code::InvalidArgument => failure,
+        code => Failure { code: code_name(code), message: status.message().to_owned(), ..failure },
+    }
+}
+
+/// Hands a request in and prints the generation's id.
+pub async fn submit(flags: &SubmitFlags) -> Result<(), Failure> {
+    let (picture, audio) = read_files(&flags.request)?;
+    let mut bodies = vec![Body::Spec(flags.request.spec())];
+    bodies.extend(picture.chunks(CHUNK).map(|data| Body::PictureChunk(data.to_vec())));
+    bodies.extend(audio.chunks(CHUNK).map(|data| Body::AudioChunk(data.to_vec())));
+    let mut key = Some(flags.idempotency_key.clone());
+    let messages: Vec<_> = bodies
+        .into_iter()
+        .map(|body| CreateGenerationRequest { body: Some(body), idempotency_key: key.take().unwrap_or_default() })
+        .collect();
+    let mut request = Request::new(tokio_stream::iter(messages));
+    let caller = MetadataValue::try_from(&flags.caller);
+    let caller = caller.map_err(|_| Failure::input("caller", "it has other than visible ASCII characters"))?;
+    request.metadata_mut().insert("avatar-caller", caller);
+    request.metadata_mut().insert("avatar-priority", MetadataValue::from(flags.priority));
+    let answer = connect(&flags.server)?.create_generation(request).await.map_err(|status| refused(&status))?;
+    let generation = answer.into_inner().generation.unwrap_or_default();
+    if flags.server.json {
+        print_line(&shown(&generation));
+    } else {
+        print_text(&generation.generation_id);
+    }
+    Ok(())
+}
+
+/// Prints a generation as it stands.
+pub async fn status(flags: &OneFlags) -> Result<(), Failure> {
+    let request = GetGenerationRequest { generation_id: flags.id.clone() };
+    let answer = connect(&flags.server)?.get_generation(request).await.map_err(|status| refused(&status))?;
+    print(&flags.server, &answer.into_inner().generation.unwrap_or_default());
+    Ok(())
+}
+
+/// Stops a generation and prints it as it is then.
+pub async fn cancel(flags: &OneFlags) -> Result<(), Failure> {
+    let request = CancelGenerationRequest { generation_id: flags.id.clone() };
+    let answer = connect(&flags.server)?.cancel_generation(request).await.map_err(|status| refused(&status))?;
+    print(&flags.server, &answer.into_inner().generation.unwrap_or_default());
+    Ok(())
+}
+
+/// Removes a generation.
+pub async fn delete(flags: &OneFlags) -> Result<(), Failure> {
+    let request = DeleteGenerationRequest { generation_id: flags.id.clone() };
+    connect(&flags.server)?.delete_generation(request).await.map_err(|status| refused(&status))?;
+    if flags.server.json {
+        print_line(&json!({ "generation_id": flags.id, "deleted": true }));
+    }
+    Ok(())
+}
+
+/// Prints a server's generations, a line each.
+pub async fn list(flags: &ListFlags) -> Result<(), Failure> {
+    let mut client = connect(&flags.server)?;
+    let (mut left, mut page_token) = (flags.limit, String::new());
+    while left > 0 {
+        let request = ListGenerationsRequest {
+            page_size: left.min(PAGE) as u32,
+            page_token,
+            states: flags.state.iter().map(|&state| GenerationState::from(state).into()).collect(),
+            oldest_first: flags.oldest_first,
+            ..ListGenerationsRequest::default()
+        };
+        let page = client.list_generations(request).await.map_err(|status| refused(&status))?.into_inner();
+        page.generations.iter().for_each(|generation| print(&flags.server, generation));
+        left -= page.generations.len().min(left);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Follows a generation to its end and shows how it ended; gives the exit code. A server that restarts meanwhile is
+/// waited for, and a signal leaves the generation running.
+///
+/// Errors: signals cannot be caught.
+pub async fn watch(flags: &WatchFlags) -> Result<u8, Failure> {
+    let mut signals = Signals::catch()?;
+    let mut progress = Progress::new(flags.server.json, false);
+    let mut next = flags.from.max(1);
+    let followed = tokio::select! {
+        followed = follow(flags, &mut next, &mut progress) => followed,
+        () = signals.next() => {
+            let back = format!("avatar watch {} --server {} --from {next}", flags.id, flags.server.server);
+            let message = format!("the generation goes on; to return: {back}");
+            Err(Failure { message, ..Failure::interrupted() })
+        }
+    };
+    match followed {
+        Ok(event) => {
+            progress.clear();
+            if flags.server.json {
+                print_line(&json!({ "event": "completed", "generation_id": event.generation_id }));
+            } else {
+                print_text("completed");
+            }
+            Ok(0)
+        }
+        Err(failure) => {
+            progress.failed(&failure);
+            Ok(failure.exit)
+        }
+    }
+}
+
+/// Shows events up to the last one, which it gives.
+async fn follow(flags: &WatchFlags, next: &mut u64, progress: &mut Progress) -> Result<GenerationEvent, Failure> {
+    let mut client = connect(&flags.server)?;
+    let mut away = None;
+    loop {
+        let request = WatchGenerationRequest { generation_id: flags.id.clone(), from_number: *next };
+        let broken = match client.watch_generation(request).await {
+            Err(status) => status,
+            Ok(answers) => {
+                let mut answers = answers.into_inner();
+                loop {
+                    match answers.message().await {
+                        Err(status) => break status,
+                        Ok(None) => break Status::unavailable("the server ended the events"),
+                        Ok(Some(answer)) => {
+                            away = None;
+                            let Some(event) = answer.event else { continue };
+                            *next = event.number + 1;
+                            if let Some(ended) = end_of(&event) {
+                                return ended.map(|()| event);
+                            }
+                            progress.event(&event);
+                        }
+                    }
+                }
+            }
+        };
+        wait(&broken, &mut away).await?;
+    }
+}
+
+/// How a generation ended, if this event is its end.
+fn end_of(event: &GenerationEvent) -> Option<Result<(), Failure>> {
+    let ended = |code, message: String, field: Option<String>| {
+        Some(Err(Failure { code, message, field, exit: FAILED, advice: None }))
+    };
+    match event.state() {
+        GenerationState::Completed => Some(Ok(())),
+        GenerationState::Cancelled => ended("CANCELLED", "the generation was cancelled".to_owned(), None),
+        GenerationState::Failed => {
+            let failure = event.failure.clone().unwrap_or_default();
+            let fault = gateway::fault::Fault::from_failure(&failure);
+            ended(code_name(fault.code()), failure.message, fault.field().map(str::to_owned))
+        }
+        _ => None,
+    }
+}
+
+/// Waits a moment for a server that cannot be reached.
+///
+/// Errors: it refused for another reason, or it has been away for too long.
+async fn wait(status: &Status, away: &mut Option<Instant>) -> Result<(), Failure> {
+    let lost = status.code() == Code::Unavailable || std::error::Error::source(status).is_some();
+    if !lost || away.get_or_insert_with(Instant::now).elapsed() > AWAY {
+        return Err(refused(status));
+    }
+    tokio::time::sleep(AGAIN).await;
+    Ok(())
+}
+
+/// Fetches a generation's video; after a break it goes on where it stopped.
+pub async fn download(flags: &DownloadFlags) -> Result<(), Failure> {
+    let mut client = connect(&flags.server)?;
+    let output = Output::check(&flags.out, &[])?;
+    let request = GetGenerationRequest { generation_id: flags.id.clone() };
+    let answer = client.get_generation(request).await.map_err(|status| refused(&status))?.into_inner();
+    let outcome = answer.generation.and_then(|generation| generation.outcome);
+    let (mut part, mut offset, mut away) = (output.begin()?, 0, None);
+    loop {
+        let request = DownloadVideoRequest { generation_id: flags.id.clone(), offset };
+        let broken = match client.download_video(request).await {
+            Err(status) => Some(status),
+            Ok(answers) => {
+                let mut answers = answers.into_inner();
+                loop {
+                    match answers.message().await {
+                        Err(status) => break Some(status),
+                        Ok(None) => break None,
+                        Ok(Some(answer)) => {
+                            away = None;
+                            part.write(&answer.data)?;
+                            offset += answer.data.len() as u64;
+                        }
+                    }
+                }
+            }
+        };
+        match broken {
+            None => break,
+            Some(status) => wait(&status, &mut away).await?,
+        }
+    }
+    let outcome = outcome.unwrap_or_default();
+    part.finish(outcome.video_bytes, outcome.video_crc32c)?;
+    if flags.server.json {
+        print_line(&json!({ "generation_id": flags.id, "path": flags.out, "bytes": offset }));
+    } else {
+        print_text(&flags.out.display().to_string());
+    }
+    Ok(())
+}
+
+fn print(server: &ServerFlags, generation: &Generation) {
+    if server.json {
+        return print_line(&shown(generation));
+    }
+    let progress = generation.progress.unwrap_or_default();
+    let note = match (&generation.failure, generation.state()) {
+        (Some(failure), _) => format!("{}: {}", failure.code, failure.message),
+        (None, GenerationState::Queued) => format!("place {}", generation.queue_position),
+        _ => format!("step {} of {}", progress.step, progress.steps),
+    };
+    let state = state_name(generation.state());
+    print_text(&format!("{}  {state:<10} {:>3.0} %  {note}", generation.generation_id, progress.percent));
+}
+
+/// A generation as JSON.
+fn shown(generation: &Generation) -> Value {
+    let progress = generation.progress.unwrap_or_default();
+    let failure =
+        generation.failure.as_ref().map(|f| json!({ "code": f.code, "message": f.message, "field": f.field }));
+    json!({
+        "generation_id": generation.generation_id,
+        "state": state_name(generation.state()),
+        "created_unix_ms": generation.created_unix_ms,
+        "ended_unix_ms": (generation.ended_unix_ms > 0).then_some(generation.ended_unix_ms),
+        "percent": progress.percent,
+        "step": progress.step,
+        "steps": progress.steps,
+        "remaining_seconds": progress.remaining_seconds,
+        "queue_position": (generation.queue_position > 0).then_some(generation.queue_position),
+        "estimated_start_unix_ms": generation.estimated_start_unix_ms,
+        "frames": generation.frames,
+        "width": generation.width,
+        "height": generation.height,
+        "failure": failure,
+    })
+}
