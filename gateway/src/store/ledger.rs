@@ -1,6 +1,9 @@
 //! The statements of the store, written once for every engine.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use prost::Message as _;
 use proto::v1::{Generation, GenerationEvent, GenerationState};
@@ -512,6 +515,12 @@ impl Ledger {
         transaction.execute(KEEP_ARTIFACT, &artifact_values(&id, role, output)).await?;
         transaction.commit().await?;
         Ok(true)
+    }
+
+    /// Hashes of all files that belong to generations or are stages' outputs.
+    pub(crate) async fn used_files(&self) -> Result<HashSet<String>, SqlError> {
+        let rows = self.read("SELECT hash FROM artifacts UNION SELECT hash FROM stage_outputs", &[]).await?;
+        rows.iter().map(|row| row.text(0).map(str::to_owned)).collect()
     }
 
     /// Whether a file belongs to a generation or is a stage's output.

@@ -246,7 +246,10 @@ impl Store {
         }
         self.remove_abandoned().await?;
         let artifacts = artifacts.clone();
-        let hashes = blocking(move || artifacts.hashes()).await?;
+        let mut hashes = blocking(move || artifacts.hashes()).await?;
+        // Most are used; each of the others is looked at again while nobody can name it.
+        let used = ledger.used_files().await?;
+        hashes.retain(|hash| !used.contains(hash));
         self.remove_unused(hashes).await
     }
 
@@ -663,10 +666,12 @@ fn own_folder(work: &Path) -> io::Result<(TempDir, fs::File)> {
     flock(&door, FlockOperation::LockExclusive)?;
     for folder in fs::read_dir(work)? {
         let folder = folder?.path();
-        let taken = fs::File::open(folder.join(MARK))
-            .is_ok_and(|mark| flock(&mark, FlockOperation::NonBlockingLockExclusive).is_err());
-        if folder.is_dir()
-            && !taken
+        let free = match fs::File::open(folder.join(MARK)) {
+            Ok(mark) => flock(&mark, FlockOperation::NonBlockingLockExclusive).is_ok(),
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
+        if free
+            && folder.is_dir()
             && let Err(error) = fs::remove_dir_all(&folder)
         {
             // An encoder of the ended process may still be ending in there.

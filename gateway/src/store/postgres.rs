@@ -14,6 +14,9 @@ const FULL: &str = "53100";
 /// What a session may not wait between two statements of a transaction: a gateway that stands still there must not
 /// keep rows from the others.
 const STANDSTILL: &str = "10s";
+/// Nor may the removal of a file keep others from naming one with the same content for longer than this. What names a
+/// file keeps nobody waiting, however long it takes.
+const BRIEF_REMOVAL: &str = "SET LOCAL idle_in_transaction_session_timeout = '60s'";
 /// How a session ends whose gateway's machine is gone.
 const KEEPALIVES: [(&str, &str); 3] =
     [("tcp_keepalives_idle", "5"), ("tcp_keepalives_interval", "2"), ("tcp_keepalives_count", "3")];
@@ -132,6 +135,7 @@ impl Engine for Postgres {
 
     async fn remove_file(&self, hash: &str) -> Result<Option<Box<dyn Hold>>, SqlError> {
         let mut open = self.hold().await?;
+        open.execute(BRIEF_REMOVAL, &[]).await?;
         let query = "SELECT CAST(CASE WHEN pg_try_advisory_xact_lock($1) THEN 1 ELSE 0 END AS BIGINT)";
         let rows = open.rows(query, &[lock_of(hash)]).await?;
         let alone = rows.first().map_or(Ok(0), |row: &Cells| row.int(0))? == 1;
