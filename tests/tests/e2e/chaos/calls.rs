@@ -17,7 +17,7 @@ use crate::{
 /// How long anything may take on a slow machine.
 pub const LONG: Duration = Duration::from_secs(240);
 /// How often is looked.
-const LOOK: Duration = Duration::from_millis(20);
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What a generation is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,7 +16,7 @@ use self::{
 use crate::stack::{Stack, tiny_models};
 
 /// How long the kills of a test may go on: as many of 25 rounds as a slow machine does in that time.
-const TIME: Duration = Duration::from_secs(40);
+const TIME: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_processes_cost_nothing_that_was_accepted() {
@@ -32,7 +32,7 @@ async fn a_killed_postgresql_and_killed_processes_cost_nothing_that_was_accepted
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cancels_at_random_moments_leave_no_memory_behind() {
-    println!("{}", cancels::run(20, Some(TIME), 3).await);
+    println!("{}", cancels::run(20, Some(TIME / 2), 3).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

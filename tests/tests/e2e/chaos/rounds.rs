@@ -18,7 +18,7 @@ const AT_ONCE: usize = 4;
 /// Before a kill they advance by up to so many steps and changes of the state, all together; each has eight.
 const ADVANCES: u64 = 12;
 /// Up to so long after that, the kill comes: in the middle of whatever is done then.
-const WITHIN_MS: u64 = 40;
+const WITHIN_MS: u64 = 60;
 const GATEWAY: &str = "gateway";
 const POSTGRESQL: &str = "postgresql";
 const VICTIMS: [&str; 5] = [GATEWAY, "diffusion", "vae-decode", "audio-encoder", POSTGRESQL];
