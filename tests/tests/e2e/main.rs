@@ -2,6 +2,7 @@
 
 mod boundaries;
 mod cases;
+mod chaos;
 mod durable;
 mod face_model;
 mod fetch;
