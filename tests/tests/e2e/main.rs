@@ -11,6 +11,7 @@ mod generate;
 mod hub;
 mod inputs;
 mod memory;
+mod peaks;
 mod planning;
 mod processes;
 mod quirks;
