@@ -228,7 +228,7 @@ fn end_of(event: &GenerationEvent) -> Option<Result<(), Failure>> {
         GenerationState::Failed => {
             let failure = event.failure.clone().unwrap_or_default();
             let fault = gateway::fault::Fault::from_failure(&failure);
-            ended(code_name(fault.code()), failure.message, fault.field().map(str::to_owned))
+            ended(fault.name(), failure.message, fault.field().map(str::to_owned))
         }
         _ => None,
     }
