@@ -3,6 +3,7 @@
 mod decode;
 mod denoise;
 mod encode;
+mod gate;
 mod kept;
 mod ladder;
 mod patience;

@@ -1,5 +1,6 @@
 //! Whole-system tests: one binary, so that they link once.
 
+mod batch;
 mod boundaries;
 mod cases;
 mod chaos;
