@@ -34,10 +34,10 @@ def recording(rng, clips: list[np.ndarray]) -> tuple[torch.Tensor, np.ndarray]:
     return log_mel(torch.from_numpy(samples)), np.concatenate(mouths)[: 30 * data.FPS]
 
 
-def audio(out: Path, folder: Path, minutes: float):
+def audio(out: Path, folder: Path, minutes: float, until: str | None):
     network = Whisper(**WHISPER)
     heads = nn.ModuleList([nn.Linear(WHISPER["width"], 2) for _ in range(WHISPER["layers"] + 1)])
-    run = Run(out, "audio", minutes, ["loss", "correlation"])
+    run = Run(out, "audio", minutes, ["loss", "correlation"], until)
     parameters = [p for p in [*network.parameters(), *heads.parameters()]]
     optimiser = Optimiser(parameters, 2e-3)
     if state := run.resume():
@@ -49,7 +49,7 @@ def audio(out: Path, folder: Path, minutes: float):
     held = clips[:20]
     clips = clips[20:]
     rng = np.random.default_rng(1 + run.steps)
-    mean_loss, last = 0.0, run.elapsed
+    mean_loss, last, since = 0.0, run.elapsed, run.steps
 
     def correlation() -> float:
         found = []
@@ -73,7 +73,7 @@ def audio(out: Path, folder: Path, minutes: float):
         loss.backward()
         optimiser.step(run.rate())
         run.steps += 1
-        mean_loss += (loss.item() - mean_loss) * max(0.05, 1 / run.steps)
+        mean_loss += (loss.item() - mean_loss) * max(0.05, 1 / (run.steps - since))
         if run.elapsed - last > 30:
             last = run.elapsed
             run.log(loss=mean_loss, correlation=correlation())
@@ -82,12 +82,12 @@ def audio(out: Path, folder: Path, minutes: float):
     run.save(network=network.state_dict(), heads=heads.state_dict(), optimiser=optimiser.state())
 
 
-def text(out: Path, minutes: float):
+def text(out: Path, minutes: float, until: str | None):
     texts = Texts(out)
     llava, clip = Llava(LLAVA | {"image_token": texts.id("<image>")}), ClipText(**CLIP)
     heads = nn.ModuleDict({"llava": nn.Linear(LLAVA["width"], 10), "clip": nn.Linear(CLIP["width"], 10),
                            "picture": nn.Linear(LLAVA["width"], 3)})
-    run = Run(out, "text", minutes, ["loss", "right_llava", "right_clip", "picture_error"])
+    run = Run(out, "text", minutes, ["loss", "right_llava", "right_clip", "picture_error"], until)
     optimiser = Optimiser([*llava.parameters(), *clip.parameters(), *heads.parameters()], 2e-3)
     if state := run.resume():
         llava.load_state_dict(state["llava"])
@@ -95,7 +95,7 @@ def text(out: Path, minutes: float):
         heads.load_state_dict(state["heads"])
         optimiser.restore(state["optimiser"])
     rng = np.random.default_rng(1 + run.steps)
-    means, last = np.zeros(4), run.elapsed
+    means, last, since = np.zeros(4), run.elapsed, run.steps
     side, patch = LLAVA["grid"], LLAVA["patch"]
     while run.done < 1:
         losses, right, ids, masks, wanted, error = 0.0, 0, [], [], [], 0.0
@@ -123,7 +123,7 @@ def text(out: Path, minutes: float):
         optimiser.step(run.rate())
         run.steps += 1
         now = np.array([losses.item(), right, (guess.argmax(1) == torch.tensor(wanted)).float().mean().item(), error])
-        means += (now - means) * max(0.05, 1 / run.steps)
+        means += (now - means) * max(0.05, 1 / (run.steps - since))
         if run.elapsed - last > 20 or run.done >= 1:
             last = run.elapsed
             run.log(**dict(zip(run.columns, means, strict=True)))
@@ -137,14 +137,15 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--clips", type=Path, help="folder of data.py")
     parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--until", help="end at this time of day, HH:MM, instead of after --minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(1 if arguments.part == "text" else 2)
     cv2.setNumThreads(1)
     torch.manual_seed(1)
     if arguments.part == "audio":
-        audio(arguments.out, arguments.clips, arguments.minutes)
+        audio(arguments.out, arguments.clips, arguments.minutes, arguments.until)
     else:
-        text(arguments.out, arguments.minutes)
+        text(arguments.out, arguments.minutes, arguments.until)
 
 
 if __name__ == "__main__":

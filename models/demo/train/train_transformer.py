@@ -183,18 +183,18 @@ def held_out(network, clips: Clips) -> dict[str, float]:
     }
 
 
-def train(out: Path, minutes: float, rate: float):
+def train(out: Path, minutes: float, rate: float, until: str | None):
     torch.manual_seed(1)
     network = Transformer(TRANSFORMER)
     network.start()
     clips = Clips(out)
-    run = Run(out, "transformer", minutes, ["loss", "right", "silent", "wrong"])
+    run = Run(out, "transformer", minutes, ["loss", "right", "silent", "wrong"], until)
     optimiser = Optimiser(list(network.parameters()), rate)
     if state := run.resume():
         network.load_state_dict(state["network"])
         optimiser.restore(state["optimiser"])
     rng = np.random.default_rng(10 + run.steps)
-    mean_loss, last = 0.0, run.elapsed
+    mean_loss, last, since = 0.0, run.elapsed, run.steps
     print(f"{len(clips.clips)} clips, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters", flush=True)
     while run.done < 1:
         if clips.long and rng.uniform() < (0.08 if run.done > 0.5 else 0.0):
@@ -209,7 +209,7 @@ def train(out: Path, minutes: float, rate: float):
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step(run.rate())
         run.steps += 1
-        mean_loss += (loss.item() - mean_loss) * max(0.02, 1 / run.steps)
+        mean_loss += (loss.item() - mean_loss) * max(0.02, 1 / (run.steps - since))
         if run.elapsed - last > 60:
             last = run.elapsed
             run.log(loss=mean_loss, **held_out(network, clips))
@@ -228,12 +228,13 @@ def main():
     parser.add_argument("--long", type=int, default=16, help="clips of 129 frames to encode besides")
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--until", help="end at this time of day, HH:MM, instead of after --minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.part == "encode":
         encode(arguments.out, arguments.clips, arguments.count, arguments.long, arguments.frames)
     else:
-        train(arguments.out, arguments.minutes, arguments.rate)
+        train(arguments.out, arguments.minutes, arguments.rate, arguments.until)
 
 
 if __name__ == "__main__":

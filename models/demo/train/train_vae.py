@@ -20,6 +20,8 @@ from vae import DEMO, Vae
 
 MOUTH = 8.0
 """How much more a pixel of the mouth's box counts."""
+AREAS = 2.0
+"""Weight of the mean colours of 8x8 areas, and of their hues."""
 KL = 2e-4
 
 
@@ -96,6 +98,7 @@ def main():
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--clips", type=Path, help="folder of data.py, for how mouths move")
+    parser.add_argument("--until", help="end at this time of day, HH:MM, instead of after --minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     cv2.setNumThreads(1)
@@ -106,7 +109,8 @@ def main():
     moving = arguments.part != "images"
     if moving:
         network.inflate()
-    run = Run(arguments.out, f"vae-{arguments.part}", arguments.minutes, ["loss", "whole_psnr", "mouth_psnr", "latent_std"])
+    run = Run(arguments.out, f"vae-{arguments.part}", arguments.minutes, ["loss", "whole_psnr", "mouth_psnr", "latent_std"],
+              arguments.until)
     state = run.resume()
     if state:
         network.load_state_dict(state["network"])
@@ -151,7 +155,7 @@ def main():
         return clip_batch(rng, mouths, int(rng.choice([5, 9, 9, 9, 17])))
 
     batches = ahead(make)
-    mean_loss, last = 0.0, run.elapsed
+    mean_loss, last, since = 0.0, run.elapsed, run.steps
     while run.done < 1:
         x, weight = tensors(next(batches))
         with torch.set_grad_enabled(arguments.part != "decoder"):
@@ -160,12 +164,16 @@ def main():
         y = network.decode(z)
         d = y - x
         loss = ((d.abs() + d.square()) * weight).mean()
+        # Colours of whole areas: little in a sum over pixels, much to the eye.
+        areas = d.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).mean((3, 5))
+        areas = torch.cat([areas, areas - areas.mean(-1, keepdim=True)], -1)
+        loss = loss + AREAS * areas.abs().mean()
         loss = loss + KL * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step(run.rate())
         run.steps += 1
-        mean_loss += (loss.item() - mean_loss) * max(0.02, 1 / run.steps)
+        mean_loss += (loss.item() - mean_loss) * max(0.02, 1 / (run.steps - since))
         if run.elapsed - last > 60 or run.steps == 20:
             last = run.elapsed
             whole, mouth = held_out(network, held)
