@@ -58,25 +58,19 @@ class Optimiser:
         self.momentum = state["momentum"]
 
 
-def clock(text: str) -> float:
-    """The next time that a clock shows `HH:MM`."""
-    now = time.localtime()
-    hours, minutes = map(int, text.split(":"))
-    ahead = ((hours - now.tm_hour) * 60 + minutes - now.tm_min) * 60 - now.tm_sec
-    return time.time() + ahead % 86_400
-
-
 class Run:
-    """Counts the time of a run over all its resumptions; saves and logs."""
+    """Counts the processor's time of a run over all its resumptions; saves and logs.
 
-    def __init__(self, out: Path, name: str, minutes: float, columns: list[str], until: str | None = None):
+    The processor's time (of all threads) is what a run is worth, whoever else uses the machine: the rate follows it.
+    """
+
+    def __init__(self, out: Path, name: str, minutes: float, columns: list[str]):
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.csv = out / f"{name}.pt", out / f"{name}.csv"
-        self.seconds = clock(until) - time.time() if until else minutes * 60
+        self.seconds = minutes * 60
         self.spent, self.steps = 0.0, 0
         self.columns, self.saved = columns, time.time()
-        self.mark = time.time()
-        self.deadline = clock(until) if until else None
+        self.mark = time.process_time()
 
     def resume(self) -> dict | None:
         """What was saved, if a run was cut off."""
@@ -86,24 +80,19 @@ class Run:
             return None
         state = torch.load(self.path, weights_only=False)
         self.spent, self.steps = state["spent"], state["steps"]
-        if self.deadline:
-            # The rest of the run is what is left of the day's time.
-            self.seconds = self.spent + max(self.deadline - time.time(), 1.0)
         return state
 
     @property
     def elapsed(self) -> float:
-        """Seconds of work. A long gap is a process that was stopped, and does not count."""
-        now = time.time()
-        self.spent += min(now - self.mark, 60.0)
+        """Seconds of the processor."""
+        now = time.process_time()
+        self.spent += now - self.mark
         self.mark = now
         return self.spent
 
     @property
     def done(self) -> float:
         """Share of the run that is over, 0..1."""
-        if self.deadline and time.time() >= self.deadline:
-            return 1.0
         return min(self.elapsed / self.seconds, 1.0)
 
     def rate(self, warm_up: int = 30) -> float:

@@ -34,10 +34,10 @@ def recording(rng, clips: list[np.ndarray]) -> tuple[torch.Tensor, np.ndarray]:
     return log_mel(torch.from_numpy(samples)), np.concatenate(mouths)[: 30 * data.FPS]
 
 
-def audio(out: Path, folder: Path, minutes: float, until: str | None):
+def audio(out: Path, folder: Path, minutes: float):
     network = Whisper(**WHISPER)
     heads = nn.ModuleList([nn.Linear(WHISPER["width"], 2) for _ in range(WHISPER["layers"] + 1)])
-    run = Run(out, "audio", minutes, ["loss", "correlation"], until)
+    run = Run(out, "audio", minutes, ["loss", "correlation"])
     parameters = [p for p in [*network.parameters(), *heads.parameters()]]
     optimiser = Optimiser(parameters, 2e-3)
     if state := run.resume():
@@ -82,12 +82,12 @@ def audio(out: Path, folder: Path, minutes: float, until: str | None):
     run.save(network=network.state_dict(), heads=heads.state_dict(), optimiser=optimiser.state())
 
 
-def text(out: Path, minutes: float, until: str | None):
+def text(out: Path, minutes: float):
     texts = Texts(out)
     llava, clip = Llava(LLAVA | {"image_token": texts.id("<image>")}), ClipText(**CLIP)
     heads = nn.ModuleDict({"llava": nn.Linear(LLAVA["width"], 10), "clip": nn.Linear(CLIP["width"], 10),
                            "picture": nn.Linear(LLAVA["width"], 3)})
-    run = Run(out, "text", minutes, ["loss", "right_llava", "right_clip", "picture_error"], until)
+    run = Run(out, "text", minutes, ["loss", "right_llava", "right_clip", "picture_error"])
     optimiser = Optimiser([*llava.parameters(), *clip.parameters(), *heads.parameters()], 2e-3)
     if state := run.resume():
         llava.load_state_dict(state["llava"])
@@ -136,16 +136,15 @@ def main():
     parser.add_argument("part", choices=["audio", "text"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--clips", type=Path, help="folder of data.py")
-    parser.add_argument("--minutes", type=float, default=3)
-    parser.add_argument("--until", help="end at this time of day, HH:MM, instead of after --minutes")
+    parser.add_argument("--minutes", type=float, default=3, help="of the processor: two busy cores give two a minute")
     arguments = parser.parse_args()
     torch.set_num_threads(1 if arguments.part == "text" else 2)
     cv2.setNumThreads(1)
     torch.manual_seed(1)
     if arguments.part == "audio":
-        audio(arguments.out, arguments.clips, arguments.minutes, arguments.until)
+        audio(arguments.out, arguments.clips, arguments.minutes)
     else:
-        text(arguments.out, arguments.minutes, arguments.until)
+        text(arguments.out, arguments.minutes)
 
 
 if __name__ == "__main__":

@@ -183,12 +183,12 @@ def held_out(network, clips: Clips) -> dict[str, float]:
     }
 
 
-def train(out: Path, minutes: float, rate: float, until: str | None):
+def train(out: Path, minutes: float, rate: float):
     torch.manual_seed(1)
     network = Transformer(TRANSFORMER)
     network.start()
     clips = Clips(out)
-    run = Run(out, "transformer", minutes, ["loss", "right", "silent", "wrong"], until)
+    run = Run(out, "transformer", minutes, ["loss", "right", "silent", "wrong"])
     optimiser = Optimiser(list(network.parameters()), rate)
     if state := run.resume():
         network.load_state_dict(state["network"])
@@ -226,15 +226,14 @@ def main():
     parser.add_argument("--count", type=int, default=450, help="clips to encode")
     parser.add_argument("--frames", type=int, default=33, help="of each of them")
     parser.add_argument("--long", type=int, default=16, help="clips of 129 frames to encode besides")
-    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--minutes", type=float, default=40, help="of the processor: two busy cores give two a minute")
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--until", help="end at this time of day, HH:MM, instead of after --minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.part == "encode":
         encode(arguments.out, arguments.clips, arguments.count, arguments.long, arguments.frames)
     else:
-        train(arguments.out, arguments.minutes, arguments.rate, arguments.until)
+        train(arguments.out, arguments.minutes, arguments.rate)
 
 
 if __name__ == "__main__":
