@@ -73,6 +73,10 @@ pub(crate) struct Script {
     pub(crate) unloads: AtomicUsize,
     /// Headers of every call of the decoder.
     pub(crate) decodes: Mutex<Vec<v1::DecodeLatentsHeader>>,
+    /// Every value of every frame, where the decoder should make no picture.
+    pub(crate) flat_frames: Option<u8>,
+    /// What a velocity is multiplied by.
+    pub(crate) loudness: Option<f32>,
     /// Every Predict call with the latents of its items.
     pub(crate) passes: Mutex<Vec<(v1::PredictHeader, Vec<Vec<f32>>)>>,
 }
@@ -292,7 +296,7 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         let bad = self.0.not_finite_at == Some(call);
         let velocity = |(i, latents): (usize, &HostTensor)| {
             // Of the latents themselves, so that a step that is left out or taken twice shows.
-            let value = |x: f32| if bad { f32::NAN } else { x.sin() };
+            let value = |x: f32| if bad { f32::NAN } else { x.sin() * self.0.loudness.unwrap_or(1.0) };
             let values: Vec<f32> = latents.to_f32().unwrap().into_iter().map(value).collect();
             HostTensor::from_f32(format!("velocity.{i}"), latents.shape(), &values).unwrap()
         };
@@ -333,7 +337,10 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
         self.count(v1::Stage::VaeDecode)?;
         self.0.decoded.lock().unwrap().push(tensors[0].to_f32().unwrap());
         let (n, h, w) = (header.frame_limit as usize, 8 * tensors[0].shape()[2], 8 * tensors[0].shape()[3]);
-        let frames = HostTensor::from_u8("frames", &[n, h, w, 3], vec![128; n * h * w * 3]).unwrap();
+        // A moving stripe, so that it is a video.
+        let stripe = |i: usize| if (i / (h * w * 3) + i) % 16 == 0 { 200 } else { 100 };
+        let values = (0..n * h * w * 3).map(|i| self.0.flat_frames.unwrap_or_else(|| stripe(i))).collect();
+        let frames = HostTensor::from_u8("frames", &[n, h, w, 3], values).unwrap();
         let message = |body| v1::DecodeLatentsResponse { body: Some(body) };
         let summary = message(Out::Summary(v1::DecodeLatentsSummary { frames: n as u32, memory: None }));
         Ok(answer(vec![frames], move |part| message(Out::Part(part)), summary))

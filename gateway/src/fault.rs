@@ -26,6 +26,9 @@ pub const FIELDS: [&str; 15] = [
     "priority",
 ];
 
+/// The code of a generation whose output is no video; gRPC has none that says so.
+const REJECTED: &str = "OUTPUT_REJECTED";
+
 /// What sort of fault it is; decides both codes and whether a retry can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -60,6 +63,8 @@ pub enum Kind {
     Cancelled,
     /// The caller's deadline passed.
     Deadline,
+    /// What came out is no video.
+    Rejected,
     /// A fault of ours. The log has the details.
     Internal,
 }
@@ -194,7 +199,17 @@ impl Fault {
             Kind::Unavailable => Code::Unavailable,
             Kind::Cancelled => Code::Cancelled,
             Kind::Deadline => Code::DeadlineExceeded,
+            Kind::Rejected => Code::DataLoss,
             Kind::Internal => Code::Internal,
+        }
+    }
+
+    /// The code by name: gRPC's, or that of output which is no video.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Rejected => REJECTED,
+            _ => code_name(self.code()),
         }
     }
 
@@ -212,7 +227,7 @@ impl Fault {
             Kind::Busy { .. } => StatusCode::TOO_MANY_REQUESTS,
             Kind::Exhausted | Kind::OutOfMemory | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Kind::Deadline => StatusCode::GATEWAY_TIMEOUT,
-            Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            Kind::Rejected | Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
@@ -234,6 +249,7 @@ impl Fault {
             Kind::Precondition => ServiceError::FailedPrecondition { message },
             // No stage gives this code, so it has no kind of its own there.
             Kind::Conflict => return Status::already_exists(message),
+            Kind::Rejected => return Status::data_loss(message),
             Kind::OutOfRange => ServiceError::OutOfRange { message },
             Kind::Busy { retry_after } => ServiceError::ResourceExhausted { message, retry_after: Some(retry_after) },
             Kind::Exhausted | Kind::OutOfMemory => ServiceError::ResourceExhausted { message, retry_after: None },
@@ -257,6 +273,7 @@ impl Fault {
             "UNAVAILABLE" => Kind::Unavailable,
             "CANCELLED" => Kind::Cancelled,
             "DEADLINE_EXCEEDED" => Kind::Deadline,
+            REJECTED => Kind::Rejected,
             _ => Kind::Internal,
         };
         let field = Some(failure.field.clone()).filter(|field| !field.is_empty());
@@ -269,7 +286,7 @@ impl Fault {
     #[must_use]
     pub fn to_failure(&self) -> Failure {
         Failure {
-            code: code_name(self.code()).into(),
+            code: self.name().into(),
             message: self.message.clone(),
             field: self.field().unwrap_or_default().into(),
             stage: self.stage.into(),
@@ -355,7 +372,14 @@ mod tests {
 
     #[test]
     fn a_record_gives_the_fault_back() {
-        for kind in [Kind::Invalid, Kind::Precondition, Kind::Exhausted, Kind::Unavailable, Kind::Internal] {
+        for kind in [
+            Kind::Invalid,
+            Kind::Precondition,
+            Kind::Exhausted,
+            Kind::Unavailable,
+            Kind::Rejected,
+            Kind::Internal,
+        ] {
             let fault = Fault::new(kind, "what happened").at(Stage::VaeDecode);
             assert_eq!(Fault::from_failure(&fault.to_failure()), fault);
         }

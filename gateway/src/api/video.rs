@@ -9,7 +9,7 @@ use proto::v1::{FaceBox, Failure, Generation, GenerationState, Parity};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::fault::{Fault, Kind, code_name};
+use crate::fault::{Fault, Kind};
 
 /// The one model, by the name that requests may carry.
 pub const MODEL: &str = "hunyuan-video-avatar";
@@ -229,7 +229,7 @@ impl IntoResponse for Fault {
             message: self.message.clone(),
             kind,
             param: self.field().map(|field| rest_name(field).to_owned()),
-            code: code_name(self.code()).to_lowercase(),
+            code: self.name().to_lowercase(),
         };
         let mut response = (status, Json(ErrorBody { error })).into_response();
         if let Kind::Busy { retry_after } = self.kind {

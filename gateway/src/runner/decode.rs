@@ -8,6 +8,7 @@ use proto::{
 };
 
 use super::{
+    gate::FrameGate,
     ladder::climb,
     prepare::{Prepared, refused},
     run::Run,
@@ -71,7 +72,7 @@ async fn attempt(
     let began = Instant::now();
     let mut frames = run.stages.decode_latents(header, latents).await?;
     let mut writer = mp4::Writer::start(settings, &prepared.audio.soundtrack).await.map_err(refused)?;
-    let mut done = 0;
+    let (mut done, mut gate) = (0, FrameGate::default());
     while let Some(tensor) = frames.next().await? {
         let fits = matches!(*tensor.shape(), [_, h, w, 3] if h == height as usize && w == width as usize);
         if !fits || tensor.dtype() != DataType::U8 || done + tensor.shape()[0] > wanted {
@@ -79,6 +80,7 @@ async fn attempt(
             return Err(Fault::new(Kind::Internal, tensor.mismatch(expected).to_string()).at(Stage::VaeDecode));
         }
         done += tensor.shape()[0];
+        gate.push(tensor.data(), 3 * height as usize * width as usize)?;
         writer.push_frames(tensor.data()).await.map_err(refused)?;
         run.frames_done(done, wanted, began.elapsed().as_secs_f64() / done as f64).await;
     }
@@ -86,6 +88,7 @@ async fn attempt(
         let message = format!("vae-decode: {done} frames came, {wanted} were asked for");
         return Err(Fault::new(Kind::Internal, message).at(Stage::VaeDecode));
     }
+    gate.finish()?;
     Ok((writer.finish().await.map_err(refused)?, frames.memory()))
 }
 

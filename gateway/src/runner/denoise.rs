@@ -8,6 +8,7 @@ use proto::{
 };
 
 use super::{
+    gate::check_latents,
     ladder::{Ladder, Rung, still_without_features},
     prepare::Prepared,
     run::Run,
@@ -18,6 +19,9 @@ use crate::{
     sampler::{Branch, FrameShape, Prompt, Request, Rounding, Sampler, SamplerError, Schedule, Setup, StepPlan, noise},
     store::{Resume, artifacts::sha256},
 };
+
+/// Stands for the hash of a plan with latents that were rejected.
+const REJECTED_PLAN: &str = "rejected";
 
 /// A clip between two steps, and the hash of the plan that it follows.
 #[derive(Debug)]
@@ -108,11 +112,15 @@ impl Denoise {
                 self.sampler.accept(index, velocity).map_err(|error| wrong(number, &error))?;
             }
             self.sampler.advance().map_err(|error| wrong(number, &error))?;
-            if self.sampler.latents().iter().any(|value| !value.is_finite()) {
-                let message = format!("step {}: the latents are no longer finite numbers", number + 1);
-                return Err(Fault::new(Kind::Internal, message).at(Stage::Diffusion));
-            }
             let done = self.sampler.step();
+            let when = format!("step {done} of {}", self.sampler.plan().steps().len());
+            if let Err(fault) = check_latents(self.sampler.latents(), &when) {
+                // To be looked into; no plan has this hash, so nothing goes on with them.
+                if let Err(fault) = run.lease.checkpoint(done, REJECTED_PLAN, self.sampler.latents()).await {
+                    tracing::warn!(generation_id = run.id(), step = done, %fault, "the latents were not stored");
+                }
+                return Err(fault);
+            }
             self.full = !session.keeps_features();
             // Where no features are kept, every step can be begun from its latents.
             if self.full || self.sampler.plan().resumable(done) {

@@ -7,7 +7,7 @@ use proto::{
     v1::{MemoryReport, OpenSessionHeader, PassMode, PredictHeader, PredictItem, Stage},
 };
 
-use super::{ladder::Rung, patience::Patience};
+use super::{gate::rejected, ladder::Rung, patience::Patience};
 use crate::{
     fault::{Fault, Kind},
     stages::Stages,
@@ -197,6 +197,9 @@ fn checked(velocity: &HostTensor, passes: &StepPasses) -> Result<Vec<f32>, Fault
     let values = velocity.to_f32().map_err(|error| at(error.to_string()).at(Stage::Diffusion))?;
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(values),
-        Some(i) => Err(at(format!("{} has the value {} at {i}", velocity.name(), values[i])).at(Stage::Diffusion)),
+        Some(i) => {
+            let what = format!("step {}: {} has the value {} at {i}", passes.step + 1, velocity.name(), values[i]);
+            Err(rejected(Stage::Diffusion, what))
+        }
     }
 }

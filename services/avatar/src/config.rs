@@ -61,6 +61,13 @@ pub enum Command {
     Delete(OneFlags),
     /// Fetch a generation's video from a server.
     Download(DownloadFlags),
+    /// Make a video of each row of a CSV file, in this process or on a server; a second run makes what is missing.
+    ///
+    /// The columns are videoid, image, audio, prompt and fps. A row's video is VIDEOID.mp4 in the folder given with
+    /// --out, and the summary there has a line for each row. A wrong row does not keep the others from being made.
+    ///
+    /// Exit codes: 0 all videos are there, 1 some are not, 2 wrong usage or no such table, 130 interrupted.
+    Batch(crate::batch::BatchFlags),
     /// List this machine's devices with their memory: the processor, and CUDA devices where a driver answers.
     Devices(DevicesFlags),
     /// Say what would be done on some devices: tier, placement, fit, bytes and seconds, with reasons.
@@ -174,6 +181,17 @@ pub struct RequestFlags {
     /// What the person does, and where.
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = OsStringValueParser::new().try_map(text))]
     pub prompt: String,
+    /// The face to animate, in pixels of the upright picture. Default: found.
+    #[arg(long, value_name = "X,Y,WIDTH,HEIGHT", allow_hyphen_values = true)]
+    pub face: Option<Face>,
+    #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
+    #[command(flatten)]
+    pub settings: SettingFlags,
+}
+
+/// How a video is made; what is left open is the checkpoint's own or the default.
+#[derive(Debug, Clone, Args)]
+pub struct SettingFlags {
     /// Cut a prompt of too many tokens at the model's limit, and say how many were kept, instead of refusing it.
     #[arg(long)]
     pub truncate_prompt: bool,
@@ -192,9 +210,6 @@ pub struct RequestFlags {
     /// Bends the time grid towards noise, 0.1 to 20. Default: the checkpoint's own, else 5.
     #[arg(long, value_name = "FACTOR")]
     pub flow_shift: Option<f32>,
-    /// The face to animate, in pixels of the upright picture. Default: found.
-    #[arg(long, value_name = "X,Y,WIDTH,HEIGHT", allow_hyphen_values = true)]
-    pub face: Option<Face>,
     /// Denoise at least this many frames, 1 to 400; 129 is what the reference does. Default 1.
     #[arg(long, value_name = "N")]
     pub min_frames: Option<u32>,
@@ -213,6 +228,23 @@ pub struct GenerateFlags {
     /// Video file to write (H.264 and AAC in MP4); replaced only by a finished video.
     #[arg(long, value_name = "FILE", default_value = "avatar.mp4")]
     pub out: PathBuf,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub local: LocalFlags,
+    /// Print one JSON object a line on standard output: events, and last the result or the failure.
+    #[arg(long)]
+    pub json: bool,
+    /// Print nothing but errors; with --json, nothing but the last line.
+    #[arg(long)]
+    pub quiet: bool,
+    /// What to log to standard error: a level, or levels by module as in `warn,gateway=debug`.
+    #[arg(long, env = "AVATAR_LOG", value_name = "FILTER", default_value = "error")]
+    pub log: String,
+}
+
+/// The flags of the commands that make videos in this process and exit.
+#[derive(Debug, Args)]
+pub struct LocalFlags {
     /// Folder of the models: one subfolder a stage, or the official download. `avatar weights synth` makes a small one.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,
@@ -232,30 +264,29 @@ pub struct GenerateFlags {
     #[allow(missing_docs)] // A doc comment would replace the description of the command in --help.
     #[command(flatten)]
     pub tier: gateway::config::TierFlags,
-    /// Print one JSON object a line on standard output: events, and last the result or the failure.
-    #[arg(long)]
-    pub json: bool,
-    /// Print nothing but errors; with --json, nothing but the last line.
-    #[arg(long)]
-    pub quiet: bool,
-    /// What to log to standard error: a level, or levels by module as in `warn,gateway=debug`.
-    #[arg(long, env = "AVATAR_LOG", value_name = "FILTER", default_value = "error")]
-    pub log: String,
 }
 
 impl RequestFlags {
     /// What the flags ask for; what they leave open stays open.
     #[must_use]
     pub fn spec(&self) -> GenerationSpec {
+        GenerationSpec { face: self.face.map(|face| face.0), ..self.settings.spec(self.prompt.clone()) }
+    }
+}
+
+impl SettingFlags {
+    /// What the flags ask for with a prompt; what they leave open stays open.
+    #[must_use]
+    pub fn spec(&self, prompt: String) -> GenerationSpec {
         GenerationSpec {
-            prompt: self.prompt.clone(),
+            prompt,
             seed: self.seed,
             steps: self.steps,
             size: self.size,
             guidance_scale: self.guidance_scale,
             flow_shift: self.flow_shift,
             min_frames: self.min_frames,
-            face: self.face.map(|face| face.0),
+            face: None,
             parity: self.parity.map_or(v1::Parity::Unspecified, |Parity::Reference| v1::Parity::Reference).into(),
             truncate_prompt: self.truncate_prompt,
         }

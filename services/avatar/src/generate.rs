@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use gateway::api::video::parity_name;
+use gateway::{TierOptions, api::video::parity_name};
 use model::image::{Detector, unused_detector};
 use proto::v1::{
     GenerateRequest, GenerationSpec, GenerationState, GetGenerationRequest, Outcome,
@@ -16,7 +16,7 @@ use tonic::transport::Channel;
 
 use crate::{
     InProcess, Setup,
-    config::{GenerateFlags, RequestFlags},
+    config::{GenerateFlags, LocalFlags, RequestFlags},
     failure::Failure,
     in_process,
     output::{Output, Part},
@@ -36,8 +36,41 @@ struct Inputs {
     picture: Vec<u8>,
     audio: Vec<u8>,
     output: Output,
+}
+
+/// How this process makes videos; checked, nothing started yet.
+pub(crate) struct Local {
     models: PathBuf,
-    detector: Detector,
+    setup: Setup,
+    tier: TierOptions,
+    /// Says that a face detector lies among the models that is not used.
+    pub(crate) unused: Option<String>,
+}
+
+impl Local {
+    /// Checks the flags; `finds_faces` where faces are looked for.
+    ///
+    /// Errors: a flag's value is wrong.
+    pub(crate) fn read(flags: &LocalFlags, finds_faces: bool) -> Result<Self, Failure> {
+        let models = models_folder(flags.models.as_deref())?;
+        let detector =
+            Detector::open(flags.face_model.as_deref()).map_err(|e| Failure::input("face_model", e.to_string()))?;
+        let mut mistakes = Mistakes::default();
+        let device = flags.device.resolve(&mut mistakes).filter(|_| mistakes.is_empty());
+        let device = device.ok_or_else(|| Failure::input("device", mistakes.to_string().trim_end().to_owned()))?;
+        let unused = (flags.face_model.is_none() && finds_faces).then(|| unused_detector(&models)).flatten();
+        let tier = plan::here(plan::tier_options(&flags.tier)?, &device);
+        let setup = Setup { compute: flags.compute, device, weights: flags.weights, detector };
+        Ok(Self { models, setup, tier, unused })
+    }
+
+    /// Starts the system, with the gateway's files in a folder.
+    ///
+    /// Errors: as [`in_process`].
+    pub(crate) async fn start(&self, data_dir: &Path, options: gateway::Options) -> Result<InProcess, Failure> {
+        let options = gateway::Options { data_dir: data_dir.to_owned(), tier: self.tier.clone(), ..options };
+        in_process(&self.models, self.setup.clone(), &options).await
+    }
 }
 
 /// Makes the video and shows its progress.
@@ -46,12 +79,8 @@ struct Inputs {
 pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<Completed, Failure> {
     let mut signals = Signals::catch()?;
     let inputs = read_inputs(flags)?;
-    let mut mistakes = Mistakes::default();
-    let device = flags.device.resolve(&mut mistakes).filter(|_| mistakes.is_empty());
-    let device = device.ok_or_else(|| Failure::input("device", mistakes.to_string().trim_end().to_owned()))?;
-    let unused = flags.face_model.is_none() && flags.request.face.is_none();
-    let unused = unused.then(|| unused_detector(&inputs.models)).flatten();
-    if let Some(said) = &unused {
+    let local = Local::read(&flags.local, flags.request.face.is_none())?;
+    if let Some(said) = &local.unused {
         progress.warn(said);
     }
     // The gateway's own files; gone with this function, whatever happens.
@@ -59,11 +88,8 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         .prefix("avatar-")
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
-    let tier = plan::here(plan::tier_options(&flags.tier)?, &device);
-    let data_dir = work.path().to_owned();
-    let options = gateway::Options { data_dir, min_free_bytes: 0, tier, ..gateway::Options::default() };
-    let setup = Setup { compute: flags.compute, device, weights: flags.weights, detector: inputs.detector.clone() };
-    let system = in_process(&inputs.models, setup, &options).await?;
+    let options = gateway::Options { min_free_bytes: 0, ..gateway::Options::default() };
+    let (system, unused) = (local.start(work.path(), options).await?, local.unused);
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
         () = signals.next() => Err(Failure::interrupted()),
@@ -84,10 +110,7 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
 fn read_inputs(flags: &GenerateFlags) -> Result<Inputs, Failure> {
     let (picture, audio) = read_files(&flags.request)?;
     let output = Output::check(&flags.out, &[&flags.request.image, &flags.request.audio])?;
-    let models = models_folder(flags.models.as_deref())?;
-    let detector =
-        Detector::open(flags.face_model.as_deref()).map_err(|e| Failure::input("face_model", e.to_string()))?;
-    Ok(Inputs { spec: flags.request.spec(), picture, audio, output, models, detector })
+    Ok(Inputs { spec: flags.request.spec(), picture, audio, output })
 }
 
 /// Reads the picture and the recording.
@@ -114,7 +137,7 @@ pub fn models_folder(models: Option<&Path>) -> Result<PathBuf, Failure> {
     Ok(models.to_owned())
 }
 
-fn read_file(field: &str, path: &Path, limit: usize) -> Result<Vec<u8>, Failure> {
+pub(crate) fn read_file(field: &str, path: &Path, limit: usize) -> Result<Vec<u8>, Failure> {
     let wrong = |reason: String| Failure::input(field, format!("{}: {reason}", path.display()));
     let info = std::fs::metadata(path).map_err(|e| wrong(reason(&e)))?;
     if info.is_dir() {

@@ -1,6 +1,7 @@
 //! The whole system in one process: the five stages and the gateway over in-memory connections, and the command
 //! line around them.
 
+pub mod batch;
 pub mod client;
 pub mod compute;
 pub mod config;

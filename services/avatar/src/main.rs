@@ -3,6 +3,7 @@
 use std::{process::ExitCode, time::Duration};
 
 use avatar::{
+    batch::{BatchFlags, batch},
     client::{self, flags::WatchFlags},
     config::{Cli, Command, GenerateFlags, WeightsCommand},
     devices,
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         Command::Cancel(flags) => call(flags.server.json, client::cancel(&flags)),
         Command::Delete(flags) => call(flags.server.json, client::delete(&flags)),
         Command::Download(flags) => call(flags.server.json, client::download(&flags)),
+        Command::Batch(flags) => run_batch(&flags),
         Command::Devices(flags) => {
             telemetry::init(&LogConfig { filter: "warn".to_owned(), format: LogFormat::Text });
             devices::show(&flags);
@@ -73,6 +75,20 @@ fn run_generate(flags: &GenerateFlags) -> ExitCode {
             progress.failed(&failure);
             ExitCode::from(exit)
         }
+    }
+}
+
+fn run_batch(flags: &BatchFlags) -> ExitCode {
+    telemetry::init(&LogConfig { filter: flags.log.clone(), format: LogFormat::Text });
+    let result = start().and_then(|runtime| {
+        let result = runtime.block_on(batch(flags));
+        // The device's thread may be in the middle of a step that nobody waits for.
+        runtime.shutdown_timeout(Duration::from_millis(200));
+        result
+    });
+    match result {
+        Ok(exit) => ExitCode::from(exit),
+        Err(failure) => end(flags.json, Err(failure)),
     }
 }
 

@@ -241,7 +241,8 @@ fn stage_bar(stage: Stage, steps: u32) -> ProgressBar {
     bar
 }
 
-fn event_json(event: &GenerationEvent) -> Value {
+/// An event as one flat JSON object.
+pub(crate) fn event_json(event: &GenerationEvent) -> Value {
     let mut line = Map::new();
     line.insert("event".to_owned(), json!(state_name(event.state())));
     line.insert("generation_id".to_owned(), json!(event.generation_id));

@@ -1,7 +1,9 @@
 //! Whole-system tests: one binary, so that they link once.
 
+mod batch;
 mod boundaries;
 mod cases;
+mod chaos;
 mod durable;
 mod face_model;
 mod fetch;
@@ -10,6 +12,7 @@ mod generate;
 mod hub;
 mod inputs;
 mod memory;
+mod peaks;
 mod planning;
 mod processes;
 mod quirks;

@@ -27,15 +27,23 @@ pub struct SubmitFlags {
     /// A name for this request, so that handing it in again makes no second video: at most 255 visible ASCII characters.
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub idempotency_key: String,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub order: OrderFlags,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub server: ServerFlags,
+}
+
+/// How a request is to be served; for `submit` and `batch`.
+#[derive(Debug, Clone, Args)]
+pub struct OrderFlags {
     /// Who asks: at most 64 visible ASCII characters; callers of one priority take turns.
     #[arg(long, env = "AVATAR_CALLER", value_name = "NAME", default_value = "")]
     pub caller: String,
     /// How urgent it is, -9 to 9, the higher the earlier.
     #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true)]
     pub priority: i32,
-    #[allow(missing_docs)]
-    #[command(flatten)]
-    pub server: ServerFlags,
 }
 
 /// The flags of the commands about one generation.

@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 use gateway::fault::code_name;
 use proto::v1::{
     CancelGenerationRequest, CreateGenerationRequest, DeleteGenerationRequest, DownloadVideoRequest, Generation,
-    GenerationEvent, GenerationState, GetGenerationRequest, ListGenerationsRequest, WatchGenerationRequest,
-    avatar_service_client::AvatarServiceClient, create_generation_request::Body,
+    GenerationEvent, GenerationSpec, GenerationState, GetGenerationRequest, ListGenerationsRequest, Outcome,
+    WatchGenerationRequest, avatar_service_client::AvatarServiceClient, create_generation_request::Body,
 };
 use serde_json::{Value, json};
 use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
 
-use self::flags::{DownloadFlags, ListFlags, OneFlags, ServerFlags, SubmitFlags, WatchFlags};
+use self::flags::{DownloadFlags, ListFlags, OneFlags, OrderFlags, ServerFlags, SubmitFlags, WatchFlags};
 use crate::{
     failure::{FAILED, Failure},
     generate::{CHUNK, read_files},
-    output::Output,
+    output::{Output, Part},
     progress::{Progress, print_line, print_text, state_name},
     signals::Signals,
 };
@@ -29,15 +29,24 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// Generations of one page.
 const PAGE: usize = 100;
 
-type Client = AvatarServiceClient<Channel>;
+pub(crate) type Client = AvatarServiceClient<Channel>;
+/// The messages of a request that is handed in.
+pub(crate) type Creation = tokio_stream::Iter<std::vec::IntoIter<CreateGenerationRequest>>;
 
 fn connect(server: &ServerFlags) -> Result<Client, Failure> {
-    let channel = service_kit::client::connect(&server.server);
+    connect_to(&server.server)
+}
+
+/// A client of the server at an address.
+///
+/// Errors: it is no address.
+pub(crate) fn connect_to(server: &str) -> Result<Client, Failure> {
+    let channel = service_kit::client::connect(server);
     channel.map(AvatarServiceClient::new).map_err(|error| Failure::input("server", error.to_string()))
 }
 
 /// What the server answered instead of doing it.
-fn refused(status: &Status) -> Failure {
+pub(crate) fn refused(status: &Status) -> Failure {
     let failure = Failure { advice: None, ..Failure::of_status(status) };
     match status.code() {
         Code::InvalidArgument => failure,
@@ -48,19 +57,8 @@ fn refused(status: &Status) -> Failure {
 /// Hands a request in and prints the generation's id.
 pub async fn submit(flags: &SubmitFlags) -> Result<(), Failure> {
     let (picture, audio) = read_files(&flags.request)?;
-    let mut bodies = vec![Body::Spec(flags.request.spec())];
-    bodies.extend(picture.chunks(CHUNK).map(|data| Body::PictureChunk(data.to_vec())));
-    bodies.extend(audio.chunks(CHUNK).map(|data| Body::AudioChunk(data.to_vec())));
-    let mut key = Some(flags.idempotency_key.clone());
-    let messages: Vec<_> = bodies
-        .into_iter()
-        .map(|body| CreateGenerationRequest { body: Some(body), idempotency_key: key.take().unwrap_or_default() })
-        .collect();
-    let mut request = Request::new(tokio_stream::iter(messages));
-    let caller = MetadataValue::try_from(&flags.caller);
-    let caller = caller.map_err(|_| Failure::input("caller", "it has other than visible ASCII characters"))?;
-    request.metadata_mut().insert("avatar-caller", caller);
-    request.metadata_mut().insert("avatar-priority", MetadataValue::from(flags.priority));
+    let order = (flags.idempotency_key.as_str(), &flags.order);
+    let request = creation(flags.request.spec(), (&picture, &audio), order)?;
     let answer = connect(&flags.server)?.create_generation(request).await.map_err(|status| refused(&status))?;
     let generation = answer.into_inner().generation.unwrap_or_default();
     if flags.server.json {
@@ -69,6 +67,30 @@ pub async fn submit(flags: &SubmitFlags) -> Result<(), Failure> {
         print_text(&generation.generation_id);
     }
     Ok(())
+}
+
+/// The call that hands a request in, under a key of the caller's choice.
+///
+/// Errors: the caller's name is none.
+pub(crate) fn creation(
+    spec: GenerationSpec,
+    (picture, audio): (&[u8], &[u8]),
+    (key, order): (&str, &OrderFlags),
+) -> Result<Request<Creation>, Failure> {
+    let mut bodies = vec![Body::Spec(spec)];
+    bodies.extend(picture.chunks(CHUNK).map(|data| Body::PictureChunk(data.to_vec())));
+    bodies.extend(audio.chunks(CHUNK).map(|data| Body::AudioChunk(data.to_vec())));
+    let mut key = Some(key.to_owned());
+    let messages: Vec<_> = bodies
+        .into_iter()
+        .map(|body| CreateGenerationRequest { body: Some(body), idempotency_key: key.take().unwrap_or_default() })
+        .collect();
+    let mut request = Request::new(tokio_stream::iter(messages));
+    let caller = MetadataValue::try_from(&order.caller);
+    let caller = caller.map_err(|_| Failure::input("caller", "it has other than visible ASCII characters"))?;
+    request.metadata_mut().insert("avatar-caller", caller);
+    request.metadata_mut().insert("avatar-priority", MetadataValue::from(order.priority));
+    Ok(request)
 }
 
 /// Prints a generation as it stands.
@@ -129,7 +151,7 @@ pub async fn watch(flags: &WatchFlags) -> Result<u8, Failure> {
     let mut progress = Progress::new(flags.server.json, false);
     let mut next = flags.from.max(1);
     let followed = tokio::select! {
-        followed = follow(flags, &mut next, &mut progress) => followed,
+        followed = watched(flags, &mut next, &mut progress) => followed,
         () = signals.next() => {
             let back = format!("avatar watch {} --server {} --from {next}", flags.id, flags.server.server);
             let message = format!("the generation goes on; to return: {back}");
@@ -153,12 +175,23 @@ pub async fn watch(flags: &WatchFlags) -> Result<u8, Failure> {
     }
 }
 
-/// Shows events up to the last one, which it gives.
-async fn follow(flags: &WatchFlags, next: &mut u64, progress: &mut Progress) -> Result<GenerationEvent, Failure> {
-    let mut client = connect(&flags.server)?;
+async fn watched(flags: &WatchFlags, next: &mut u64, progress: &mut Progress) -> Result<GenerationEvent, Failure> {
+    follow(connect(&flags.server)?, &flags.id, next, |event| progress.event(event)).await
+}
+
+/// Shows a generation's events from number `next` up to the last one, which it gives. A server that is away for a
+/// while is waited for.
+///
+/// Errors: the generation failed or was cancelled, or the server refuses or stays away.
+pub(crate) async fn follow(
+    mut client: Client,
+    id: &str,
+    next: &mut u64,
+    mut show: impl FnMut(&GenerationEvent),
+) -> Result<GenerationEvent, Failure> {
     let mut away = None;
     loop {
-        let request = WatchGenerationRequest { generation_id: flags.id.clone(), from_number: *next };
+        let request = WatchGenerationRequest { generation_id: id.to_owned(), from_number: *next };
         let broken = match client.watch_generation(request).await {
             Err(status) => status,
             Ok(answers) => {
@@ -174,7 +207,7 @@ async fn follow(flags: &WatchFlags, next: &mut u64, progress: &mut Progress) -> 
                             if let Some(ended) = end_of(&event) {
                                 return ended.map(|()| event);
                             }
-                            progress.event(&event);
+                            show(&event);
                         }
                     }
                 }
@@ -195,7 +228,7 @@ fn end_of(event: &GenerationEvent) -> Option<Result<(), Failure>> {
         GenerationState::Failed => {
             let failure = event.failure.clone().unwrap_or_default();
             let fault = gateway::fault::Fault::from_failure(&failure);
-            ended(code_name(fault.code()), failure.message, fault.field().map(str::to_owned))
+            ended(fault.name(), failure.message, fault.field().map(str::to_owned))
         }
         _ => None,
     }
@@ -204,7 +237,7 @@ fn end_of(event: &GenerationEvent) -> Option<Result<(), Failure>> {
 /// Waits a moment for a server that cannot be reached.
 ///
 /// Errors: it refused for another reason, or it has been away for too long.
-async fn wait(status: &Status, away: &mut Option<Instant>) -> Result<(), Failure> {
+pub(crate) async fn wait(status: &Status, away: &mut Option<Instant>) -> Result<(), Failure> {
     let lost = status.code() == Code::Unavailable || std::error::Error::source(status).is_some();
     if !lost || away.get_or_insert_with(Instant::now).elapsed() > AWAY {
         return Err(refused(status));
@@ -219,10 +252,23 @@ pub async fn download(flags: &DownloadFlags) -> Result<(), Failure> {
     let output = Output::check(&flags.out, &[])?;
     let request = GetGenerationRequest { generation_id: flags.id.clone() };
     let answer = client.get_generation(request).await.map_err(|status| refused(&status))?.into_inner();
-    let outcome = answer.generation.and_then(|generation| generation.outcome);
-    let (mut part, mut offset, mut away) = (output.begin()?, 0, None);
+    let outcome = answer.generation.and_then(|generation| generation.outcome).unwrap_or_default();
+    fetch(&mut client, &flags.id, output.begin()?, &outcome).await?;
+    if flags.server.json {
+        print_line(&json!({ "generation_id": flags.id, "path": flags.out, "bytes": outcome.video_bytes }));
+    } else {
+        print_text(&flags.out.display().to_string());
+    }
+    Ok(())
+}
+
+/// Fetches the video that `outcome` tells of into a file; after a break it goes on where it stopped.
+///
+/// Errors: the server refuses or stays away, or the disk refuses.
+pub(crate) async fn fetch(client: &mut Client, id: &str, mut part: Part, outcome: &Outcome) -> Result<(), Failure> {
+    let (mut offset, mut away) = (0, None);
     loop {
-        let request = DownloadVideoRequest { generation_id: flags.id.clone(), offset };
+        let request = DownloadVideoRequest { generation_id: id.to_owned(), offset };
         let broken = match client.download_video(request).await {
             Err(status) => Some(status),
             Ok(answers) => {
@@ -241,18 +287,10 @@ pub async fn download(flags: &DownloadFlags) -> Result<(), Failure> {
             }
         };
         match broken {
-            None => break,
+            None => return part.finish(outcome.video_bytes, outcome.video_crc32c),
             Some(status) => wait(&status, &mut away).await?,
         }
     }
-    let outcome = outcome.unwrap_or_default();
-    part.finish(outcome.video_bytes, outcome.video_crc32c)?;
-    if flags.server.json {
-        print_line(&json!({ "generation_id": flags.id, "path": flags.out, "bytes": offset }));
-    } else {
-        print_text(&flags.out.display().to_string());
-    }
-    Ok(())
 }
 
 fn print(server: &ServerFlags, generation: &Generation) {
