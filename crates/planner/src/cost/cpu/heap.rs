@@ -8,6 +8,8 @@ const NR: u64 = 32;
 const KC: u64 = 384;
 const COLUMNS: u64 = 256;
 const PANEL: u64 = 1 << 20;
+const PIECE: u64 = 16 << 20;
+const FEWEST: u64 = 256;
 const QUERIES: u64 = 128;
 const KEYS: u64 = 512;
 const POSITIONS: u64 = 256;
@@ -117,7 +119,9 @@ impl Heap {
         let panel = out.div_ceil(self.cpu.threads.max(1)).next_multiple_of(32).clamp(32, most).min(out);
         let threads = self.cpu.threads.min(out.div_ceil(panel.max(1)));
         for (i, width) in widths.iter().enumerate() {
-            let mut extra = self.widened(rows * width) + self.packed(rows, *width);
+            // The input is laid out piece by piece.
+            let piece = (PIECE / width.max(&1)).max(FEWEST).min(rows);
+            let mut extra = self.widened(rows * width) + self.packed(piece, *width);
             if residual && i + 1 == widths.len() {
                 extra += self.widened(rows * out);
             }
