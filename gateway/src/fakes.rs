@@ -338,7 +338,7 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
         self.0.decoded.lock().unwrap().push(tensors[0].to_f32().unwrap());
         let (n, h, w) = (header.frame_limit as usize, 8 * tensors[0].shape()[2], 8 * tensors[0].shape()[3]);
         // A moving stripe, so that it is a video.
-        let stripe = |i: usize| if (i / (h * w * 3) + i) % 16 == 0 { 200 } else { 100 };
+        let stripe = |i: usize| if (i / (h * w * 3) + i).is_multiple_of(16) { 200 } else { 100 };
         let values = (0..n * h * w * 3).map(|i| self.0.flat_frames.unwrap_or_else(|| stripe(i))).collect();
         let frames = HostTensor::from_u8("frames", &[n, h, w, 3], values).unwrap();
         let message = |body| v1::DecodeLatentsResponse { body: Some(body) };

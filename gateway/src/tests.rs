@@ -432,8 +432,8 @@ async fn latents_that_run_away_stop_the_generation_at_their_step_and_are_kept() 
     assert!(failure.message.starts_with(said), "{failure:?}");
     assert_eq!(script.predicted.load(Ordering::SeqCst), 1, "no step after it is done");
     assert!(script.sessions.lock().unwrap().is_empty() && script.decodes.lock().unwrap().is_empty());
-    // Picture, recording, the encoders' three answers and the latents.
-    assert_eq!(desk.files(), 6);
+    // Picture, recording and latents.
+    assert_eq!(desk.files(), 3);
 }
 
 #[tokio::test]
@@ -446,7 +446,7 @@ async fn frames_that_are_no_video_fail_the_generation_and_what_it_was_made_from_
         assert_eq!((failure.code.as_str(), failure.stage()), ("OUTPUT_REJECTED", Stage::VaeDecode), "{failure:?}");
         assert!(failure.message.contains(part), "{failure:?}");
         assert_eq!(script.decodes.lock().unwrap().len(), 1, "it is not tried again");
-        assert_eq!(desk.files(), 6);
+        assert_eq!(desk.files(), 3);
     }
 }
 

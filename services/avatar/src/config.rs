@@ -42,7 +42,7 @@ pub enum Command {
     /// Serve gRPC and HTTP, with all model stages in this process.
     ///
     /// Prints `ready grpc=ADDR http=ADDR` once it answers. SIGTERM ends it gracefully. Exit code 64: wrong settings.
-    Serve(crate::serve::ServeFlags),
+    Serve(Box<crate::serve::ServeFlags>),
     /// Hand a video to a server, which makes it on its own, and print its id.
     ///
     /// Exit codes of this and of the commands below: 0 done, 1 failed, 2 wrong usage or input.

@@ -27,7 +27,7 @@ use tokio::runtime::Runtime;
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Generate(flags) => run_generate(&flags),
-        Command::Serve(flags) => run_serve(flags),
+        Command::Serve(flags) => run_serve(*flags),
         Command::Submit(flags) => call(flags.server.json, client::submit(&flags)),
         Command::Status(flags) => call(flags.server.json, client::status(&flags)),
         Command::Watch(flags) => run_watch(&flags),

@@ -29,12 +29,21 @@ use crate::{
     stack::{avatar, text, tiny_models},
 };
 
-/// How far a prediction may be from what is counted.
-const NEAR: f64 = 0.05;
+/// How far above a prediction what is counted may be.
+const ABOVE: f64 = 0.05;
+
+/// How far below: a thread that other programs keep from running holds nothing of its own meanwhile.
+const BELOW: f64 = 0.2;
+
+/// Runs of what is short, so that all threads have been at work at once in one of them.
+const RUNS: usize = 8;
 
 fn hold(what: &str, predicted: u64, measured: u64) {
     let ratio = measured as f64 / predicted as f64;
-    assert!((ratio - 1.0).abs() <= NEAR, "{what}: {measured} bytes were counted, {predicted} predicted: {ratio:.3}");
+    assert!(
+        (1.0 - BELOW..=1.0 + ABOVE).contains(&ratio),
+        "{what}: {measured} bytes were counted, {predicted} predicted: {ratio:.3}"
+    );
 }
 
 fn predicted(stage: Stage, (size, frames): (PictureSize, usize), prompt: u64, precision: Precision) -> u64 {
@@ -73,7 +82,7 @@ fn the_audio_encoder_takes_what_was_predicted() {
             let encoder = meter.load(|| AudioEncoder::open(&tiny_models(), &setup(precision))).unwrap();
             let run = || sent(&encoder.encode(&samples).unwrap());
             warm(run);
-            drop(meter.measure(run));
+            (0..RUNS).for_each(|_| drop(meter.measure(run)));
             let size = PictureSize { width: 64, height: 64 };
             let expected = predicted(Stage::AudioEncoder, (size, frames), 0, precision);
             hold(&format!("{frames} frames in {precision:?}"), expected, meter.report().peak_bytes);
@@ -94,7 +103,7 @@ fn the_text_encoder_takes_what_was_predicted() {
                 (states.prompt_tokens, sent)
             };
             warm(run);
-            let (tokens, _) = meter.measure(run);
+            let tokens = (0..RUNS).map(|_| meter.measure(run).0).max().unwrap_or_default();
             let size = PictureSize { width: side, height: side };
             let expected = predicted(Stage::TextEncoder, (size, 5), tokens as u64, precision);
             hold(&format!("{side} pixels, {words} words in {precision:?}"), expected, meter.report().peak_bytes);
@@ -115,7 +124,7 @@ fn the_image_encoder_takes_what_was_predicted() {
                 [sent(&reference.latents), sent(&reference.face_mask)]
             };
             warm(run);
-            drop(meter.measure(run));
+            (0..RUNS).for_each(|_| drop(meter.measure(run)));
             let size = PictureSize { width: side, height: side };
             let expected = predicted(Stage::ImageEncoder, (size, 5), 0, precision);
             hold(&format!("{side} pixels in {precision:?}"), expected, meter.report().peak_bytes);

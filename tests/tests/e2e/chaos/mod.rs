@@ -45,7 +45,7 @@ async fn a_thousand_creations_of_one_key_from_fifty_connections_are_one_generati
             let mut caller = Caller::connect(&url).await;
             let mut ids = BTreeSet::new();
             for _ in 0..20 {
-                ids.insert(caller.try_create(&Job::new(1), "the only key").await.unwrap());
+                ids.insert(caller.try_create(&Job::new(1), "the-only-key").await.unwrap());
             }
             ids
         })
