@@ -53,7 +53,7 @@ def main():
         shutil.copyfile(texts.paths[name], a.models / "text-encoder" / name / "tokenizer.json")
     write_config(a.models / "text-encoder" / "config.json", texts.config())
 
-    network = torch.load(a.run / "transformer.pt", weights_only=False)["network"]
+    network = torch.load(a.run / "transformer.pt", weights_only=False)["average"]
     write(a.models / "diffusion" / "model.safetensors", network)
     config = {k: v for k, v in TRANSFORMER.items() if k not in ("audio_values", "audio_inner", "adapter")}
     config["defaults"] = {"size": a.size, "steps": a.steps, "guidance_scale": a.guidance, "flow_shift": a.shift}

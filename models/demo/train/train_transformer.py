@@ -5,6 +5,7 @@
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -34,6 +35,8 @@ TRANSFORMER = {
     "audio_inner": 128,
     "adapter": 96,
 }
+LATENTS = 15
+"""Latent frames of a batch."""
 SHIFT = 3.0
 """Bends the times of training towards noise, as the product's grid does."""
 MOUTH = 4.0
@@ -132,9 +135,12 @@ class Clips:
         self.scale = json.loads(scale_path.read_text())["scaling_factor"]
         self.long = [c for c in self.clips if c["latents"].shape[1] == 33]
         # The first ones are held out, to look at the loss.
-        self.held, self.clips = self.clips[:16], self.clips[16:]
+        brief = [c for c in self.clips if c["latents"].shape[1] < 33]
+        self.held, self.clips = brief[:8], brief[8:] + self.long
+        self.usual = brief[0]["latents"].shape[1]
 
     def batch(self, rng, clips: list, count: int, frames: int, drop: bool = True):
+        clips = [c for c in clips if c["latents"].shape[1] >= frames]
         chosen = [clips[rng.integers(len(clips))] for _ in range(count)]
         x, ref, audio, prompts, masks, weights = [], [], [], [], [], []
         for clip in chosen:
@@ -172,7 +178,7 @@ def loss_of(network, batch, noise, u) -> Tensor:
 def held_out(network, clips: Clips) -> dict[str, float]:
     """The loss with the right speech, with none and with another's."""
     rng, generator = np.random.default_rng(3), torch.Generator().manual_seed(3)
-    batch = clips.batch(rng, clips.held, 8, 9, drop=False)
+    batch = clips.batch(rng, clips.held, 8, min(clips.usual, 9), drop=False)
     noise = torch.randn(batch[0].shape, generator=generator)
     u = torch.linspace(0.2, 0.9, 8)
     swap = lambda audio: (*batch[:2], audio, *batch[3:])  # noqa: E731
@@ -193,15 +199,20 @@ def train(out: Path, minutes: float, rate: float):
     if state := run.resume():
         network.load_state_dict(state["network"])
         optimiser.restore(state["optimiser"])
+    # What is exported: an average over the last steps, which is usable before the run is over.
+    average = copy.deepcopy(network).requires_grad_(False)
+    if state:
+        average.load_state_dict(state["average"])
     rng = np.random.default_rng(10 + run.steps)
     mean_loss, last, since = 0.0, run.elapsed, run.steps
     print(f"{len(clips.clips)} clips, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters", flush=True)
     while run.done < 1:
-        if clips.long and rng.uniform() < (0.08 if run.done > 0.5 else 0.0):
-            batch = clips.batch(rng, clips.long, 2, 33)
+        if clips.long and rng.uniform() < 0.12:
+            frames = int(rng.choice([9, 17, 33]))
+            batch = clips.batch(rng, clips.long, max(1, LATENTS // frames), frames)
         else:
-            frames = int(rng.choice([3, 5, 7, 9]))
-            batch = clips.batch(rng, clips.clips, 36 // frames, frames)
+            frames = int(rng.integers(3, min(clips.usual, 9) + 1))
+            batch = clips.batch(rng, clips.clips, LATENTS // frames, frames)
         count = len(batch[0])
         u = (torch.arange(count) + torch.rand(count)) / count
         loss = loss_of(network, batch, torch.randn_like(batch[0]), u)
@@ -209,13 +220,16 @@ def train(out: Path, minutes: float, rate: float):
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step(run.rate())
         run.steps += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()),
+                                 max(0.01, 9 / (10 + run.steps)))
         mean_loss += (loss.item() - mean_loss) * max(0.02, 1 / (run.steps - since))
-        if run.elapsed - last > 60:
+        if run.elapsed - last > 40:
             last = run.elapsed
-            run.log(loss=mean_loss, **held_out(network, clips))
-        run.save(90, network=network.state_dict(), optimiser=optimiser.state())
-    run.log(loss=mean_loss, **held_out(network, clips))
-    run.save(network=network.state_dict(), optimiser=optimiser.state())
+            run.log(loss=mean_loss, **held_out(average, clips))
+        run.save(60, network=network.state_dict(), average=average.state_dict(), optimiser=optimiser.state())
+    run.log(loss=mean_loss, **held_out(average, clips))
+    run.save(network=network.state_dict(), average=average.state_dict(), optimiser=optimiser.state())
 
 
 def main():
