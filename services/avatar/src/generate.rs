@@ -60,7 +60,9 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
     let tier = plan::here(plan::tier_options(&flags.tier)?, &device);
-    let options = gateway::Options { data_dir: Some(work.path().to_owned()), tier, ..gateway::Options::default() };
+    let data_dir = Some(work.path().to_owned());
+    let options = gateway::Options { data_dir, tier: tier.clone(), ..gateway::Options::default() };
+    let (models, device_name) = (inputs.models.clone(), device.name);
     let setup = Setup { compute: flags.compute, device, weights: flags.weights, detector: inputs.detector.clone() };
     let system = in_process(&inputs.models, setup, &options).await?;
     let result = tokio::select! {
@@ -76,7 +78,13 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         () = system.stop(if result.is_ok() { Duration::ZERO } else { STOP }) => {}
         () = signals.next() => {}
     }
-    result
+    let mut done = result?;
+    let made = plan::Made { request: done.request(), tier };
+    let how = (flags.compute, flags.weights);
+    // Headers are read, and where it is not known yet, the machine's speed is measured.
+    let expected = tokio::task::spawn_blocking(move || plan::hindsight(&models, how, device_name, &made)).await;
+    done.expected(expected.ok().flatten().as_ref());
+    Ok(done)
 }
 
 /// Checks everything that can be checked on this side, before any work.
@@ -137,6 +145,7 @@ struct Facts {
     heard_frames: u32,
     denoised_frames: u32,
     parity: Option<&'static str>,
+    guidance_scale: f32,
 }
 
 async fn run(system: &InProcess, inputs: Inputs, progress: &mut Progress) -> Result<Completed, Failure> {
@@ -203,11 +212,12 @@ async fn ask(mut client: AvatarServiceClient<Channel>, id: &str) -> Result<Facts
         heard_frames: generation.heard_frames,
         denoised_frames: generation.denoised_frames,
         parity: parity_name(spec.parity()),
+        guidance_scale: spec.guidance_scale.unwrap_or_default(),
     })
 }
 
 fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
-    let Facts { frames, width, height, steps, seed, heard_frames, denoised_frames, parity } = facts;
+    let Facts { frames, width, height, steps, seed, heard_frames, denoised_frames, parity, guidance_scale } = facts;
     Completed {
         path: path.to_owned(),
         frames,
@@ -219,6 +229,7 @@ fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
         heard_frames,
         denoised_frames,
         parity,
+        branches: if guidance_scale > 1.0 { 2 } else { 1 },
         ..Completed::default()
     }
     .with_outcome(outcome)
