@@ -11,10 +11,10 @@ DEMO_MODELS := target/demo-models
 ROUNDS := 200
 PROMPT := A person speaks calmly to the camera.
 
-.PHONY: help demo test setup fmt lint proto-lint build rust fuzz python chaos parity
+.PHONY: help demo test setup fmt lint proto-lint build rust fuzz python chaos parity memory-proof full-size-proof
 
 help: ## Shows this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 demo: ## Builds, and makes out/demo.mp4 of the bundled portrait and recording
 	scripts/setup demo
@@ -54,6 +54,14 @@ python: setup build ## Runs the clients and the chart's tests in Python
 
 chaos: build ## Kills processes at random moments, ROUNDS times on each database, and cancels as often
 	cargo bench --workspace --profile dev --locked --bench chaos -- --rounds $(ROUNDS)
+
+memory-proof: ## Generates at full width and reduced depth within 4, 6, 8 and 12 GiB in proportion (6 GB of disk)
+	cargo build --release --locked -p avatar -p e2e --bins
+	target/release/proof
+
+full-size-proof: ## Generates with all 13 billion weights within 4 GiB (16 GB of disk, hours)
+	cargo build --release --locked -p avatar -p e2e --bins
+	target/release/proof --full-size
 
 parity: ## Holds the networks against the reference cases, with a row for every tensor
 	cargo run --release --locked -p e2e --bin parity -- tests/goldens

@@ -111,6 +111,7 @@ pub fn plan(
         frames: request.frames,
         steps: request.steps,
         prompt_tokens: None,
+        branches: None,
     };
     planner.plan(&wanted).map_err(|refusal| refused(&refusal))
 }

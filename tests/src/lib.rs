@@ -2,4 +2,5 @@
 
 pub mod bench;
 pub mod parity;
+pub mod proof;
 pub mod tiers;

@@ -191,6 +191,20 @@ pub struct StageMeter {
     resident: AtomicU64,
     kept: AtomicU64,
     peak: AtomicU64,
+    weights: Mutex<WeightsReport>,
+}
+
+/// How a stage's blocks of weights came from their files, since it was loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WeightsReport {
+    /// Blocks that come one by one.
+    pub blocks: u32,
+    /// Of these, the ones that stay in memory.
+    pub resident_blocks: u32,
+    /// Milliseconds that work waited for weights.
+    pub waited_ms: u64,
+    /// Milliseconds of reading for which it did not wait.
+    pub hidden_ms: u64,
 }
 
 impl StageMeter {
@@ -210,6 +224,7 @@ impl StageMeter {
     pub fn unloaded(&self) {
         self.resident.store(0, Relaxed);
         self.kept.store(0, Relaxed);
+        self.brought(WeightsReport::default());
     }
 
     /// Bytes that the stage keeps between requests besides its weights.
@@ -221,6 +236,11 @@ impl StageMeter {
     /// Says how much the stage keeps between requests besides its weights.
     pub fn keep(&self, bytes: u64) {
         self.kept.store(bytes, Relaxed);
+    }
+
+    /// Says how the stage's blocks of weights came.
+    pub fn brought(&self, weights: WeightsReport) {
+        *self.weights.lock().unwrap_or_else(PoisonError::into_inner) = weights;
     }
 
     /// Runs one operation; its peak is what it needs on top of what the stage held at its start.
@@ -236,10 +256,15 @@ impl StageMeter {
     /// The numbers as they go over the wire; the device's own are the caller's to add.
     #[must_use]
     pub fn report(&self) -> MemoryReport {
+        let weights = *self.weights.lock().unwrap_or_else(PoisonError::into_inner);
         MemoryReport {
             resident_bytes: self.resident.load(Relaxed),
             peak_bytes: self.peak.load(Relaxed),
             process_bytes: current_bytes(),
+            weight_blocks: weights.blocks,
+            resident_weight_blocks: weights.resident_blocks,
+            weights_waited_ms: weights.waited_ms,
+            weights_hidden_ms: weights.hidden_ms,
             ..MemoryReport::default()
         }
     }

@@ -25,7 +25,7 @@ use crate::{
     ServiceError,
     config::{Compute, StageConfig},
     device::{CancelToken, DeviceWorker, Pending, Tenant},
-    memory::{StageMeter, Watch},
+    memory::{StageMeter, Watch, WeightsReport},
 };
 
 /// What a stage puts on its device: the networks, and all that lives and dies with them.
@@ -53,6 +53,11 @@ pub trait StageModel: Send + Sized + 'static {
     /// Bytes kept between requests besides the weights.
     fn kept_bytes(&self) -> u64 {
         0
+    }
+
+    /// How its blocks of weights came from their files, where they come one by one.
+    fn weights(&self) -> WeightsReport {
+        WeightsReport::default()
     }
 
     /// Drops what is kept between requests and can be computed again.
@@ -171,6 +176,7 @@ impl<M: StageModel> StageHost<M> {
             Some(model) => {
                 let result = self.meter.measure(|| work(model));
                 self.meter.keep(model.kept_bytes());
+                self.meter.brought(model.weights());
                 result
             }
             None => Err(ServiceError::internal("the model is gone")),

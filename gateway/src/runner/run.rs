@@ -92,7 +92,15 @@ impl Run {
     /// Says that a stage is done, and keeps its time and peak.
     pub(crate) async fn stage_ended(&self, stage: Stage, began: Instant, memory: MemoryReport) {
         let seconds = began.elapsed().as_secs_f64();
-        let report = StageReport { stage: stage.into(), seconds, peak_bytes: memory.peak_bytes };
+        let report = StageReport {
+            stage: stage.into(),
+            seconds,
+            peak_bytes: memory.peak_bytes,
+            weight_blocks: memory.weight_blocks,
+            resident_weight_blocks: memory.resident_weight_blocks,
+            weights_waited_seconds: memory.weights_waited_ms as f64 / 1000.0,
+            weights_hidden_seconds: memory.weights_hidden_ms as f64 / 1000.0,
+        };
         self.lock().reports.insert(stage.into(), report);
         self.watch_pressure(stage, memory).await;
         let held = said_of_memory(&memory).map(|said| format!(", {said}")).unwrap_or_default();
@@ -180,7 +188,7 @@ impl Run {
 
     /// Says that a stage need not be asked, for what it gave before was kept.
     pub(crate) async fn stage_kept(&self, stage: Stage, memory: MemoryReport) {
-        let report = StageReport { stage: stage.into(), seconds: 0.0, peak_bytes: memory.peak_bytes };
+        let report = StageReport { stage: stage.into(), peak_bytes: memory.peak_bytes, ..StageReport::default() };
         self.lock().reports.insert(stage.into(), report);
         self.note(stage, format!("{}: kept from before", stage_name(stage))).await;
     }

@@ -71,6 +71,12 @@ impl Local {
         let options = gateway::Options { data_dir: data_dir.to_owned(), tier: self.tier.clone(), ..options };
         in_process(&self.models, self.setup.clone(), &options).await
     }
+
+    /// What was to be expected of a generation that has ended; nothing where no plan can be made any more.
+    fn hindsight(&self, request: &planner::Request) -> Option<planner::Plan> {
+        let how = (self.setup.compute, self.setup.weights);
+        plan::hindsight(&self.models, how, self.setup.device.name, (request, &self.tier))
+    }
 }
 
 /// Makes the video and shows its progress.
@@ -89,7 +95,7 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         .tempdir()
         .map_err(|e| Failure::local("cannot make a temporary folder", e))?;
     let options = gateway::Options { min_free_bytes: 0, ..gateway::Options::default() };
-    let (system, unused) = (local.start(work.path(), options).await?, local.unused);
+    let (system, unused) = (local.start(work.path(), options).await?, local.unused.clone());
     let result = tokio::select! {
         result = run(&system, inputs, progress) => result,
         () = signals.next() => Err(Failure::interrupted()),
@@ -103,7 +109,12 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         () = system.stop(if result.is_ok() { Duration::ZERO } else { STOP }) => {}
         () = signals.next() => {}
     }
-    result
+    let mut done = result?;
+    let request = done.request();
+    // Headers are read, and where it is not known yet, the machine's speed is measured.
+    let expected = tokio::task::spawn_blocking(move || local.hindsight(&request)).await;
+    done.expected(expected.ok().flatten().as_ref());
+    Ok(done)
 }
 
 /// Checks everything that can be checked on this side, before any work.
@@ -168,6 +179,7 @@ struct Facts {
     heard_frames: u32,
     denoised_frames: u32,
     parity: Option<&'static str>,
+    guidance_scale: f32,
 }
 
 async fn run(system: &InProcess, inputs: Inputs, progress: &mut Progress) -> Result<Completed, Failure> {
@@ -234,11 +246,12 @@ async fn ask(mut client: AvatarServiceClient<Channel>, id: &str) -> Result<Facts
         heard_frames: generation.heard_frames,
         denoised_frames: generation.denoised_frames,
         parity: parity_name(spec.parity()),
+        guidance_scale: spec.guidance_scale.unwrap_or_default(),
     })
 }
 
 fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
-    let Facts { frames, width, height, steps, seed, heard_frames, denoised_frames, parity } = facts;
+    let Facts { frames, width, height, steps, seed, heard_frames, denoised_frames, parity, guidance_scale } = facts;
     Completed {
         path: path.to_owned(),
         frames,
@@ -250,6 +263,7 @@ fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
         heard_frames,
         denoised_frames,
         parity,
+        branches: if guidance_scale > 1.0 { 2 } else { 1 },
         ..Completed::default()
     }
     .with_outcome(outcome)

@@ -9,11 +9,15 @@ use std::{
 
 use gateway::api::video::Face;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use planner::{Bytes, Plan, Request, size::PictureSize};
 use proto::v1::{GenerationEvent, GenerationState, Outcome, Stage};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::failure::Failure;
+
+/// Fewest frames that the reference denoises.
+const REFERENCE_FRAMES: u32 = 129;
 
 /// Shows progress on standard error, and the result on standard output.
 pub struct Progress {
@@ -71,8 +75,41 @@ pub struct Completed {
     pub seconds: Map<String, Value>,
     /// Most bytes held at once, by stage; the gateway holds no weights and is not listed.
     pub peak_bytes: Map<String, Value>,
+    /// What was predicted for the same request, and how far off it was.
+    pub predicted: Option<Predicted>,
+    /// How the transformer's weights came from their files, where they come block by block.
+    pub weights: Option<Brought>,
     /// What the caller should know, in sentences.
     pub warnings: Vec<String>,
+    /// Guidance branches of a step.
+    #[serde(skip)]
+    pub branches: u64,
+}
+
+/// What the planner expected of a generation.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Predicted {
+    /// Seconds by stage.
+    pub seconds: Map<String, Value>,
+    /// Most bytes held at once, by stage.
+    pub peak_bytes: Map<String, Value>,
+    /// Measured seconds of all stages, as a part of the predicted ones.
+    pub seconds_ratio: f64,
+    /// The measured peak of the stage that was to hold most, as a part of the predicted one.
+    pub peak_ratio: f64,
+}
+
+/// How blocks of weights came from their files.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Brought {
+    /// Blocks of the transformer.
+    pub blocks: u32,
+    /// Of these, the ones that stay in memory.
+    pub resident_blocks: u32,
+    /// Seconds that steps waited for weights.
+    pub waited_seconds: f64,
+    /// Seconds of reading for which they did not wait.
+    pub hidden_seconds: f64,
 }
 
 impl Completed {
@@ -81,7 +118,15 @@ impl Completed {
     pub fn with_outcome(mut self, outcome: &Outcome) -> Self {
         for report in &outcome.stages {
             let name = stage_name(report.stage());
-            self.seconds.insert(name.to_owned(), json!((report.seconds * 1000.0).round() / 1000.0));
+            self.seconds.insert(name.to_owned(), json!(rounded(report.seconds)));
+            if report.weight_blocks > 0 {
+                self.weights = Some(Brought {
+                    blocks: report.weight_blocks,
+                    resident_blocks: report.resident_weight_blocks,
+                    waited_seconds: report.weights_waited_seconds,
+                    hidden_seconds: report.weights_hidden_seconds,
+                });
+            }
             if report.stage() != Stage::Unspecified {
                 self.peak_bytes.insert(name.to_owned(), json!(report.peak_bytes));
             }
@@ -95,6 +140,65 @@ impl Completed {
         self.clip_tokens_kept = outcome.clip_tokens_kept;
         self
     }
+}
+
+impl Completed {
+    /// What was made, as the planner takes it.
+    #[must_use]
+    pub fn request(&self) -> Request {
+        // The reference denoises no fewer.
+        let frames = if self.parity.is_some() { self.frames.max(REFERENCE_FRAMES) } else { self.frames };
+        Request {
+            size: Some(PictureSize { width: self.width, height: self.height }),
+            frames: Some(frames),
+            steps: Some(self.steps),
+            prompt_tokens: Some(self.prompt_tokens_kept),
+            branches: Some(self.branches),
+        }
+    }
+
+    /// Takes what a plan of the same request expected.
+    pub fn expected(&mut self, plan: Option<&Plan>) {
+        let Some(plan) = plan else { return };
+        let mut predicted = Predicted::default();
+        let (mut took, mut expected, mut most) = (0.0, 0.0, 0);
+        for stage in &plan.stages {
+            let name = stage.stage.name();
+            let measured = |of: &Map<String, Value>| of.get(name).and_then(Value::as_f64).unwrap_or_default();
+            took += measured(&self.seconds);
+            expected += stage.seconds;
+            if stage.peak_bytes > most {
+                most = stage.peak_bytes;
+                predicted.peak_ratio = rounded(measured(&self.peak_bytes) / stage.peak_bytes as f64);
+            }
+            predicted.seconds.insert(name.to_owned(), json!(rounded(stage.seconds)));
+            predicted.peak_bytes.insert(name.to_owned(), json!(stage.peak_bytes));
+        }
+        predicted.seconds_ratio = rounded(took / f64::max(expected, 1e-6));
+        self.predicted = Some(predicted);
+    }
+
+    /// Times, peak and predictions in a sentence.
+    fn cost(&self) -> String {
+        let all = |of: &Map<String, Value>| of.values().filter_map(Value::as_f64).sum::<f64>();
+        let most = |of: &Map<String, Value>| Bytes(of.values().filter_map(Value::as_u64).max().unwrap_or_default());
+        let mut said = format!("made in {:.1} s", all(&self.seconds));
+        if let Some(predicted) = &self.predicted {
+            let (seconds, bytes) = (all(&predicted.seconds), most(&predicted.peak_bytes));
+            said += &format!(" ({seconds:.1} s predicted), peak {} ({bytes} predicted)", most(&self.peak_bytes));
+        }
+        if let Some(Brought { blocks, resident_blocks, waited_seconds, hidden_seconds }) = self.weights {
+            said += &format!(
+                "; {resident_blocks} of {blocks} blocks stayed in memory, {waited_seconds:.1} s were spent waiting for \
+                 weights and {hidden_seconds:.1} s of reading were hidden"
+            );
+        }
+        said
+    }
+}
+
+fn rounded(number: f64) -> f64 {
+    (number * 1000.0).round() / 1000.0
 }
 
 impl Progress {
@@ -202,8 +306,7 @@ impl Progress {
                     eprintln!("warning: {warning}");
                 }
                 let Completed { frames, fps, width, height, .. } = result;
-                let seconds: f64 = result.seconds.values().filter_map(Value::as_f64).sum();
-                eprintln!("{frames} frames at {fps} a second, {width}x{height}, made in {seconds:.1} s");
+                eprintln!("{frames} frames at {fps} a second, {width}x{height}, {}", result.cost());
                 print_text(&result.path.display().to_string());
             }
         }
@@ -328,7 +431,12 @@ mod tests {
 
     #[test]
     fn the_result_names_stages_and_warnings() {
-        let report = |stage: Stage, seconds, peak_bytes| StageReport { stage: stage.into(), seconds, peak_bytes };
+        let report = |stage: Stage, seconds, peak_bytes| StageReport {
+            stage: stage.into(),
+            seconds,
+            peak_bytes,
+            ..StageReport::default()
+        };
         let outcome = Outcome {
             warnings: vec!["no face was found".into()],
             stages: vec![report(Stage::Diffusion, 1.23456, 7), report(Stage::Unspecified, 0.5, 0)],

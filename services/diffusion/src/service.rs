@@ -3,15 +3,21 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
+    sync::{Arc, LazyLock},
+    time::{Duration, Instant},
 };
 
 use candle_core::Device;
 use model::{
     Precision,
+    blueprint::transformer_table,
     checkpoint::{self, Choice, Setup},
     diffusion::DiffusionStage,
+    ops,
+};
+use planner::{
+    cost::cpu::{Cpu, pass_bytes, resident_blocks},
+    table::Transformer,
 };
 use proto::{
     tensor::HostTensor,
@@ -26,7 +32,7 @@ use service_kit::{
     ServiceError,
     config::Compute,
     device::CancelToken,
-    memory::Watch,
+    memory::{Watch, WeightsReport, current_bytes},
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
 };
@@ -44,7 +50,15 @@ const MAX_WINDOW: usize = 1024;
 /// The network and the sessions on the device.
 pub(crate) struct Model {
     stage: DiffusionStage,
+    sizes: Transformer,
+    cpu: Cpu,
     sessions: HashMap<String, Session>,
+}
+
+/// The time since the first call.
+fn clock() -> Duration {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    START.elapsed()
 }
 
 impl StageModel for Model {
@@ -54,9 +68,24 @@ impl StageModel for Model {
     type Options = Choice;
 
     fn open(models: &Path, compute: Compute, choice: &Choice) -> Result<Self, ServiceError> {
-        DiffusionStage::open(models, &setup(compute, *choice))
-            .map(|stage| Self { stage, sessions: HashMap::new() })
-            .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+        let fault = |e: model::Error| ServiceError::failed_precondition(e.to_string());
+        let stage = DiffusionStage::open(models, &setup(compute, *choice)).map_err(fault)?;
+        let sizes = transformer_table(models, *choice).map_err(fault)?;
+        let value_bytes = if compute == Compute::F32 { 4 } else { 2 };
+        let cpu = Cpu { threads: ops::threads() as u64, packs: ops::has_kernel(), value_bytes };
+        Ok(Self { stage, sizes, cpu, sessions: HashMap::new() })
+    }
+
+    fn weights(&self) -> WeightsReport {
+        let told = self.stage.transformer.swap().told();
+        let count = |blocks: usize| u32::try_from(blocks).unwrap_or(u32::MAX);
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        WeightsReport {
+            blocks: count(told.blocks),
+            resident_blocks: count(told.resident),
+            waited_ms: ms(told.waited),
+            hidden_ms: ms(told.hidden),
+        }
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
@@ -140,10 +169,13 @@ impl DiffusionService for Service {
             return Err(ServiceError::invalid(format!("latents.{}", latents.len()), "the tensor is missing").into());
         }
         let host = self.host.clone();
+        let budget_bytes = host.memory().budget_bytes;
         // Room for every result, so that a slow reader never holds the device.
         let messages = streamed_reply(header.items.len(), wrap, |outbox| {
-            let work =
-                move |model: &mut Model, cancel: &CancelToken| model.predict(&header, latents, (&outbox, cancel));
+            let work = move |model: &mut Model, cancel: &CancelToken| {
+                model.settle(&header, budget_bytes);
+                model.predict(&header, latents, (&outbox, cancel))
+            };
             let pending = self.host.submit(work)?;
             Ok(async move {
                 let summary = PredictSummary { device_seconds: pending.await?, memory: Some(host.memory()) };
@@ -170,12 +202,23 @@ impl Model {
         if self.sessions.len() >= MAX_SESSIONS && !self.sessions.contains_key(&header.session_id) {
             return Err(ServiceError::ResourceExhausted {
                 message: format!("{MAX_SESSIONS} sessions are open, which is the most"),
-                retry_after: Some(std::time::Duration::from_secs(10)),
+                retry_after: Some(Duration::from_secs(10)),
             });
         }
         let session = Session::new(&header, tensors, self.stage.transformer.widths())?;
         self.sessions.insert(header.session_id, session);
         Ok(())
+    }
+
+    /// Lets as many blocks of weights stay in memory as the largest item leaves room for.
+    fn settle(&self, header: &PredictHeader, budget_bytes: u64) {
+        let Some(session) = self.sessions.get(&header.session_id) else { return };
+        let work = |item| pass_bytes(&self.sizes, &session.pass(item, header.keep_features), self.cpu);
+        let most = header.items.iter().map(work).max().unwrap_or(0);
+        let transformer = &self.stage.transformer;
+        let taken = current_bytes().saturating_add(most).saturating_add(transformer.unswapped_bytes());
+        let resident = resident_blocks(&transformer.swap().sizes(), budget_bytes.saturating_sub(taken));
+        transformer.swap().keep(resident, clock);
     }
 
     /// Runs the items in order; gives the seconds it took.
@@ -186,7 +229,7 @@ impl Model {
         (outbox, cancel): (&Outbox<PredictResponse>, &CancelToken),
     ) -> Result<f64, ServiceError> {
         let begin = Instant::now();
-        let Self { stage, sessions } = self;
+        let Self { stage, sessions, .. } = self;
         let session = sessions
             .get_mut(&header.session_id)
             .ok_or_else(|| ServiceError::not_found(format!("no session {:?} is open here", header.session_id)))?;

@@ -10,6 +10,7 @@ use model::{
     audio::windows_per_frame,
     diffusion::{Conditioning, FeatureCache, MOTION_EXP, MOTION_POSE, Widths},
 };
+use planner::cost::cpu::Pass;
 use proto::{
     tensor::HostTensor,
     v1::{Branch, DataType, OpenSessionHeader, PredictItem, PromptKind},
@@ -144,6 +145,15 @@ impl Session {
     pub(crate) fn latents_shape(&self, item: &PredictItem) -> [usize; 4] {
         let dims = self.reference_latents.dims();
         [dims[0], item.latent_frames.len(), dims[2], dims[3]]
+    }
+
+    /// An item's pass, as far as its memory depends on it.
+    pub(crate) fn pass(&self, item: &PredictItem, keeps: bool) -> Pass {
+        let prompt = &self.prompts[usize::from(item.prompt() == PromptKind::Negative)];
+        let [_, window, rows, columns] = self.latents_shape(item).map(|side| side as u64);
+        let valid = prompt.mask.iter().filter(|&&m| m == 1).count() as u64;
+        let heard = self.features.dims().first().map_or(0, |rows| *rows as u64);
+        Pass { window, latent: [rows, columns], text: [prompt.mask.len() as u64, valid], heard, keeps }
     }
 
     /// What conditions one item.

@@ -18,6 +18,7 @@ mod processes;
 mod quirks;
 mod resizing;
 mod stack;
+mod swapping;
 mod weights;
 mod wrong_input;
 mod wrong_streams;

@@ -57,6 +57,22 @@ pub fn model_table(models: &Path, choice: Choice) -> Result<ModelTable> {
     found.table(models, tables)
 }
 
+/// The sizes of the transformer below a folder of models; only headers are read.
+///
+/// Errors: as [`model_table`], of its stage alone.
+pub fn transformer_table(models: &Path, choice: Choice) -> Result<table::Transformer> {
+    let source = Source::open(models, Stage::Diffusion, choice)?;
+    for part in &source.parts {
+        if let Config::Transformer(config) = &part.config {
+            let shapes: Shapes = part.weights.list().into_iter().map(|t| (t.name, t.shape)).collect();
+            let sizes = TransformerSizes::of(&shapes, config);
+            let missing = |m: super::Missing| Error::file(&part.place, format!("{}: {}", m.name, m.reason));
+            return Ok(transformer(&sizes.map_err(missing)?));
+        }
+    }
+    Err(Error::file(models, "a network is missing"))
+}
+
 impl From<Stage> for planner::Stage {
     fn from(stage: Stage) -> Self {
         match stage {

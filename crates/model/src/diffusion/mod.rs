@@ -29,7 +29,11 @@ pub use refiner::TokenRefiner;
 pub use rope::{Grid, Rope};
 pub use stage::DiffusionStage;
 
-use crate::{Error, Result, nn::Linear, weights::Weights};
+use crate::{
+    Error, Result,
+    nn::Linear,
+    weights::{Swap, Weights},
+};
 
 /// Everything that conditions one window, apart from the flow time.
 #[derive(Debug, Clone)]
@@ -119,6 +123,10 @@ pub struct Transformer {
     final_layer: FinalLayer,
     rope_dims: [usize; 3],
     rope_theta: f64,
+    /// The blocks' weights, double ones first.
+    swap: Swap,
+    /// Bytes of all other weights in their files.
+    unswapped: u64,
     dtype: DType,
     device: Device,
 }
@@ -153,6 +161,9 @@ impl Transformer {
             return Err(Error::input("rope_dim_list", reason));
         }
         let adapters = weights.count("audio_adapter_blocks", "to_q.weight");
+        let block = |kind: &'static str| move |i: usize| weights.pp(format!("{kind}.{i}")).extent();
+        let blocks = (0..depths.0).map(block("double_blocks")).chain((0..depths.1).map(block("single_blocks")));
+        let swap = Swap::new(blocks.collect());
         let transformer = Self {
             ref_in: PatchEmbed::load(&weights.pp("ref_in"))?,
             before_proj: Linear::load_sized(&weights.pp("before_proj"), hidden, hidden)?,
@@ -176,6 +187,8 @@ impl Transformer {
             final_layer: FinalLayer::load(&weights.pp("final_layer"), hidden)?,
             rope_dims: config.rope_dim_list,
             rope_theta: config.rope_theta,
+            unswapped: weights.extent().bytes().saturating_sub(swap.sizes().iter().sum()),
+            swap,
             dtype: weights.dtype(),
             device: weights.device().clone(),
             img_in,
@@ -213,6 +226,18 @@ impl Transformer {
             audio: self.audio_proj.inp(),
             hidden: self.img_in.hidden(),
         }
+    }
+
+    /// The blocks' weights, which may stay in memory or come and go.
+    #[must_use]
+    pub fn swap(&self) -> &Swap {
+        &self.swap
+    }
+
+    /// Bytes of all weights in their files that are in no block.
+    #[must_use]
+    pub fn unswapped_bytes(&self) -> u64 {
+        self.unswapped
     }
 
     /// Runs every block.
@@ -269,7 +294,12 @@ impl Transformer {
         let rope = Rope::new(grid, self.rope_dims, self.rope_theta, texts, &self.device)?;
         let x = Tensor::cat(&[&features.reference, &features.image, &features.text], 0)?;
         let last = &self.single_blocks[self.single_blocks.len() - 1];
-        self.finish(&last.forward(&x, &vec, &rope)?, &vec, grid, &mut Taps(None))
+        let mut pass = self.swap.pass();
+        let number = self.double_blocks.len() + self.single_blocks.len() - 1;
+        pass.enter(number);
+        let x = last.forward(&x, &vec, &rope)?;
+        pass.leave(number);
+        self.finish(&x, &vec, grid, &mut Taps(None))
     }
 
     fn run(
@@ -296,8 +326,11 @@ impl Transformer {
 
         let rope = Rope::new(grid, self.rope_dims, self.rope_theta, valid, &self.device)?;
         let image_rope = rope.first(each + grid.tokens())?;
+        let mut pass = self.swap.pass();
         for (i, block) in self.double_blocks.iter().enumerate() {
+            pass.enter(i);
             (image, text) = block.forward(&image, &text, &vec, &image_rope)?;
+            pass.leave(i);
             taps.give(&image, format_args!("double_blocks.{i}.img"));
             taps.give(&text, format_args!("double_blocks.{i}.txt"));
             if let Ok(j) = self.adapted.binary_search(&i) {
@@ -320,9 +353,12 @@ impl Transformer {
                     text: x.narrow(0, each + grid.tokens(), valid)?,
                 });
             }
+            pass.enter(self.double_blocks.len() + i);
             x = block.forward(&x, &vec, &rope)?;
+            pass.leave(self.double_blocks.len() + i);
             taps.give(&x, format_args!("single_blocks.{i}"));
         }
+        drop(pass);
         Ok(Pass { velocity: self.finish(&x, &vec, grid, &mut taps)?, features })
     }
 

@@ -27,6 +27,8 @@ const ENDINGS: [&str; 5] = ["safetensors", "gguf", "pt", "pth", "bin"];
 pub(super) struct MappedFile {
     pub(super) path: PathBuf,
     map: Mmap,
+    #[cfg(target_os = "linux")]
+    file: File,
 }
 
 impl MappedFile {
@@ -38,7 +40,12 @@ impl MappedFile {
         // SAFETY: the mapping is read-only; a file that another process truncates while it is mapped
         // is outside what this process can defend against.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::file(path, e))?;
-        Ok(Self { path: path.to_owned(), map })
+        Ok(Self {
+            path: path.to_owned(),
+            map,
+            #[cfg(target_os = "linux")]
+            file,
+        })
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
@@ -53,6 +60,54 @@ impl MappedFile {
             unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
         #[cfg(not(unix))]
         let _ = bytes;
+    }
+
+    /// Brings the pages of some bytes into memory.
+    fn read(&self, bytes: Range<usize>) {
+        /// The smallest page that there is.
+        const PAGE: usize = 4096;
+        #[cfg(unix)]
+        let _ = self.map.advise_range(memmap2::Advice::WillNeed, bytes.start, bytes.len());
+        // Advice may be passed over; a touched page is there.
+        let touched = self.map.get(bytes).unwrap_or_default().iter().step_by(PAGE).fold(0, |sum, byte| sum ^ byte);
+        std::hint::black_box(touched);
+    }
+
+    /// As [`release`](Self::release), and lets the system's cache drop them too.
+    fn forget(&self, bytes: Range<usize>) {
+        self.release(bytes.clone());
+        #[cfg(target_os = "linux")]
+        {
+            let length = std::num::NonZeroU64::new(bytes.len() as u64);
+            // Where it is not done, the bytes only stay longer.
+            let _ = rustix::fs::fadvise(&self.file, bytes.start as u64, length, rustix::fs::Advice::DontNeed);
+        }
+    }
+}
+
+/// Bytes of tensors that are used together, in their mapped files.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Extent(Vec<(Arc<MappedFile>, Range<usize>)>);
+
+impl Extent {
+    /// Of some tensors.
+    pub(super) fn of<'a>(entries: impl Iterator<Item = &'a Entry>) -> Self {
+        Self(entries.map(|entry| (entry.file.clone(), entry.bytes.clone())).collect())
+    }
+
+    /// How many they are.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.0.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+    }
+
+    /// Brings them into memory.
+    pub(super) fn read(&self) {
+        self.0.iter().for_each(|(file, bytes)| file.read(bytes.clone()));
+    }
+
+    /// Lets go of them; they come back from the file when they are used.
+    pub(super) fn forget(&self) {
+        self.0.iter().for_each(|(file, bytes)| file.forget(bytes.clone()));
     }
 }
 

@@ -12,6 +12,7 @@ mod matrix;
 pub mod pickle;
 mod raw;
 pub mod stored;
+mod swap;
 mod values;
 
 use std::{
@@ -25,10 +26,12 @@ use candle_core::{DType, Device, Tensor};
 use serde::de::DeserializeOwned;
 
 use self::files::Entry;
+pub(crate) use self::files::Extent;
 pub use self::{
     matrix::Matrix,
     raw::{Raw, Scales},
     stored::{Encoding, Found},
+    swap::{Clock, Swap, Swapped},
 };
 use crate::{Error, Result, memory};
 
@@ -118,6 +121,18 @@ impl Weights {
     #[must_use]
     pub fn pp(&self, name: impl Display) -> Self {
         Self { shared: self.shared.clone(), prefix: self.full(name) }
+    }
+
+    /// The bytes of all tensors under this prefix; none of tensors that are not in files.
+    pub(crate) fn extent(&self) -> Extent {
+        let under = if self.prefix.is_empty() { String::new() } else { format!("{}.", self.prefix) };
+        match &self.shared.store {
+            Store::Memory(_) => Extent::default(),
+            Store::Files { entries, .. } => {
+                let all = entries.range(under.clone()..).take_while(|(name, _)| name.starts_with(&under));
+                Extent::of(all.map(|(_, entry)| entry))
+            }
+        }
     }
 
     fn full(&self, name: impl Display) -> String {

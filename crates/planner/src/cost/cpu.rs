@@ -10,11 +10,13 @@ mod heap;
 mod text;
 mod vae;
 
+pub use self::diffusion::Pass;
 use self::heap::Heap;
 use super::Job;
 use crate::{
+    precision::Precision,
     stage::Stage,
-    table::{ModelTable, Network},
+    table::{ModelTable, Network, Transformer},
 };
 
 /// A CPU as the networks' code sees it.
@@ -66,7 +68,7 @@ pub fn need(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Need {
             0
         }
         Stage::Diffusion => {
-            diffusion::pass(&mut heap, table, job);
+            diffusion::pass(&mut heap, &table.transformer, &Pass::of(table, job));
             diffusion::kept(table, job, cpu)
         }
         Stage::VaeDecode => {
@@ -75,6 +77,50 @@ pub fn need(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Need {
         }
     };
     Need { resident: resident(table, stage, cpu), kept, work: heap.peak() }
+}
+
+/// Bytes that one pass of the transformer takes besides what its stage holds and keeps.
+#[must_use]
+pub fn pass_bytes(transformer: &Transformer, pass: &Pass, cpu: Cpu) -> u64 {
+    let mut heap = Heap::new(cpu, true);
+    diffusion::pass(&mut heap, transformer, pass);
+    heap.peak()
+}
+
+/// How many of a network's blocks, the last ones, stay in `room` bytes with the one that computes and the one that is
+/// read meanwhile; all of them where they fit.
+///
+/// - `blocks`: bytes of each, in the order in which a pass needs them
+#[must_use]
+pub fn resident_blocks(blocks: &[u64], room: u64) -> usize {
+    if blocks.iter().fold(0, |sum: u64, block| sum.saturating_add(*block)) <= room {
+        return blocks.len();
+    }
+    let moving = blocks.iter().max().copied().unwrap_or(0).saturating_mul(2);
+    let mut left = room.saturating_sub(moving);
+    let stays = |block: &&u64| match left.checked_sub(**block) {
+        Some(less) => {
+            left = less;
+            true
+        }
+        None => false,
+    };
+    blocks.iter().rev().take_while(stays).count()
+}
+
+/// Bytes in its files of each of the transformer's blocks, in the order in which a pass needs them, and of all that is
+/// in no block.
+#[must_use]
+pub fn blocks(table: &ModelTable, precision: Precision) -> (Vec<u64>, u64) {
+    let (mut blocks, mut others) = (Vec::new(), 0u64);
+    for part in table.of(Stage::Diffusion) {
+        let bytes = part.bytes(precision);
+        match part.swaps() {
+            true => blocks.extend((0..part.count).map(|_| bytes)),
+            false => others = others.saturating_add(bytes.saturating_mul(part.count)),
+        }
+    }
+    (blocks, others)
 }
 
 fn resident(table: &ModelTable, stage: Stage, cpu: Cpu) -> u64 {

@@ -204,7 +204,7 @@ impl Planner {
     /// On a CPU all stages stay open, since what they hold is little.
     fn on_cpu(&self, job: &Job, device: &Device, cpus: [cpu::Cpu; 5], here: &[Stage]) -> Result<Vec<Placed>, Shortage> {
         let vae = &self.table.vae;
-        let placed: Vec<Placed> = here
+        let mut placed: Vec<Placed> = here
             .iter()
             .map(|&stage| {
                 let cpu = cpus[index(stage)];
@@ -212,6 +212,8 @@ impl Planner {
                 let fit = CpuFit {
                     precision: self.precisions_of(stage).first().copied().unwrap_or(Precision::Bf16),
                     weights_mapped: true,
+                    resident_blocks: 0,
+                    blocks: 0,
                     compute_bits: 8 * cpu.value_bytes,
                     branches_together: false,
                     tile: [8 * vae.tile_side, 4 * vae.tile_length],
@@ -220,10 +222,19 @@ impl Planner {
             })
             .collect();
         let resident: u64 = placed.iter().map(|p| p.resident).sum();
-        for (stage, placed) in here.iter().zip(&placed) {
+        for (stage, placed) in here.iter().zip(&mut placed) {
             let needed = resident.saturating_add(placed.kept).saturating_add(placed.work);
             if needed > device.usable() {
                 return Err(self.shortage(device, *stage, needed));
+            }
+            if *stage == Stage::Diffusion
+                && let Fit::Cpu(fit) = &mut placed.fit
+            {
+                // What the heap leaves of the memory is for the pages of weights.
+                let (blocks, others) = cpu::blocks(&self.table, fit.precision);
+                let room = device.usable().saturating_sub(needed).saturating_sub(others);
+                fit.blocks = blocks.len() as u64;
+                fit.resident_blocks = cpu::resident_blocks(&blocks, room) as u64;
             }
         }
         Ok(placed)
@@ -381,10 +392,23 @@ impl Planner {
         }
     }
 
+    /// Bytes of blocks that one pass reads, since they do not stay.
+    pub(super) fn moved_on_cpu(&self, fit: &CpuFit) -> u64 {
+        let (blocks, _) = cpu::blocks(&self.table, fit.precision);
+        let away = fit.blocks.saturating_sub(fit.resident_blocks) as usize;
+        blocks.iter().take(away).sum()
+    }
+
     fn seconds(&self, job: &Job, stage: Stage, device: &Device, placed: &Placed, turns: bool) -> f64 {
         let work = work::stage(&self.table, stage, job).seconds(&device.rates);
         match placed.fit {
-            Fit::Cpu(fit) => work + work::weights_read(&self.table, stage, job, fit.precision) / device.rates.weights,
+            Fit::Cpu(fit) => {
+                let computing =
+                    work + work::weights_read(&self.table, stage, job, fit.precision) / device.rates.weights;
+                let moved = self.moved_on_cpu(&fit);
+                // What does not stay is read while another block computes.
+                computing.max(moved as f64 * job.passes().0 as f64 / device.rates.files)
+            }
             Fit::Cuda(fit) => {
                 let load = if turns { placed.resident as f64 / device.rates.files } else { 0.0 };
                 let (_, moved) = cuda::weights(&self.table, stage, &fit);

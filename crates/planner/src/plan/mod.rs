@@ -81,6 +81,8 @@ pub struct Request {
     pub steps: Option<u32>,
     /// Tokens of the prompt without its template; a prompt of middle length where it is not known.
     pub prompt_tokens: Option<u32>,
+    /// Branches of each step; two, as guidance needs them, where nothing is said.
+    pub branches: Option<u64>,
 }
 
 /// Which tier's limits hold.
@@ -139,13 +141,18 @@ pub enum Fit {
     Cpu(CpuFit),
 }
 
-/// How a stage lives on a CPU: in one way, since its weights stay in their files whatever their size.
+/// How a stage lives on a CPU, where its weights stay in their files whatever their size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct CpuFit {
     /// Of the large layers, in their files.
     pub precision: Precision,
     /// The system maps the files and keeps or drops their pages.
     pub weights_mapped: bool,
+    /// Blocks whose weights stay in memory once they were read; the others come while another computes, and go. 0 of 0
+    /// where the system alone decides.
+    pub resident_blocks: u64,
+    /// Blocks.
+    pub blocks: u64,
     /// Bits of a value between operations.
     pub compute_bits: u64,
     /// Both guidance branches go one after the other.
@@ -313,7 +320,8 @@ impl Request {
         let frames = self.frames.unwrap_or(tier.limits.frames.min(crate::clip::frames_of(REFERENCE_WINDOW) as u32));
         let clip = ClipPlan::new(frames.max(1) as usize, 1, window);
         let steps = self.steps.unwrap_or(tier.limits.steps);
-        let job = Job::new(size, &clip, steps, 2).map_err(|e| Refusal::Model { reason: e.to_string() })?;
+        let job = Job::new(size, &clip, steps, self.branches.unwrap_or(2))
+            .map_err(|e| Refusal::Model { reason: e.to_string() })?;
         Ok(Job { prompt_tokens: self.prompt_tokens.map(u64::from), ..job })
     }
 }

@@ -106,7 +106,18 @@ fn in_turn(chosen: &Chosen, here: &[Stage], device: &str, usable: Bytes) -> Stri
 
 /// What a stage gave up on its card.
 fn of_stage(planner: &Planner, job: &Job, chosen: &Chosen, stage: Stage) -> Vec<String> {
-    let Fit::Cuda(fit) = chosen.stages[stage as usize].fit else { return Vec::new() };
+    let fit = match chosen.stages[stage as usize].fit {
+        Fit::Cuda(fit) => fit,
+        Fit::Cpu(fit) if fit.resident_blocks < fit.blocks => {
+            return vec![format!(
+                "{stage}: {} of {} blocks stay in memory and {} a pass are read while another computes",
+                fit.resident_blocks,
+                fit.blocks,
+                Bytes(planner.moved_on_cpu(&fit)),
+            )];
+        }
+        Fit::Cpu(_) => return Vec::new(),
+    };
     let Some(device) = planner.devices.get(chosen.devices[stage as usize]) else { return Vec::new() };
     let usable = Bytes(device.usable());
     let precisions = planner.precisions_of(stage);

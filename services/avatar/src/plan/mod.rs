@@ -13,7 +13,7 @@ use gateway::{
     planning::{Fleet, FleetSource},
 };
 use model::checkpoint::Choice as Form;
-use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Refusal, Request};
+use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request};
 use serde_json::json;
 use service_kit::hardware::{DeviceConfig, DeviceName, Driver, Nvml, cards, host_memory};
 
@@ -55,6 +55,7 @@ pub fn plan(flags: &PlanFlags) -> Result<(), Failure> {
         frames: flags.frames.or(flags.seconds.map(of_speech)),
         steps: flags.steps,
         prompt_tokens: flags.prompt_tokens,
+        branches: None,
     };
     let plan = planner.plan(&request).map_err(|refusal| failure(&refusal))?;
     match flags.json {
@@ -90,6 +91,26 @@ pub fn fleet(models: &Path, (compute, weights): (ComputeByStage, Form), device: 
         let table = table(Some(&models), weights).map_err(told)?;
         Ok(Fleet { table, devices: vec![local(device, compute).map_err(told)?] })
     })
+}
+
+/// What was to be expected of a generation that has ended, by its tier; nothing where no plan can be made any more.
+#[must_use]
+pub fn hindsight(
+    models: &Path,
+    how: (ComputeByStage, Form),
+    device: DeviceName,
+    (request, tier): (&Request, &TierOptions),
+) -> Option<Plan> {
+    let (compute, weights) = how;
+    let planner = Planner {
+        table: table(Some(models), weights).ok()?,
+        tiers: tier.tiers.clone(),
+        devices: vec![local(device, compute).ok()?],
+        tier: tier.choice.clone(),
+        precisions: vec![Precision::Bf16],
+        allow_degrade: false,
+    };
+    planner.plan(request).inspect_err(|refusal| tracing::debug!("no plan in hindsight: {refusal}")).ok()
 }
 
 fn table(models: Option<&Path>, weights: Form) -> Result<ModelTable, Failure> {

@@ -71,7 +71,13 @@ pub(super) fn plan(plan: &Plan) -> String {
 
 fn fit(stage: &StagePlan) -> String {
     match stage.fit {
-        Fit::Cpu(fit) => format!("{}-bit values, weights mapped", fit.compute_bits),
+        Fit::Cpu(fit) => {
+            let stays = match fit.resident_blocks < fit.blocks {
+                true => format!(", {} of {} blocks stay", fit.resident_blocks, fit.blocks),
+                false => String::new(),
+            };
+            format!("{}-bit values, weights mapped{stays}", fit.compute_bits)
+        }
         Fit::Cuda(fit) => {
             let mut parts = Vec::new();
             if fit.blocks > 0 {

@@ -20,22 +20,49 @@ pub(super) fn kept(table: &ModelTable, job: &Job, cpu: Cpu) -> u64 {
     conditioning + features
 }
 
+/// One pass of the transformer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pass {
+    /// Latent frames.
+    pub window: u64,
+    /// Rows and columns of the latents.
+    pub latent: [u64; 2],
+    /// Rows of the text states, and of these the valid ones.
+    pub text: [u64; 2],
+    /// Features of the whole speech, one every 20 ms.
+    pub heard: u64,
+    /// Whether its features are kept.
+    pub keeps: bool,
+}
+
+impl Pass {
+    /// The full passes of a job.
+    pub(super) fn of(table: &ModelTable, job: &Job) -> Self {
+        let (h, w) = job.latent();
+        Self {
+            window: job.window,
+            latent: [h, w],
+            text: [table.llava.states(), job.text_tokens(&table.llava)],
+            heard: (job.seconds * 50.0).ceil() as u64,
+            keeps: job.caches(),
+        }
+    }
+}
+
 /// `Model::predict` of one item.
-pub(super) fn pass(heap: &mut Heap, table: &ModelTable, job: &Job) {
-    let t = &table.transformer;
-    let each = job.frame_tokens();
-    let (tokens, image) = (job.window * each, job.image_tokens());
-    let (states, text) = (table.llava.states(), job.text_tokens(&table.llava));
-    let (h, w) = job.latent();
+pub(super) fn pass(heap: &mut Heap, t: &Transformer, pass: &Pass) {
+    let Pass { window, latent: [h, w], text: [states, text], heard, keeps } = *pass;
+    let each = (h / 2) * (w / 2);
+    let (tokens, image) = (window * each, (window + 1) * each);
     // The windows of features, cut from the speech, and the latents.
-    let frames = job.window_frames();
+    let frames = (4 * window).saturating_sub(3);
     heap.take(frames * t.audio * 4);
-    heap.pass((job.seconds * 50.0).ceil() as u64 * t.audio / 10 * 4);
-    heap.take(job.window * t.latent * h * w * 4);
-    prepare(heap, t, [job.window, each, frames]);
+    heap.pass(heard * t.audio / 10 * 4);
+    heap.take(window * t.latent * h * w * 4);
+    prepare(heap, t, [window, each, frames]);
     let mut refined = refine(heap, t, states);
 
-    let own = heap.rounded(job.window * t.latent * h * w);
+    let own = heap.rounded(window * t.latent * h * w);
     let patches = heap.take_tensor(tokens * 4 * t.latent);
     let noisy = heap.linear(tokens, &[4 * t.latent], t.hidden, false);
     heap.give(patches + own);
@@ -50,7 +77,7 @@ pub(super) fn pass(heap: &mut Heap, table: &ModelTable, job: &Job) {
         heap.give(all + refined);
         refined = out.saturating_sub(all);
         if t.adapters > 0 && block == 0 {
-            adapt(heap, t, [job.window, each]);
+            adapt(heap, t, [window, each]);
         }
     }
     let mut x = heap.take_tensor((image + text) * t.hidden);
@@ -61,7 +88,7 @@ pub(super) fn pass(heap: &mut Heap, table: &ModelTable, job: &Job) {
         x = out;
     }
     // The features of a full pass are the last block's input.
-    if job.caches() {
+    if keeps {
         heap.take_tensor((image + text) * t.hidden);
     }
     // The last layer works in f32.
