@@ -170,12 +170,13 @@ pub(crate) trait Transaction: Send {
     async fn commit(self: Box<Self>) -> Result<(), SqlError>;
 }
 
-/// Implements [`Transaction`] for a database of sqlx; the modules differ only in what they connect to.
+/// Implements [`Transaction`] for a database of sqlx by what holds a connection in a transaction; the modules differ only
+/// in what they connect to.
 macro_rules! transaction {
-    ($database:ty, $row:ty, $arguments:ty) => {
+    ($database:ty, $held:ty, $row:ty, $arguments:ty) => {
         use sqlx::{Column as _, Executor as _, Row as _, TypeInfo as _};
 
-        struct Open(sqlx::Transaction<'static, $database>);
+        struct Open($held);
 
         fn query(
             statement: &'static str,

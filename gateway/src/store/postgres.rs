@@ -164,7 +164,12 @@ fn is_away(code: &str) -> bool {
     ["08", "57P", "40", "53300", "25P03"].iter().any(|begin| code.starts_with(begin))
 }
 
-transaction!(sqlx::Postgres, sqlx::postgres::PgRow, sqlx::postgres::PgArguments);
+transaction!(
+    sqlx::Postgres,
+    sqlx::Transaction<'static, sqlx::Postgres>,
+    sqlx::postgres::PgRow,
+    sqlx::postgres::PgArguments
+);
 
 #[cfg(test)]
 mod tests {

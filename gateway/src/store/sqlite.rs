@@ -1,12 +1,20 @@
 //! SQLite: one file, one process.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    ops::{Deref, DerefMut},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use sqlx::{
-    SqlitePool,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+    ConnectOptions as _, SqlSafeStr as _, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous, SqliteTransactionManager},
 };
-use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
+use sqlx_core::transaction::TransactionManager as _;
+use tokio::sync::{
+    Mutex, OwnedMutexGuard, OwnedRwLockReadGuard, OwnedRwLockWriteGuard, OwnedSemaphorePermit, RwLock, Semaphore,
+};
 
 use super::{
     engine::{Access, Engine, Hold, SqlError, Transaction, transaction},
@@ -15,22 +23,100 @@ use super::{
 
 /// `SQLITE_FULL`.
 const FULL: &str = "13";
-/// `SQLITE_BUSY`.
-const BUSY_CODE: &str = "5";
-/// How long a statement waits for a reader or a checkpoint of the log.
-const BUSY: Duration = Duration::from_secs(30);
+/// `SQLITE_BUSY`, and what it is waited for: a recovery, or another's newer state.
+const BUSY_CODES: [&str; 3] = ["5", "261", "517"];
+/// How long a statement waits for a reader or a checkpoint of the log, and a transaction for a connection.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Readers that look at the same time; they do not wait for the writer.
-const READERS: u32 = 4;
+const READERS: usize = 4;
 
 /// A file of records.
 #[derive(Debug)]
 pub(crate) struct Sqlite {
     /// One connection: SQLite has one writer, and here they wait in order.
-    writer: SqlitePool,
-    readers: SqlitePool,
+    writer: Lines,
+    readers: Lines,
     /// Held for reading from before a file is kept until a record names it, and for writing while a file is removed
     /// that no record names. All who do so are in this process.
     naming: Arc<RwLock<()>>,
+}
+
+/// Connections to the file, each for one at a time.
+///
+/// Not a pool of sqlx: that gives a connection back by a task of its own, so that a runtime without a free thread keeps
+/// the only writer from everybody.
+#[derive(Debug)]
+struct Lines {
+    options: SqliteConnectOptions,
+    free: Arc<Semaphore>,
+    connections: Vec<Arc<Mutex<SqliteConnection>>>,
+}
+
+/// A connection with a transaction; dropping it undoes that, and gives the connection back at once.
+struct Line {
+    // Given back before the permit for it.
+    connection: OwnedMutexGuard<SqliteConnection>,
+    _permit: OwnedSemaphorePermit,
+    committed: bool,
+}
+
+impl Lines {
+    async fn open(options: &SqliteConnectOptions, at_once: usize) -> Result<Self, sqlx::Error> {
+        let mut connections = Vec::with_capacity(at_once);
+        for _ in 0..at_once {
+            connections.push(Arc::new(Mutex::new(options.connect().await?)));
+        }
+        Ok(Self { options: options.clone(), free: Arc::new(Semaphore::new(at_once)), connections })
+    }
+
+    async fn begin(&self, statement: &'static str) -> Result<Line, sqlx::Error> {
+        let taken = tokio::time::timeout(PATIENCE, Arc::clone(&self.free).acquire_owned()).await;
+        let permit = taken.map_err(|_| sqlx::Error::PoolTimedOut)?.map_err(|_| sqlx::Error::PoolClosed)?;
+        let idle = self.connections.iter().find_map(|one| Arc::clone(one).try_lock_owned().ok());
+        // There are as many permits as connections.
+        let mut connection = idle.ok_or(sqlx::Error::PoolTimedOut)?;
+        let begin = || Some(statement.into_sql_str());
+        match SqliteTransactionManager::begin(&mut connection, begin()).await {
+            // Its thread has ended, as it does after a rollback that failed.
+            Err(sqlx::Error::WorkerCrashed) => {
+                *connection = self.options.connect().await?;
+                SqliteTransactionManager::begin(&mut connection, begin()).await?;
+            }
+            begun => begun?,
+        }
+        Ok(Line { connection, _permit: permit, committed: false })
+    }
+}
+
+impl Deref for Line {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        &self.connection
+    }
+}
+
+impl DerefMut for Line {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        &mut self.connection
+    }
+}
+
+impl Line {
+    async fn commit(mut self) -> Result<(), sqlx::Error> {
+        SqliteTransactionManager::commit(&mut self.connection).await?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Before whatever the next holder asks of the connection's own thread.
+            SqliteTransactionManager::start_rollback(&mut self.connection);
+        }
+    }
 }
 
 impl Sqlite {
@@ -42,21 +128,23 @@ impl Sqlite {
             .journal_mode(SqliteJournalMode::Wal)
             // Each commit is on the disk before it is acknowledged.
             .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(BUSY);
-        let pool = |connections| SqlitePoolOptions::new().max_connections(connections);
-        let writer = pool(1).connect_with(options.clone()).await.map_err(failed)?;
-        let readers = pool(READERS).connect_with(options).await.map_err(failed)?;
+            .busy_timeout(PATIENCE);
+        // The file is there, and has its log, before the readers open it.
+        let writer = Lines::open(&options, 1).await.map_err(failed)?;
+        let readers = Lines::open(&options, READERS).await.map_err(failed)?;
         Ok(Self { writer, readers, naming: Arc::default() })
     }
 }
+
+/// Taken at once: a reader that turns writer in the middle can be refused.
+const WRITE: &str = "BEGIN IMMEDIATE";
 
 #[tonic::async_trait]
 impl Engine for Sqlite {
     async fn begin(&self, access: Access) -> Result<Box<dyn Transaction>, SqlError> {
         let begun = match access {
-            Access::Read => self.readers.begin().await,
-            // Taken at once: a reader that turns writer in the middle can be refused.
-            Access::Write | Access::Schema => self.writer.begin_with("BEGIN IMMEDIATE").await,
+            Access::Read => self.readers.begin("BEGIN").await,
+            Access::Write | Access::Schema => self.writer.begin(WRITE).await,
         };
         Ok(Box::new(Open(begun.map_err(failed)?)))
     }
@@ -98,7 +186,7 @@ impl Hold for OwnedRwLockWriteGuard<()> {
 }
 
 fn is_away(code: &str) -> bool {
-    code == BUSY_CODE
+    BUSY_CODES.contains(&code)
 }
 
-transaction!(sqlx::Sqlite, sqlx::sqlite::SqliteRow, sqlx::sqlite::SqliteArguments);
+transaction!(sqlx::Sqlite, Line, sqlx::sqlite::SqliteRow, sqlx::sqlite::SqliteArguments);
