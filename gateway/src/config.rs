@@ -7,7 +7,12 @@ use http::Uri;
 use planner::{Tier, Tiers, plan::Choice, tiers::EMERGENCY};
 use service_kit::config::{CommonConfig, CommonFlags, Mistakes, Settings, parse_listen, parse_number};
 
-use crate::{stages::StageUris, store::Retention, validate::MOST_AUDIO_SECONDS};
+use crate::{
+    stages::StageUris,
+    store::Retention,
+    validate::MOST_AUDIO_SECONDS,
+    webhook::{self, Secret, WebhookOptions},
+};
 
 /// Takes pictures, recordings and sentences, and makes talking videos with the five stages.
 #[derive(Debug, Parser)]
@@ -80,6 +85,14 @@ pub struct OptionFlags {
     /// The program that writes the video.
     #[arg(long, env = "AVATAR_FFMPEG", value_name = "PROGRAM", default_value = "ffmpeg")]
     pub ffmpeg: PathBuf,
+    /// File with the secret that webhooks are signed with: `whsec_` and 24 to 64 bytes in Base64. Without it nobody is
+    /// called back.
+    #[arg(long, env = "AVATAR_WEBHOOK_SECRET_FILE", value_name = "FILE")]
+    pub webhook_secret_file: Option<PathBuf>,
+    /// Hosts that webhooks may also reach without TLS and at addresses that are not public: HOST or HOST:PORT, with
+    /// commas between.
+    #[arg(long, env = "AVATAR_WEBHOOK_ALLOW", value_name = "HOST,..")]
+    pub webhook_allow: Option<String>,
     #[allow(missing_docs)]
     #[command(flatten)]
     pub tier: TierFlags,
@@ -191,6 +204,8 @@ pub struct Options {
     pub ffmpeg: PathBuf,
     /// Which limits requests are held to.
     pub tier: TierOptions,
+    /// Who is called back, and how it is signed.
+    pub webhooks: WebhookOptions,
 }
 
 impl Default for Options {
@@ -206,6 +221,7 @@ impl Default for Options {
             max_audio_seconds: MOST_AUDIO_SECONDS,
             ffmpeg: "ffmpeg".into(),
             tier: TierOptions::default(),
+            webhooks: WebhookOptions::default(),
         }
     }
 }
@@ -233,6 +249,11 @@ impl OptionFlags {
         if self.ffmpeg.as_os_str().is_empty() {
             mistakes.note("--ffmpeg: the name of a program is needed");
         }
+        let secret = self.webhook_secret_file.map(|file| {
+            let read = Secret::read(&file);
+            read.map_err(|told| mistakes.note(format!("--webhook-secret-file: {}: {told}", file.display()))).ok()
+        });
+        let allow = self.webhook_allow.map(|text| mistakes.check("--webhook-allow", &text, webhook::parse_hosts));
         let tier = self.tier.resolve().map_err(|(flag, told)| mistakes.note(format!("--{flag}: {told}"))).ok();
         Some(Options {
             tier: tier?,
@@ -249,6 +270,10 @@ impl OptionFlags {
             stage_patience: Duration::from_secs(stage_patience? as u64),
             max_audio_seconds: max_audio_seconds? as u32,
             ffmpeg: self.ffmpeg,
+            webhooks: WebhookOptions {
+                secret: secret.map_or(Some(None), |secret| secret.map(Some))?,
+                allow: allow.map_or(Some(Vec::new()), |hosts| hosts)?,
+            },
         })
     }
 }
@@ -349,6 +374,20 @@ mod tests {
         }
         let auto = TierOptions { choice: Choice::Auto, ..TierOptions::default() };
         assert_eq!(auto.on_device(planner::Bytes::gib(12)).limit().unwrap().name, "low");
+    }
+
+    #[test]
+    fn a_webhooks_secret_is_read_when_the_flags_are_and_never_shown() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
+        let path = file.path().to_str().unwrap();
+        let config = parse(&["--webhook-secret-file", path, "--webhook-allow", "localhost:80,hooks"]).unwrap();
+        assert_eq!(config.options.webhooks.allow, ["localhost:80", "hooks"]);
+        assert!(format!("{config:?}").contains("Some(***)") && !format!("{config:?}").contains("MfKQ"));
+        for wrong in [["--webhook-secret-file", "/no/such/file"], ["--webhook-allow", "http://x"]] {
+            let Err(ConfigError::Mistakes(mistakes)) = parse(&wrong) else { panic!("{wrong:?}") };
+            assert!(mistakes.to_string().contains(wrong[0]), "{mistakes}");
+        }
     }
 
     #[test]

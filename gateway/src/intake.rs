@@ -31,6 +31,8 @@ pub struct Order {
     pub priority: i64,
     /// The caller's key for this request, so that sending it again makes no second generation; empty for none.
     pub idempotency_key: String,
+    /// Whom to call back at the end; empty for nobody.
+    pub webhook: String,
 }
 
 impl Order {
@@ -52,10 +54,19 @@ impl Order {
         .collect();
         match level {
             Some(priority) if wrong.is_empty() => {
-                Ok(Self { caller: caller.to_owned(), priority, idempotency_key: idempotency_key.to_owned() })
+                let (caller, idempotency_key) = (caller.to_owned(), idempotency_key.to_owned());
+                Ok(Self { caller, priority, idempotency_key, webhook: String::new() })
             }
             _ => Err(Fault::of_violations(Kind::Invalid, wrong)),
         }
+    }
+}
+
+impl Order {
+    /// The same with an address to call back, which is looked at where it is known who may be called.
+    #[must_use]
+    pub fn calling(self, webhook: &str) -> Self {
+        Self { webhook: webhook.to_owned(), ..self }
     }
 }
 

@@ -18,7 +18,7 @@ use crate::{
     runner::{self, Workshop, prepare::Prepared},
     stages::Stages,
     store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
-    validate,
+    validate, webhook,
 };
 
 /// When to try again after the queue was full, while nobody knows how long a generation takes.
@@ -30,6 +30,8 @@ const MOST_RETRY: Duration = Duration::from_secs(600);
 const PACE: usize = 16;
 /// When to try again after the disk was full.
 const SPACE_RETRY: Duration = Duration::from_secs(60);
+/// Callbacks that are made at the same time, so that a slow receiver does not keep the others waiting.
+const SENDERS: usize = 4;
 /// How often the data folder is tidied.
 const TIDY: Duration = Duration::from_secs(60);
 /// How long generations may take to be let go.
@@ -103,6 +105,10 @@ impl Gateway {
             gateway.inner.tasks.spawn(gateway.clone().work());
         }
         gateway.inner.tasks.spawn(gateway.clone().tidy());
+        for _ in 0..SENDERS {
+            let (store, closing) = (gateway.inner.store.clone(), gateway.inner.closing.clone());
+            gateway.inner.tasks.spawn(webhook::deliver(store, options.webhooks.clone(), closing));
+        }
         Ok(gateway)
     }
 
@@ -154,6 +160,7 @@ impl Gateway {
         if self.inner.closing.is_cancelled() {
             return Err(shutting_down());
         }
+        webhook::check(&self.inner.options.webhooks, &order.webhook)?;
         self.check_space().await?;
         let Order { caller, idempotency_key, .. } = order;
         let (uploads, own_uploads) = {

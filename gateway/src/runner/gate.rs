@@ -97,9 +97,7 @@ impl FrameGate {
         };
         match (share(self.lit), share(self.between)) {
             (lit, _) if lit < LEAST_SHARE => refuse(&format!("above {BLACK} of 255: it is black"), lit),
-            (_, between) if between < LEAST_SHARE => {
-                refuse("neither 0 nor 255: it is saturated", between)
-            }
+            (_, between) if between < LEAST_SHARE => refuse("neither 0 nor 255: it is saturated", between),
             _ => Ok(()),
         }
     }
@@ -145,7 +143,8 @@ mod tests {
     /// Frames of 30 by 10 values; each is made of its number.
     fn video(frames: usize, value: impl Fn(usize, usize) -> u8) -> Result<(), Fault> {
         let mut gate = FrameGate::default();
-        let bytes: Vec<u8> = (0..frames).flat_map(|n| (0..300).map(move |i| (n, i))).map(|(n, i)| value(n, i)).collect();
+        let bytes: Vec<u8> =
+            (0..frames).flat_map(|n| (0..300).map(move |i| (n, i))).map(|(n, i)| value(n, i)).collect();
         // In pieces of two frames, as a decoder may send them.
         for piece in bytes.chunks(600) {
             gate.push(piece, 300)?;

@@ -182,6 +182,9 @@ impl Lease {
         }
         *inside = (generation, event.number);
         self.store.ring(self.id);
+        if life::is_terminal(state) {
+            self.store.inner.ends.notify_waiters();
+        }
         unused
     }
 

@@ -9,7 +9,9 @@ use uuid::Uuid;
 use super::{
     artifacts::Artifact,
     engine::{Access, Cells, Engine, SqlError},
+    life,
     turns::{Waiting, in_turn},
+    webhooks,
 };
 use crate::intake::Order;
 
@@ -101,7 +103,7 @@ impl Ledger {
     pub(crate) async fn insert(&self, new: NewRow<'_>) -> Result<Inserted, SqlError> {
         let id = new.generation.generation_id.as_str();
         let mut transaction = self.engine.begin(Access::Write).await?;
-        let Order { caller, priority, idempotency_key } = new.order;
+        let Order { caller, priority, idempotency_key, webhook } = new.order;
         if !idempotency_key.is_empty() {
             let known = transaction
                 .rows(
@@ -138,6 +140,9 @@ impl Ledger {
             .await?;
         for (role, artifact) in new.artifacts {
             transaction.execute(KEEP_ARTIFACT, &artifact_values(id, role, artifact)).await?;
+        }
+        if !webhook.is_empty() {
+            webhooks::expect(&mut *transaction, id, webhook).await?;
         }
         transaction.commit().await?;
         Ok(Inserted::New)
@@ -366,6 +371,9 @@ impl Ledger {
         for role in drop {
             transaction.execute(DROP_ARTIFACT, &[id.into(), (*role).into()]).await?;
         }
+        if life::is_terminal(generation.state()) {
+            webhooks::ended(&mut *transaction, generation).await?;
+        }
         transaction.commit().await?;
         Ok(true)
     }
@@ -409,6 +417,7 @@ impl Ledger {
         let files =
             transaction.rows("SELECT hash FROM artifacts WHERE generation_id = $1", &[id.as_str().into()]).await?;
         transaction.execute("DELETE FROM events WHERE generation_id = $1", &[id.as_str().into()]).await?;
+        webhooks::removed(&mut *transaction, &id).await?;
         transaction.execute("DELETE FROM artifacts WHERE generation_id = $1", &[id.into()]).await?;
         transaction.commit().await?;
         files.iter().map(|row| row.text(0).map(str::to_owned)).collect::<Result<_, _>>().map(Some)
@@ -473,11 +482,11 @@ impl Ledger {
         Ok(!rows.is_empty())
     }
 
-    async fn read(&self, query: &'static str, values: &[super::engine::Value]) -> Result<Vec<Cells>, SqlError> {
+    pub(super) async fn read(&self, query: &'static str, values: &[super::engine::Value]) -> Result<Vec<Cells>, SqlError> {
         self.engine.begin(Access::Read).await?.rows(query, values).await
     }
 
-    async fn write(&self, statement: &'static str, values: &[super::engine::Value]) -> Result<u64, SqlError> {
+    pub(super) async fn write(&self, statement: &'static str, values: &[super::engine::Value]) -> Result<u64, SqlError> {
         let mut transaction = self.engine.begin(Access::Write).await?;
         let changed = transaction.execute(statement, values).await?;
         transaction.commit().await?;

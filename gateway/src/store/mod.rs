@@ -12,6 +12,7 @@ mod sqlite;
 #[cfg(test)]
 mod tests;
 mod turns;
+mod webhooks;
 
 use std::{
     collections::HashMap,
@@ -42,6 +43,7 @@ use crate::{
 
 pub(crate) use lease::{Change, Lease, Resume};
 pub(crate) use turns::seconds_until;
+pub(crate) use webhooks::Due;
 
 /// Files of a generation.
 pub(crate) mod role {
@@ -150,6 +152,8 @@ struct Inner {
     naming: RwLock<()>,
     /// Rings when there may be something to run.
     arrivals: Notify,
+    /// Rings when a generation has ended.
+    ends: Notify,
     /// Generations that run in this process, and how to stop them.
     running: Mutex<HashMap<Uuid, CancellationToken>>,
     /// Rings for those who watch a generation.
@@ -190,6 +194,7 @@ impl Store {
             work,
             naming: RwLock::default(),
             arrivals: Notify::new(),
+            ends: Notify::new(),
             running: Mutex::default(),
             bells: Mutex::default(),
             _lock: lock,

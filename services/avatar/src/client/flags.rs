@@ -44,6 +44,9 @@ pub struct OrderFlags {
     /// How urgent it is, -9 to 9, the higher the earlier.
     #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true)]
     pub priority: i32,
+    /// Have the server call this https URL back at the end, signed as the Standard Webhooks specification says.
+    #[arg(long, value_name = "URL", default_value = "")]
+    pub webhook: String,
 }
 
 /// The flags of the commands about one generation.
