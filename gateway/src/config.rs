@@ -353,7 +353,7 @@ mod tests {
         let config = parse(&["--keep-hours", "24", "--keep-bytes", "1000", "--keep-encoded-bytes", "0"]).unwrap();
         let age = Some(Duration::from_secs(86_400));
         assert_eq!(config.options.retention, Retention { age, bytes: Some(1000), stage_output_bytes: 0 });
-        for wrong in [["--keep-hours", "0"], ["--keep-bytes", "-1"], ["--min-free-bytes", "9223372036854775808"]] {
+        for wrong in [["--keep-hours", "0"], ["--keep-bytes", "1.5"], ["--min-free-bytes", "9223372036854775808"]] {
             assert!(matches!(parse(&wrong), Err(ConfigError::Mistakes(_))), "{wrong:?}");
         }
     }

@@ -31,8 +31,8 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 pub(crate) struct Script {
     /// Predict calls that answered.
     pub(crate) predicted: AtomicUsize,
-    /// Predict call at which the session is lost, once.
-    pub(crate) lose_session_at: Option<usize>,
+    /// Predict calls at which the session is lost.
+    pub(crate) lose_session_at: Vec<usize>,
     /// Predict call at which a value is not finite.
     pub(crate) not_finite_at: Option<usize>,
     /// Predict calls of this step and of later ones wait while it is set.
@@ -49,6 +49,10 @@ pub(crate) struct Script {
     pub(crate) away_at: Option<(usize, usize)>,
     /// Decode calls that the stage cannot be reached for.
     pub(crate) decoder_away: AtomicUsize,
+    /// Decode calls that find no room.
+    pub(crate) decoder_full: AtomicUsize,
+    /// Stages never answer that they are unloaded.
+    pub(crate) unload_hangs: bool,
     /// What the stages say that they are.
     pub(crate) identity: Mutex<String>,
     /// The text encoder refuses the prompt.
@@ -110,6 +114,9 @@ impl v1::stage_service_server::StageService for Fake {
     }
 
     async fn unload(&self, _: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
+        if self.0.unload_hangs {
+            return std::future::pending().await;
+        }
         self.0.unloads.fetch_add(1, Ordering::SeqCst);
         Ok(Response::new(v1::UnloadResponse::default()))
     }
@@ -278,7 +285,7 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
             return Err(ServiceError::unavailable("nobody is there").into());
         }
         let mut sessions = self.0.sessions.lock().unwrap();
-        if self.0.lose_session_at == Some(call) {
+        if self.0.lose_session_at.contains(&call) {
             sessions.clear();
         }
         if sessions.get(&header.session_id) != Some(&9) {
@@ -321,6 +328,10 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
         let away = |calls: usize| calls.checked_sub(1);
         if self.0.decoder_away.fetch_update(Ordering::SeqCst, Ordering::SeqCst, away).is_ok() {
             return Err(ServiceError::unavailable("nobody is there").into());
+        }
+        if self.0.decoder_full.fetch_update(Ordering::SeqCst, Ordering::SeqCst, away).is_ok() {
+            let (message, retry_after) = ("no room".to_owned(), Some(Duration::from_millis(1)));
+            return Err(ServiceError::ResourceExhausted { message, retry_after }.into());
         }
         self.0.decodes.lock().unwrap().push(header.clone());
         self.count(v1::Stage::VaeDecode)?;

@@ -273,10 +273,15 @@ impl AvatarService for Service {
         let until = deadline(request.metadata()).map(|patience| tokio::time::Instant::now() + patience);
         let made = async {
             let (upload, place) = receive(&self.gateway, request).await?;
-            let generation = self.gateway.accept(upload, place, true).await?;
-            let id = Uuid::try_parse(&generation.generation_id);
-            let id = id.map_err(|error| Fault::internal("a generation has no id", &error))?;
-            Ok(Owned { gateway: self.gateway.clone(), id })
+            let gateway = self.gateway.clone();
+            // A task of its own: a caller who goes while the generation is being kept leaves it to `Owned` to remove.
+            let accepted = tokio::spawn(async move {
+                let generation = gateway.accept(upload, place, true).await?;
+                let id = Uuid::try_parse(&generation.generation_id);
+                let id = id.map_err(|error| Fault::internal("a generation has no id", &error))?;
+                Ok(Owned { gateway, id })
+            });
+            accepted.await.map_err(|error| Fault::internal("the generation could not be accepted", &error))?
         };
         let owned = made.await.map_err(|fault: Fault| fault.to_status())?;
         Ok(Response::new(answers(owned, until)))

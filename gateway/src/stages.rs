@@ -23,6 +23,9 @@ use crate::fault::{Fault, Kind};
 const TENSOR_BYTES: u64 = 4 << 30;
 /// How long a stage may take to say what it is.
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a stage may take to give its memory back. What runs on its device comes first; a stage that takes longer is
+/// not the one whose memory helps now.
+const UNLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Connections to the five stages.
 #[derive(Debug, Clone)]
@@ -116,9 +119,9 @@ impl Stages {
                 continue;
             }
             let name = crate::fault::stage_name(other);
-            match StageServiceClient::new(channel.clone()).unload(v1::UnloadRequest {}).await {
-                Ok(_) => unloaded.push(name),
-                Err(status) => tracing::warn!(stage = name, %status, "it was not unloaded"),
+            match unload(channel, other, UNLOAD_TIMEOUT).await {
+                Ok(()) => unloaded.push(name),
+                Err(fault) => tracing::warn!(stage = name, %fault, "it was not unloaded"),
             }
         }
         unloaded
@@ -232,6 +235,20 @@ async fn describe(channel: &Channel, stage: Stage) -> Result<v1::DescribeRespons
     let mut client = StageServiceClient::new(channel.clone());
     let answer = tokio::time::timeout(DESCRIBE_TIMEOUT, client.describe(v1::DescribeRequest {})).await;
     Ok(answer.map_err(|_| silent(stage))?.map_err(|status| fault(&status, stage))?.into_inner())
+}
+
+/// Makes a stage give its memory back, in `patience` at most.
+async fn unload(channel: &Channel, stage: Stage, patience: Duration) -> Result<(), Fault> {
+    let mut client = StageServiceClient::new(channel.clone());
+    match tokio::time::timeout(patience, client.unload(v1::UnloadRequest {})).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(status)) => Err(fault(&status, stage)),
+        Err(_) => {
+            let name = crate::fault::stage_name(stage);
+            let message = format!("{name}: not unloaded within {} s", patience.as_secs());
+            Err(Fault::new(Kind::Unavailable, message).at(stage))
+        }
+    }
 }
 
 /// The part of a device's name that its arithmetic depends on: how much memory of a CPU may be used changes no value.
@@ -364,10 +381,21 @@ async fn collect<M, S>(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::fakes::{self, Script};
 
     #[test]
     fn a_budget_is_no_other_device() {
         assert_eq!(["cpu", "cpu:4294967296", "cuda:1"].map(kind_of_device), ["cpu", "cpu", "cuda:1"]);
+    }
+
+    #[tokio::test]
+    async fn a_stage_that_does_not_unload_is_not_waited_for_without_end() {
+        let stages = fakes::start(&Arc::new(Script { unload_hangs: true, ..Script::default() }));
+        let fault = unload(&stages.vae_decode, Stage::VaeDecode, Duration::from_millis(50)).await.unwrap_err();
+        assert_eq!((fault.kind, fault.stage), (Kind::Unavailable, Stage::VaeDecode));
+        assert!(fault.message.starts_with("vae-decode: not unloaded"), "{fault}");
     }
 }

@@ -228,11 +228,47 @@ async fn several_faces_reach_the_caller_with_the_one_chosen_and_how_to_choose_an
 }
 
 #[tokio::test]
-async fn survives_a_lost_session() {
-    let script = Arc::new(Script { lose_session_at: Some(1), ..Script::default() });
+async fn survives_a_session_that_is_lost_again_and_again_in_one_step() {
+    let script = Arc::new(Script { lose_session_at: vec![1, 2, 3, 5], ..Script::default() });
     let (desk, id) = start(&script, 3).await;
-    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
-    assert_eq!(script.opened.load(Ordering::SeqCst), 2);
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert_eq!(script.opened.load(Ordering::SeqCst), 5);
+    let steps: Vec<u32> = script.passes.lock().unwrap().iter().map(|(header, _)| header.step).collect();
+    assert_eq!(steps, [0, 1, 2]);
+}
+
+/// 18 steps by the reference's literals: step 15 leaves the features that steps 16 and 17 use.
+#[tokio::test]
+async fn features_that_are_lost_twice_in_a_step_are_made_again_from_the_same_latents() {
+    let plain = Arc::new(Script::default());
+    let (desk, id) = start_with(&plain, by_the_reference(18), 5).await;
+    desk.ended(id).await;
+    // Call 16 is step 16; call 17 makes the features again, and is lost too.
+    let script = Arc::new(Script { lose_session_at: vec![16, 17], ..Script::default() });
+    let (desk, id) = start_with(&script, by_the_reference(18), 5).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let steps: Vec<u32> = script.passes.lock().unwrap().iter().map(|(header, _)| header.step).collect();
+    assert_eq!(steps, [(0..16).collect::<Vec<_>>(), vec![15, 16, 17]].concat());
+    assert_eq!(*script.decoded.lock().unwrap(), *plain.decoded.lock().unwrap());
+}
+
+#[tokio::test]
+async fn a_worker_that_keeps_no_session_fails_the_generation_instead_of_running_for_ever() {
+    let script = Arc::new(Script { lose_session_at: (0..1000).collect(), ..Script::default() });
+    let (desk, id) = start(&script, 3).await;
+    let failure = desk.ended(id).await.failure.unwrap();
+    assert_eq!((failure.code.as_str(), failure.stage()), ("NOT_FOUND", Stage::Diffusion));
+}
+
+#[tokio::test]
+async fn a_finished_denoise_waits_for_the_decoder_as_long_as_that_has_no_room() {
+    let script = Arc::new(Script { decoder_full: AtomicUsize::new(300), ..Script::default() });
+    let (desk, id) = start(&script, 2).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert_eq!(script.passes.lock().unwrap().len(), 2);
 }
 
 /// A script in which calls of one stage find the device full.

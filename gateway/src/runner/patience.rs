@@ -11,9 +11,10 @@ use crate::{
 
 /// Waits between attempts while a stage cannot be reached; the last one is repeated.
 const BACKOFF_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
-/// Longest wait that a full stage can ask for, and how often it may ask.
+/// Longest wait that a full stage can ask for.
 const BUSY_WAIT: Duration = Duration::from_secs(30);
-const BUSY_ATTEMPTS: usize = 200;
+/// After how long it is said that a stage has no room.
+const BUSY_SAID: Duration = Duration::from_secs(10);
 
 /// How a generation's calls to its stages are repeated.
 #[derive(Debug, Clone)]
@@ -29,12 +30,15 @@ impl Patience {
         Self { lease, limit }
     }
 
-    /// Repeats a call while its stage cannot be reached (up to the limit) or is full (as it asks to).
+    /// Repeats a call while its stage cannot be reached, up to the limit, or while it has no room.
+    ///
+    /// Room comes when another generation ends or goes on, however long that takes; a caller who does not want to wait
+    /// cancels.
     pub(crate) async fn call<T, F>(&self, mut call: impl FnMut() -> F) -> Result<T, Fault>
     where
         F: Future<Output = Result<T, Fault>>,
     {
-        let (mut lost, mut full, mut since) = (0, 0, None);
+        let (mut lost, mut since, mut full_since, mut said) = (0, None, None, false);
         loop {
             let fault = match call().await {
                 Ok(value) => return Ok(value),
@@ -48,13 +52,19 @@ impl Patience {
                         return Err(self.given_up(fault));
                     }
                     if lost == 0 {
-                        self.say(&fault).await;
+                        self.say(&fault, format!("does not answer; it is waited for up to {} s", self.limit.as_secs()))
+                            .await;
                     }
                     lost += 1;
                     wait
                 }
-                Kind::Busy { retry_after } if full < BUSY_ATTEMPTS => {
-                    full += 1;
+                Kind::Busy { retry_after } => {
+                    // It answers, so the time that it may stay away begins anew.
+                    (lost, since) = (0, None);
+                    if !said && full_since.get_or_insert_with(Instant::now).elapsed() > BUSY_SAID {
+                        said = true;
+                        self.say(&fault, "has no room yet; it is waited for".into()).await;
+                    }
                     retry_after.clamp(Duration::from_millis(10), BUSY_WAIT)
                 }
                 _ => return Err(fault),
@@ -64,9 +74,8 @@ impl Patience {
         }
     }
 
-    async fn say(&self, fault: &Fault) {
-        let message =
-            format!("{} does not answer; it is waited for up to {} s", stage_name(fault.stage), self.limit.as_secs());
+    async fn say(&self, fault: &Fault, what: String) {
+        let message = format!("{} {what}", stage_name(fault.stage));
         self.lease.publish(Change { stage: fault.stage, message, ..Change::default() }).await;
     }
 

@@ -15,6 +15,9 @@ use crate::{
 
 /// Items of one call. A step of a long clip is several calls, so that none holds the device or the queue for long.
 const ITEMS_PER_CALL: usize = 8;
+/// How often a worker may lose a session, or its features, in one step. Another generation that runs out of memory may
+/// have the worker unloaded again and again while it tries what helps.
+const LOSSES_PER_STEP: usize = 8;
 /// How long the end of a generation waits for the worker to free its session.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -99,35 +102,46 @@ impl Session {
 
     /// Runs a step's passes; the velocities come in the order of the items.
     ///
-    /// A worker that has lost the session gets it again, once a step. Where it also lost features that this step
-    /// needs, the step that left them is run again first, on the same latents: the result is that of a worker which
-    /// lost nothing.
+    /// A worker that has lost the session gets it again. Where it also lost features that this step needs, the step
+    /// that left them is run again first, on the same latents: the result is that of a worker which lost nothing.
     pub(crate) async fn predict(&mut self, passes: &Arc<StepPasses>) -> Result<Vec<Vec<f32>>, Fault> {
         let mut passes = Arc::clone(passes);
         if !self.features && (passes.keep_features || passes.mode == PassMode::Cached) {
             passes = Arc::new(StepPasses { mode: PassMode::Full, keep_features: false, ..(*passes).clone() });
         }
         let cached = passes.mode == PassMode::Cached;
-        let velocities = match self.run(&passes).await {
-            Err(fault) if fault.kind == Kind::NotFound => {
-                tracing::warn!(session_id = self.header.session_id, step = passes.step, "the session was lost");
-                self.open().await?;
-                if cached {
-                    self.rebuild_features().await?;
-                }
-                self.run(&passes).await?
-            }
-            Err(fault) if fault.kind == Kind::Precondition && cached && self.last_kept.is_some() => {
-                tracing::warn!(session_id = self.header.session_id, step = passes.step, "the features were lost");
-                self.rebuild_features().await?;
-                self.run(&passes).await?
-            }
-            other => other?,
-        };
+        let mut outcome = self.run(&passes).await;
+        for _ in 0..LOSSES_PER_STEP {
+            let session_lost = match &outcome {
+                Err(fault) if fault.kind == Kind::NotFound => true,
+                Err(fault) if fault.kind == Kind::Precondition && cached && self.last_kept.is_some() => false,
+                _ => break,
+            };
+            let what = if session_lost { "session" } else { "features" };
+            tracing::warn!(
+                session_id = self.header.session_id,
+                step = passes.step,
+                what,
+                "a worker lost what the step needs"
+            );
+            outcome = self.run_again(&passes, session_lost).await;
+        }
+        let velocities = outcome?;
         if passes.mode == PassMode::Full && passes.keep_features {
             self.last_kept = Some(passes);
         }
         Ok(velocities)
+    }
+
+    /// Runs a step's passes on a worker that has lost what they need.
+    async fn run_again(&mut self, passes: &StepPasses, session_lost: bool) -> Result<Vec<Vec<f32>>, Fault> {
+        if session_lost {
+            self.open().await?;
+        }
+        if passes.mode == PassMode::Cached {
+            self.rebuild_features().await?;
+        }
+        self.run(passes).await
     }
 
     async fn rebuild_features(&mut self) -> Result<(), Fault> {

@@ -6,7 +6,8 @@ use gateway::Stages;
 use proto::{
     tensor::HostTensor,
     v1::{
-        DecodeLatentsHeader, DecodeLatentsRequest, DescribeRequest, LoadRequest, MemoryReport, UnloadRequest,
+        Branch, DecodeLatentsHeader, DecodeLatentsRequest, DescribeRequest, LoadRequest, MemoryReport,
+        OpenSessionHeader, PassMode, PredictHeader, PredictItem, PromptKind, Stage, UnloadRequest,
         decode_latents_request, decode_latents_response, stage_service_client::StageServiceClient,
         vae_decode_service_client::VaeDecodeServiceClient,
     },
@@ -143,8 +144,73 @@ async fn only_the_stages_of_one_device_are_unloaded_for_each_other() {
     let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = channels.try_into().unwrap();
     let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
     // Each process is a device of its own, so nobody's memory helps another.
-    assert_eq!(stages.unload_beside(proto::v1::Stage::VaeDecode).await, Vec::<&str>::new());
+    assert_eq!(stages.unload_beside(Stage::VaeDecode).await, Vec::<&str>::new());
     assert!(memory(&stages.diffusion).await.resident_bytes > 0);
+}
+
+fn wave(name: &str, shape: &[usize], pace: f32) -> HostTensor {
+    let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i as f32 * pace).sin()).collect();
+    HostTensor::from_f32(name, shape, &values).unwrap()
+}
+
+/// Velocities of a full step that keeps features and of a cached one, in two windows that overlap and two branches,
+/// sent `at_once` passes a call.
+async fn velocities(stages: &Stages, session_id: &str, at_once: usize) -> Vec<Vec<u8>> {
+    let mut tensors = vec![
+        wave("features", &[20, 5, 64], 0.11),
+        wave("reference_latents", &[16, 1, 8, 8], 0.3),
+        HostTensor::from_f32("face_mask", &[1, 1, 8, 8], &[1.0; 64]).unwrap(),
+    ];
+    for (side, pace) in [("positive", 0.7), ("negative", 0.6)] {
+        tensors.push(wave(&format!("{side}.states"), &[12, 64], pace));
+        tensors.push(HostTensor::from_i64(format!("{side}.mask"), &[12], &[1; 12]).unwrap());
+        tensors.push(wave(&format!("{side}.pooled"), &[64], pace / 2.0));
+    }
+    let (session_id, generation_id) = (session_id.to_owned(), "test".to_owned());
+    let header = OpenSessionHeader { session_id: session_id.clone(), generation_id, audio_frames: 9, fps: 25.0 };
+    stages.open_session(header, tensors).await.unwrap();
+    let sides = [(Branch::Conditional, PromptKind::Positive), (Branch::Unconditional, PromptKind::Negative)];
+    let item = |window: u32, (branch, prompt): (Branch, PromptKind)| PredictItem {
+        branch: branch.into(),
+        prompt: prompt.into(),
+        silent: branch == Branch::Unconditional,
+        face_mask_scale: 1.0,
+        latent_frames: vec![window, window + 1],
+        audio_frames: (4 * window..4 * window + 5).collect(),
+    };
+    let items: Vec<PredictItem> = [0, 1].into_iter().flat_map(|window| sides.map(|side| item(window, side))).collect();
+    let mut velocities = Vec::new();
+    for (step, mode) in [(0, PassMode::Full), (1, PassMode::Cached)] {
+        for (call, items) in items.chunks(at_once).enumerate() {
+            let latents =
+                |i: usize| wave(&format!("latents.{i}"), &[16, 2, 8, 8], 0.9 / (call * at_once + i + 1) as f32);
+            let latents = (0..items.len()).map(latents).collect();
+            let header = PredictHeader {
+                session_id: session_id.clone(),
+                step,
+                timestep: 900.0 - 10.0 * step as f32,
+                mode: mode.into(),
+                keep_features: mode == PassMode::Full,
+                items: items.to_vec(),
+            };
+            let mut answer = stages.predict(header, latents).await.unwrap();
+            for i in 0..items.len() {
+                velocities.push(answer.take(&format!("velocity.{i}"), Stage::Diffusion).unwrap().data().to_vec());
+            }
+        }
+    }
+    velocities
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_pass_a_call_gives_the_bits_of_all_passes_in_one_call() {
+    let process = start("diffusion", "cpu");
+    let channel = channel(&process).await;
+    let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = std::array::from_fn(|_| channel.clone());
+    let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
+    let all = velocities(&stages, "all", 4).await;
+    assert_eq!(all.len(), 8);
+    assert!(velocities(&stages, "one", 1).await == all);
 }
 
 fn generate(folder: &Path, device: &str) -> (Option<i32>, Vec<Value>) {

@@ -14,6 +14,10 @@ use crate::{memory, weights::Matrix};
 /// Most values of a weight that one thread decodes at once (f32: 4 MiB).
 const PANEL: usize = 1 << 20;
 
+/// Most values of the input that are laid out anew at once (f32: 64 MiB). Each of these pieces meets the whole weight,
+/// which is then decoded again.
+const PIECE: usize = 16 << 20;
+
 /// The residual connection around a layer: `residual + gate·y`.
 #[derive(Debug, Clone, Copy)]
 pub struct Gate<'a> {
@@ -54,9 +58,9 @@ pub fn linear(
     {
         candle_core::bail!("a bias, gate or residual that does not fit {rows} x {out}");
     }
-    // Beside the result, the widest input is laid out anew for the product.
-    let widest = rows * widths.iter().copied().max().unwrap_or(0);
-    memory::room_for(dtype, widest, widest + rows * out)?;
+    // Beside the result, a piece of the widest input is laid out anew for the product.
+    let widest = widths.iter().copied().max().unwrap_or(0);
+    memory::room_for(dtype, rows * widest, rows.min(piece(widest)) * widest + rows * out)?;
     let mut y = vec![0f32; rows * out];
     if y.is_empty() {
         return host::tensor(y, &[rows, out], dtype);
@@ -97,6 +101,12 @@ pub fn linear_clear(
     }
 }
 
+/// Rows of an input of some width that are laid out at once.
+fn piece(width: usize) -> usize {
+    const FEWEST: usize = 256;
+    (PIECE / width.max(1)).max(FEWEST)
+}
+
 struct Product<'a> {
     weight: &'a Matrix,
     rows: usize,
@@ -108,12 +118,24 @@ struct Product<'a> {
 impl Product<'_> {
     /// Adds the product of one input `(rows, width)`, which meets the weight's columns from `column` on.
     fn run(&self, x: &[f32], column: usize, last: bool, residual: Option<&[f32]>, y: &mut [f32]) {
+        let (width, out) = (x.len().checked_div(self.rows).unwrap_or(0), self.weight.rows());
+        let piece = piece(width);
+        for (part, y) in y.chunks_mut(piece * out).enumerate() {
+            let rows = y.len() / out;
+            let x = &x[part * piece * width..][..rows * width];
+            let residual = residual.map(|r| &r[part * piece * out..][..rows * out]);
+            self.part((x, width), column, residual, last, y);
+        }
+    }
+
+    /// The same for some of the rows.
+    fn part(&self, (x, width): (&[f32], usize), column: usize, residual: Option<&[f32]>, last: bool, y: &mut [f32]) {
         let (out, columns) = (self.weight.rows(), self.weight.columns());
-        let width = x.len().checked_div(self.rows).unwrap_or(0);
+        let rows = y.len() / out;
         let most = (PANEL / columns.max(1)).next_multiple_of(32).clamp(32, product::COLUMNS);
         // A narrow layer is shared out among all threads all the same.
         let panel = out.div_ceil(rayon::current_num_threads()).next_multiple_of(32).clamp(32, most);
-        let left = Left::new_threaded(View::rows(x, width), self.rows, width);
+        let left = Left::new_threaded(View::rows(x, width), rows, width);
         let y = Shared::new(y);
         let panels: Vec<usize> = (0..out).step_by(panel).collect();
         panels.into_par_iter().for_each_init(Default::default, |(room, packed): &mut (Vec<f32>, Vec<f32>), at| {
@@ -126,7 +148,7 @@ impl Product<'_> {
             if !last {
                 return;
             }
-            for r in 0..self.rows {
+            for r in 0..rows {
                 // SAFETY: these columns of this line are this task's alone.
                 let line = unsafe { y.slice(r * out + at, outs) };
                 if let Some(bias) = &self.bias {
