@@ -79,6 +79,10 @@ pub struct OptionFlags {
     /// Seconds (0 to 86400) that a stage may stay away before a generation that needs it fails.
     #[arg(long, env = "AVATAR_STAGE_PATIENCE", value_name = "SECONDS", default_value = "600")]
     pub stage_patience: String,
+    /// Seconds (1 to 86400) after which a call of the transformer can be taken for stuck, if it has also taken five times
+    /// what is predicted of it; then its worker is suspected, and the step is begun again.
+    #[arg(long, env = "AVATAR_STUCK_AFTER", value_name = "SECONDS", default_value = "60")]
+    pub stuck_after: String,
     /// Longest recording in seconds (1 to 600).
     #[arg(long, env = "AVATAR_MAX_AUDIO_SECONDS", value_name = "SECONDS", default_value = "600")]
     pub max_audio_seconds: String,
@@ -198,6 +202,8 @@ pub struct Options {
     pub retention: Retention,
     /// How long a stage may stay away.
     pub stage_patience: Duration,
+    /// The shortest time after which a call is taken for stuck.
+    pub stuck_after: Duration,
     /// Longest recording in seconds.
     pub max_audio_seconds: u32,
     /// The program that writes the video.
@@ -218,6 +224,7 @@ impl Default for Options {
             min_free_bytes: 256 << 20,
             retention: Retention::default(),
             stage_patience: Duration::from_secs(600),
+            stuck_after: Duration::from_secs(60),
             max_audio_seconds: MOST_AUDIO_SECONDS,
             ffmpeg: "ffmpeg".into(),
             tier: TierOptions::default(),
@@ -243,6 +250,7 @@ impl OptionFlags {
         let stage_output_bytes = mistakes.check("--keep-encoded-bytes", &self.keep_encoded_bytes, parse_bytes);
         let stage_patience =
             mistakes.check("--stage-patience", &self.stage_patience, |text| parse_number(text, 0, 86_400));
+        let stuck_after = mistakes.check("--stuck-after", &self.stuck_after, |text| parse_number(text, 1, 86_400));
         let max_audio_seconds = mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| {
             parse_number(text, 1, MOST_AUDIO_SECONDS as usize)
         });
@@ -268,6 +276,7 @@ impl OptionFlags {
                 stage_output_bytes: stage_output_bytes?,
             },
             stage_patience: Duration::from_secs(stage_patience? as u64),
+            stuck_after: Duration::from_secs(stuck_after? as u64),
             max_audio_seconds: max_audio_seconds? as u32,
             ffmpeg: self.ffmpeg,
             webhooks: WebhookOptions {

@@ -8,7 +8,7 @@ use service_kit::{FieldViolation, ServiceError};
 use tonic::{Code, Status};
 
 /// The fields that a violation can name: those of the public contract.
-pub const FIELDS: [&str; 16] = [
+pub const FIELDS: [&str; 17] = [
     "picture",
     "audio",
     "prompt",
@@ -25,6 +25,7 @@ pub const FIELDS: [&str; 16] = [
     "caller",
     "priority",
     "webhook",
+    "deadline",
 ];
 
 /// The code of a generation whose output is no video; gRPC has none that says so.

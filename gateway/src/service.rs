@@ -93,7 +93,8 @@ async fn receive<M: Into<Piece> + Keyed>(
         Some(Err(_)) => Err(Fault::invalid(field, format!("{name} is no visible ASCII text"))),
     };
     let order = Order::read(text("avatar-caller", "caller")?, text("avatar-priority", "priority")?, &key)?
-        .calling(text("avatar-webhook", "webhook")?);
+        .calling(text("avatar-webhook", "webhook")?)
+        .within(text("avatar-deadline", "deadline")?)?;
     let place = gateway.admit(&order).await?;
     loop {
         match message.map(Into::into) {

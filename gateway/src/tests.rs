@@ -513,6 +513,42 @@ async fn an_address_that_is_not_called_is_refused_before_anything_is_read() {
 }
 
 #[tokio::test]
+async fn a_worker_that_stands_still_is_suspected_and_the_step_is_begun_again() {
+    let script = Arc::new(Script { stall_at: Some(1), ..Script::default() });
+    let desk = Desk::with(&script, Options { stuck_after: Duration::from_secs(1), ..Options::default() }).await;
+    let spec = GenerationSpec { steps: Some(3), ..Default::default() };
+    let id = desk.accept(upload(spec.clone(), 5)).await.unwrap();
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let said: Vec<String> = desk.events(id).await.into_iter().map(|event| event.message).collect();
+    assert!(said.iter().any(|message| message.contains("diffusion is suspected to be stuck")), "{said:?}");
+    let undisturbed = Arc::new(Script::default());
+    let (desk, id) = start_with(&undisturbed, spec, 5).await;
+    desk.ended(id).await;
+    assert!(*script.decoded.lock().unwrap() == *undisturbed.decoded.lock().unwrap(), "the latents are the same");
+}
+
+#[tokio::test]
+async fn what_has_not_ended_by_its_deadline_fails_whether_it_runs_or_waits() {
+    let script = Arc::new(Script { predict_time: Duration::from_secs(600), ..Script::default() });
+    let desk = Desk::with(&script, Options { concurrent: 1, ..Options::default() }).await;
+    let late = || Upload {
+        order: Order::default().within("1").unwrap(),
+        ..upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)
+    };
+    let running = desk.accept(Upload { order: Order::default().within("20").unwrap(), ..late() }).await.unwrap();
+    until(|| script.opened.load(Ordering::SeqCst) > 0).await;
+    let waiting = desk.accept(late()).await.unwrap();
+    for id in [waiting, running] {
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.failure.as_ref().unwrap().code, "DEADLINE_EXCEEDED", "{generation:?}");
+        assert!(generation.ended_unix_ms >= generation.deadline_unix_ms.unwrap());
+    }
+    assert_eq!(script.opened.load(Ordering::SeqCst), 1, "what waited was not begun");
+    assert!(script.sessions.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
 async fn a_velocity_that_is_not_finite_fails_with_the_step_and_frees_the_session() {
     let script = Arc::new(Script { not_finite_at: Some(1), ..Script::default() });
     let (desk, id) = start(&script, 3).await;

@@ -14,7 +14,7 @@ use super::{
     ledger::{Append, Row},
     life, lock, role, unix_ms,
 };
-use crate::fault::Fault;
+use crate::fault::{Fault, Kind};
 
 /// How long a change waits before it is tried again, where the database refused it.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -43,10 +43,22 @@ pub(crate) struct Change {
 }
 
 impl Change {
+    /// The end of a generation that did not end in time.
+    pub(crate) fn late() -> Self {
+        let fault = late();
+        let (state, message) = (Some(GenerationState::Failed), fault.message.clone());
+        Self { state, message, fault: Some(fault), ..Self::default() }
+    }
+
     /// The end of a generation that its caller stopped.
     pub(crate) fn cancelled(message: &str) -> Self {
         Self { state: Some(GenerationState::Cancelled), message: message.into(), ..Self::default() }
     }
+}
+
+/// The fault of a generation that did not end in time.
+fn late() -> Fault {
+    Fault::new(Kind::Deadline, "the generation's deadline has passed")
 }
 
 /// Latents that a generation can go on with.
@@ -263,6 +275,17 @@ impl Lease {
         let artifacts = self.store.inner.artifacts.clone();
         let kept = blocking(move || artifacts.put(&output)).await?;
         Ok(self.store.inner.ledger.keep_stage_output((self.id, role), (key, &kept), unix_ms()).await?)
+    }
+
+    /// Resolves once the deadline that the caller gave has passed; never without one.
+    pub(crate) async fn deadline(&self) -> Fault {
+        let deadline = self.generation().await.deadline_unix_ms;
+        let Some(deadline) = deadline else { return std::future::pending().await };
+        // In pieces: the clock of the day may be set meanwhile.
+        while let Some(left) = deadline.checked_sub(unix_ms()).filter(|left| *left > 0) {
+            tokio::time::sleep(Duration::from_millis(left).min(HEARTBEAT)).await;
+        }
+        late()
     }
 
     /// Gives signs of life until the lease is lost.

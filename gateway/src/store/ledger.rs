@@ -103,7 +103,7 @@ impl Ledger {
     pub(crate) async fn insert(&self, new: NewRow<'_>) -> Result<Inserted, SqlError> {
         let id = new.generation.generation_id.as_str();
         let mut transaction = self.engine.begin(Access::Write).await?;
-        let Order { caller, priority, idempotency_key, webhook } = new.order;
+        let Order { caller, priority, idempotency_key, webhook, .. } = new.order;
         if !idempotency_key.is_empty() {
             let known = transaction
                 .rows(
@@ -257,6 +257,20 @@ impl Ledger {
             )
             .await?;
         rows.iter().map(|row| message(row.bytes(0)?)).collect()
+    }
+
+    /// Ids of generations that nobody drives and whose deadline has passed.
+    pub(crate) async fn late(&self, now_ms: u64) -> Result<Vec<Uuid>, SqlError> {
+        let query = "SELECT body FROM generations WHERE state < $1 AND lease_until_ms <= $2";
+        let rows = self.read(query, &[FIRST_END.into(), now_ms.into()]).await?;
+        let mut late = Vec::new();
+        for row in rows {
+            let generation: Generation = message(row.bytes(0)?)?;
+            if generation.deadline_unix_ms.is_some_and(|deadline| deadline <= now_ms) {
+                late.push(identity(&generation.generation_id)?);
+            }
+        }
+        Ok(late)
     }
 
     /// Takes the next generation to run that is nobody's, for the holder of a lease until `until_ms`; `skip` says
@@ -482,11 +496,19 @@ impl Ledger {
         Ok(!rows.is_empty())
     }
 
-    pub(super) async fn read(&self, query: &'static str, values: &[super::engine::Value]) -> Result<Vec<Cells>, SqlError> {
+    pub(super) async fn read(
+        &self,
+        query: &'static str,
+        values: &[super::engine::Value],
+    ) -> Result<Vec<Cells>, SqlError> {
         self.engine.begin(Access::Read).await?.rows(query, values).await
     }
 
-    pub(super) async fn write(&self, statement: &'static str, values: &[super::engine::Value]) -> Result<u64, SqlError> {
+    pub(super) async fn write(
+        &self,
+        statement: &'static str,
+        values: &[super::engine::Value],
+    ) -> Result<u64, SqlError> {
         let mut transaction = self.engine.begin(Access::Write).await?;
         let changed = transaction.execute(statement, values).await?;
         transaction.commit().await?;

@@ -226,6 +226,7 @@ impl Store {
             state: GenerationState::Queued.into(),
             created_unix_ms: now,
             ended_unix_ms: 0,
+            deadline_unix_ms: order.deadline_seconds.map(|seconds| now + 1000 * seconds),
             ..generation
         };
         let event = GenerationEvent {
@@ -560,6 +561,16 @@ impl Store {
         let now = unix_ms();
         let row = self.inner.ledger.claim(id, now, now + LEASE.as_millis() as u64).await?;
         Ok(row.map(|row| Lease::new(self.clone(), row)))
+    }
+
+    /// Ends what waits and has a deadline that has passed.
+    pub(crate) async fn end_late(&self) -> Result<(), Fault> {
+        for id in self.inner.ledger.late(unix_ms()).await? {
+            if let Some(lease) = self.claim(id).await? {
+                lease.publish(Change::late()).await;
+            }
+        }
+        Ok(())
     }
 
     /// A folder for files that are not whole yet; they can be kept without being copied.

@@ -3,7 +3,8 @@
 use super::engine::{Access, Engine, SqlError};
 
 /// Steps from nothing to the newest schema; a step that was released is never changed. `{bytes}` is a column of bytes.
-const STEPS: [&str; 2] = ["
+const STEPS: [&str; 2] = [
+    "
     CREATE TABLE generations (
         id TEXT PRIMARY KEY,
         state BIGINT NOT NULL,
@@ -49,7 +50,8 @@ const STEPS: [&str; 2] = ["
         used_ms BIGINT NOT NULL
     );
     CREATE INDEX stage_outputs_hash ON stage_outputs (hash);
-", "
+",
+    "
     CREATE TABLE webhooks (
         generation_id TEXT PRIMARY KEY,
         url TEXT NOT NULL,
@@ -59,7 +61,8 @@ const STEPS: [&str; 2] = ["
         body {bytes} NOT NULL
     );
     CREATE INDEX webhooks_due ON webhooks (due_ms);
-"];
+",
+];
 
 /// Why the tables cannot be used.
 #[derive(Debug, thiserror::Error)]

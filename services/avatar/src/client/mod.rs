@@ -90,6 +90,9 @@ pub(crate) fn creation(
     let caller = caller.map_err(|_| Failure::input("caller", "it has other than visible ASCII characters"))?;
     request.metadata_mut().insert("avatar-caller", caller);
     request.metadata_mut().insert("avatar-priority", MetadataValue::from(order.priority));
+    if let Some(seconds) = order.deadline {
+        request.metadata_mut().insert("avatar-deadline", MetadataValue::from(seconds));
+    }
     if !order.webhook.is_empty() {
         let webhook = MetadataValue::try_from(&order.webhook);
         let webhook = webhook.map_err(|_| Failure::input("webhook", "it has other than visible ASCII characters"))?;
