@@ -8,9 +8,10 @@ VENV := target/venv/bin
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
 DEMO_MODELS := target/demo-models
+ROUNDS := 200
 PROMPT := A person speaks calmly to the camera.
 
-.PHONY: help demo test setup fmt lint proto-lint build rust fuzz python parity
+.PHONY: help demo test setup fmt lint proto-lint build rust fuzz python chaos parity
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +51,9 @@ fuzz: build ## Runs the crates' tests with other cases of the properties, until 
 
 python: setup build ## Runs the clients and the chart's tests in Python
 	$(VENV)/python -m pytest -q tests/python
+
+chaos: build ## Kills processes at random moments, ROUNDS times on each database, and cancels as often
+	cargo bench --workspace --profile dev --locked --bench chaos -- --rounds $(ROUNDS)
 
 parity: ## Holds the networks against the reference cases, with a row for every tensor
 	cargo run --release --locked -p e2e --bin parity -- tests/goldens

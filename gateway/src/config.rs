@@ -1,6 +1,11 @@
 //! The gateway's flags.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::{Args, Parser};
 use http::Uri;
@@ -9,7 +14,7 @@ use service_kit::config::{CommonConfig, CommonFlags, Mistakes, Settings, parse_l
 
 use crate::{
     stages::StageUris,
-    store::Retention,
+    store::{Database, Records, Retention},
     validate::MOST_AUDIO_SECONDS,
     webhook::{self, Secret, WebhookOptions},
 };
@@ -51,9 +56,12 @@ pub struct Flags {
 #[derive(Debug, Clone, Args)]
 pub struct OptionFlags {
     /// Folder for records, inputs, work in progress and videos, made if missing; a restart goes on from there. One
-    /// gateway at a time uses it.
+    /// gateway at a time uses it, or all that share a --database.
     #[arg(long, env = "AVATAR_DATA_DIR", value_name = "DIR", default_value = "avatar-data")]
     pub data_dir: PathBuf,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub records: RecordFlags,
     /// Generations that may wait (0 to 10000) behind those that run; more are refused with RESOURCE_EXHAUSTED.
     #[arg(long, env = "AVATAR_QUEUE", value_name = "N", default_value = "16")]
     pub queue: String,
@@ -100,6 +108,63 @@ pub struct OptionFlags {
     #[allow(missing_docs)]
     #[command(flatten)]
     pub tier: TierFlags,
+}
+
+/// The flags about records.
+#[derive(Clone, Args)]
+pub struct RecordFlags {
+    /// PostgreSQL database for the records, as in postgres://USER@HOST:PORT/NAME, instead of a file in --data-dir.
+    /// Several gateways may share it, with one --data-dir that all of them see. Other users of the machine can read
+    /// flags: give the password in a file, or the URL in the environment.
+    #[arg(long, env = "AVATAR_DATABASE", value_name = "URL", hide_env_values = true)]
+    pub database: Option<String>,
+    /// File whose first line is the password for --database.
+    #[arg(long, env = "AVATAR_DATABASE_PASSWORD_FILE", value_name = "FILE")]
+    pub database_password_file: Option<PathBuf>,
+    /// Seconds (1 to 3600) after the last sign of life of a gateway after which another one that shares the --database
+    /// goes on with its generations.
+    #[arg(long, env = "AVATAR_LEASE", value_name = "SECONDS", default_value = "15")]
+    pub lease: String,
+}
+
+/// Without the URL, which may hold a password.
+impl fmt::Debug for RecordFlags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RecordFlags").field("lease", &self.lease).finish_non_exhaustive()
+    }
+}
+
+/// Most bytes of a file with a password.
+const PASSWORD_BYTES: u64 = 4 << 10;
+
+impl RecordFlags {
+    /// Gives the values their types; what is wrong goes to `mistakes`.
+    fn resolve(self, mistakes: &mut Mistakes) -> Option<Records> {
+        let lease = mistakes.check("--lease", &self.lease, |text| parse_number(text, 1, 3600));
+        let password = self.database_password_file.as_deref().map(read_password).transpose();
+        if let Err(told) = &password {
+            mistakes.note(format!("--database-password-file: {told}"));
+        }
+        if self.database.is_none() && self.database_password_file.is_some() {
+            mistakes.note("--database-password-file: there is no --database that it is for");
+        }
+        let password = password.ok()?;
+        // The URL is not repeated in the message.
+        let database = self.database.map(|url| Database::new(&url, password)).transpose();
+        let database = database.map_err(|told| mistakes.note(format!("--database: {told}"))).ok()?;
+        Some(Records { database, lease: Duration::from_secs(lease? as u64) })
+    }
+}
+
+fn read_password(file: &Path) -> Result<String, String> {
+    let shown = file.display();
+    let length = std::fs::metadata(file).map_err(|e| format!("{shown}: {e}"))?.len();
+    if length > PASSWORD_BYTES {
+        return Err(format!("{shown}: {length} bytes, the limit is {PASSWORD_BYTES}"));
+    }
+    let text = std::fs::read_to_string(file).map_err(|e| format!("{shown}: {e}"))?;
+    let line = text.lines().next().filter(|line| !line.is_empty());
+    line.map(str::to_owned).ok_or_else(|| format!("{shown}: its first line is empty"))
 }
 
 /// The flags about tiers; shared by every command that holds requests to one.
@@ -156,7 +221,7 @@ impl TierFlags {
     }
 }
 
-fn read_tiers(file: &std::path::Path) -> Result<Tiers, String> {
+fn read_tiers(file: &Path) -> Result<Tiers, String> {
     let length = std::fs::metadata(file).map_err(|e| e.to_string())?.len();
     if length > TIERS_BYTES {
         return Err(format!("{length} bytes, the limit is {TIERS_BYTES}"));
@@ -190,6 +255,8 @@ impl TierOptions {
 pub struct Options {
     /// Folder for all that outlives the process.
     pub data_dir: PathBuf,
+    /// Where records are, if not there.
+    pub records: Records,
     /// Generations that may wait behind those that run.
     pub queue: usize,
     /// Generations of one caller that may wait or run; without it as many as of all.
@@ -218,6 +285,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             data_dir: "avatar-data".into(),
+            records: Records::default(),
             queue: 16,
             queue_per_caller: None,
             concurrent: 2,
@@ -262,10 +330,12 @@ impl OptionFlags {
             read.map_err(|told| mistakes.note(format!("--webhook-secret-file: {}: {told}", file.display()))).ok()
         });
         let allow = self.webhook_allow.map(|text| mistakes.check("--webhook-allow", &text, webhook::parse_hosts));
+        let records = self.records.resolve(mistakes);
         let tier = self.tier.resolve().map_err(|(flag, told)| mistakes.note(format!("--{flag}: {told}"))).ok();
         Some(Options {
             tier: tier?,
             data_dir: self.data_dir,
+            records: records?,
             queue: queue?,
             queue_per_caller: queue_per_caller.map_or(Some(None), |limit| limit.map(Some))?,
             concurrent: concurrent?,
@@ -364,6 +434,34 @@ mod tests {
         assert_eq!(config.options.retention, Retention { age, bytes: Some(1000), stage_output_bytes: 0 });
         for wrong in [["--keep-hours", "0"], ["--keep-bytes", "1.5"], ["--min-free-bytes", "9223372036854775808"]] {
             assert!(matches!(parse(&wrong), Err(ConfigError::Mistakes(_))), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_database_is_taken_with_the_password_of_a_file_and_no_password_is_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, empty) = (dir.path().join("password"), dir.path().join("empty"));
+        std::fs::write(&file, "first\nsecond\n").unwrap();
+        std::fs::write(&empty, "\n").unwrap();
+        let (file, empty) = (file.to_str().unwrap(), empty.to_str().unwrap());
+        let url = "postgres://me@db/avatar";
+        let records =
+            parse(&["--database", url, "--database-password-file", file, "--lease", "2"]).unwrap().options.records;
+        assert_eq!(records.database, Some(Database::new(url, Some("first".into())).unwrap()));
+        assert_eq!(records.lease, Duration::from_secs(2));
+        let flags = ["--database", "postgres://me:first@db/avatar"];
+        let flags = Flags::try_parse_from(std::iter::once("gateway").chain(flags)).unwrap();
+        assert!(!format!("{flags:?}").contains("first"));
+        for (arguments, part) in [
+            (vec!["--database", "mysql://me:first@db/avatar"], "--database: it does not begin with postgres://"),
+            (vec!["--database-password-file", file], "there is no --database"),
+            (vec!["--database", url, "--database-password-file", empty], "its first line is empty"),
+            (vec!["--database", url, "--database-password-file", "/no/such/file"], "/no/such/file"),
+            (vec!["--lease", "0"], "--lease"),
+        ] {
+            let Err(ConfigError::Mistakes(mistakes)) = parse(&arguments) else { panic!("{arguments:?}") };
+            let told = mistakes.to_string();
+            assert!(told.contains(part) && !told.contains("first@"), "{told}");
         }
     }
 

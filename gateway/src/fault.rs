@@ -374,14 +374,9 @@ mod tests {
 
     #[test]
     fn a_record_gives_the_fault_back() {
-        for kind in [
-            Kind::Invalid,
-            Kind::Precondition,
-            Kind::Exhausted,
-            Kind::Unavailable,
-            Kind::Rejected,
-            Kind::Internal,
-        ] {
+        for kind in
+            [Kind::Invalid, Kind::Precondition, Kind::Exhausted, Kind::Unavailable, Kind::Rejected, Kind::Internal]
+        {
             let fault = Fault::new(kind, "what happened").at(Stage::VaeDecode);
             assert_eq!(Fault::from_failure(&fault.to_failure()), fault);
         }

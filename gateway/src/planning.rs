@@ -110,6 +110,7 @@ pub fn plan(
         size: size.map(|(width, height)| PictureSize { width: on_grid(width), height: on_grid(height) }),
         frames: request.frames,
         steps: request.steps,
+        prompt_tokens: None,
     };
     planner.plan(&wanted).map_err(|refusal| refused(&refusal))
 }

@@ -88,10 +88,10 @@ impl Gateway {
     /// A gateway on the given stages; it goes on with what an earlier process left unfinished in the data folder. Call
     /// it inside a tokio runtime.
     ///
-    /// Errors: the data folder cannot be used.
+    /// Errors: the data folder or the database cannot be used.
     pub async fn new(options: &Options, stages: Stages) -> Result<Self, StoreError> {
         let inner = Inner {
-            store: Store::open(&options.data_dir).await?,
+            store: Store::open(&options.data_dir, &options.records).await?,
             stages,
             options: options.clone(),
             uploads: Mutex::default(),

@@ -20,8 +20,8 @@ pub fn join_heads(x: &Tensor) -> candle_core::Result<Tensor> {
 ///
 /// - returns: `(1, length, length)`, f32
 pub fn causal_mask(length: usize, device: &candle_core::Device) -> candle_core::Result<Tensor> {
-    let values: Vec<f32> =
-        (0..length).flat_map(|i| (0..length).map(move |j| if j <= i { 0.0 } else { f32::NEG_INFINITY })).collect();
+    let mut values = vec![f32::NEG_INFINITY; length * length];
+    values.chunks_mut(length.max(1)).enumerate().for_each(|(i, row)| row[..=i].fill(0.0));
     Tensor::from_vec(values, (1, length, length), device)
 }
 

@@ -87,7 +87,7 @@ pub(crate) async fn run(lease: Arc<Lease>, workshop: Workshop) {
     };
     if !matches!(end, End::Done(..)) {
         // Calls in flight are gone with the future that made them; the session may still be there.
-        Session::close(&workshop.stages, run.id()).await;
+        Session::close(&workshop.stages, run.session_id()).await;
     }
     conclude(&run, end).await;
 }
@@ -159,21 +159,21 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
         run.enter(GenerationState::Denoising).await;
         let began = run.stage_began(Stage::Diffusion).await;
         let header = OpenSessionHeader {
-            session_id: run.id(),
+            session_id: run.session_id(),
             generation_id: run.id(),
             audio_frames: prepared.heard as u32,
             fps: planner::clip::FPS as f32,
         };
         if run.goes_on() {
             // What an earlier process left open holds memory that opening it again may need.
-            Session::close(&run.stages, run.id()).await;
+            Session::close(&run.stages, run.earlier_session_id()).await;
         }
         let mut session =
             Session::new(run.stages.clone(), (run.patience.clone(), workshop.pace), header, conditions.tensors);
         denoise.run(run, &prepared, &mut session).await?;
         run.stage_ended(Stage::Diffusion, began, session.memory()).await;
         drop(session);
-        Session::close(&run.stages, run.id()).await;
+        Session::close(&run.stages, run.session_id()).await;
     }
 
     run.enter(GenerationState::Decoding).await;

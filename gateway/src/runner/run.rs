@@ -61,6 +61,17 @@ impl Run {
         self.lease.id().to_string()
     }
 
+    /// The name of this run's session on the transformer's worker. A run that goes on elsewhere has another, so that
+    /// two never share features, even while the earlier holder of the lease does not know yet that it lost it.
+    pub(crate) fn session_id(&self) -> String {
+        session_id(&self.lease, self.lease.number())
+    }
+
+    /// The name of the session that the run before this one had.
+    pub(crate) fn earlier_session_id(&self) -> String {
+        session_id(&self.lease, self.lease.number() - 1)
+    }
+
     /// Says that a state begins.
     pub(crate) async fn enter(&self, state: GenerationState) {
         let percent = match state {
@@ -219,6 +230,10 @@ impl Run {
     fn lock(&self) -> MutexGuard<'_, Inside> {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn session_id(lease: &Lease, number: i64) -> String {
+    format!("{}-{number}", lease.id())
 }
 
 /// What a stage and its device hold; nothing of a stage that does not tell.

@@ -1,7 +1,7 @@
 //! Files by the SHA-256 of their content: a name that exists holds exactly these bytes, or reading says so.
 //!
-//! A file is written under another name, flushed, renamed, and its folder is flushed, before anyone is told its hash.
-//! So a loss of power at any moment leaves either the whole file or none.
+//! A file is written in the folder for work, flushed, renamed, and its new folder is flushed, before anyone is told its
+//! hash. So a loss of power at any moment leaves either the whole file or none.
 
 use std::{
     fs::{self, File},
@@ -14,8 +14,6 @@ use tempfile::NamedTempFile;
 
 /// Bytes that are hashed at a time.
 const BUFFER: usize = 1 << 20;
-/// Prefix of files that are not whole yet.
-const UNFINISHED: &str = ".part-";
 
 /// A file that is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,40 +28,38 @@ pub struct Artifact {
 #[derive(Debug, Clone)]
 pub(crate) struct Artifacts {
     dir: PathBuf,
+    /// Where files are that are not whole yet.
+    work: PathBuf,
 }
 
 impl Artifacts {
-    /// Opens the folder, made if missing, and removes what was being written when an earlier process ended.
-    pub(crate) fn open(dir: &Path) -> io::Result<Self> {
+    /// Opens the folder, made if missing. `work` is a folder of the same file system.
+    pub(crate) fn open(dir: &Path, work: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        for entry in fs::read_dir(dir)? {
-            let entry = entry?;
-            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
-                fs::remove_file(entry.path())?;
-            }
-        }
-        Ok(Self { dir: dir.to_owned() })
+        Ok(Self { dir: dir.to_owned(), work: work.to_owned() })
     }
 
-    /// Keeps bytes.
-    pub(crate) fn put(&self, bytes: &[u8]) -> io::Result<Artifact> {
-        let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(&self.dir)?;
+    /// Keeps bytes under their hash, which the caller knows.
+    pub(crate) fn put(&self, bytes: &[u8], artifact: &Artifact) -> io::Result<()> {
+        let mut file = NamedTempFile::new_in(&self.work)?;
         file.write_all(bytes)?;
-        let hash = hex(digest::digest(&digest::SHA256, bytes).as_ref());
         file.as_file().sync_all()?;
-        self.place(file, &hash)?;
-        Ok(Artifact { hash, bytes: bytes.len() as u64 })
+        self.place(file, &artifact.hash)
     }
 
-    /// Keeps a file of the same file system; it is moved.
-    pub(crate) fn adopt(&self, path: &Path) -> io::Result<Artifact> {
+    /// Hash and length of a file, which is flushed.
+    pub(crate) fn weigh(path: &Path) -> io::Result<Artifact> {
         let mut file = File::open(path)?;
         let (hash, bytes) = sum(&mut file)?;
         file.sync_all()?;
-        let shelf = self.shelf(&hash)?;
-        fs::rename(path, shelf.join(&hash))?;
-        File::open(shelf)?.sync_all()?;
         Ok(Artifact { hash, bytes })
+    }
+
+    /// Keeps a file of the same file system that was weighed; it is moved.
+    pub(crate) fn adopt(&self, path: &Path, artifact: &Artifact) -> io::Result<()> {
+        let shelf = self.shelf(&artifact.hash)?;
+        fs::rename(path, shelf.join(&artifact.hash))?;
+        File::open(shelf)?.sync_all()
     }
 
     fn place(&self, file: NamedTempFile, hash: &str) -> io::Result<()> {
@@ -131,6 +127,13 @@ impl Artifacts {
     }
 }
 
+impl Artifact {
+    /// What bytes are once they are kept.
+    pub(crate) fn of(bytes: &[u8]) -> Self {
+        Self { hash: sha256(bytes), bytes: bytes.len() as u64 }
+    }
+}
+
 /// The SHA-256 of bytes, in hexadecimal.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex(digest::digest(&digest::SHA256, bytes).as_ref())
@@ -167,21 +170,30 @@ fn sum(file: &mut File) -> io::Result<(String, u64)> {
 mod tests {
     use super::*;
 
-    fn names(dir: &Path) -> Vec<String> {
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    fn open(dir: &Path) -> Artifacts {
+        let work = dir.join("work");
+        fs::create_dir_all(&work).unwrap();
+        Artifacts::open(&dir.join("files"), &work).unwrap()
+    }
+
+    fn keep(artifacts: &Artifacts, bytes: &[u8]) -> Artifact {
+        let artifact = Artifact::of(bytes);
+        artifacts.put(bytes, &artifact).unwrap();
+        artifact
     }
 
     #[test]
     fn what_is_kept_is_read_again_under_its_sha_256() {
         let dir = tempfile::tempdir().unwrap();
-        let artifacts = Artifacts::open(dir.path()).unwrap();
-        let kept = artifacts.put(b"abc").unwrap();
+        let artifacts = open(dir.path());
+        let kept = keep(&artifacts, b"abc");
         assert_eq!(kept.hash, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         assert_eq!(kept.bytes, 3);
         assert_eq!(artifacts.read(&kept).unwrap(), b"abc");
         let moved = dir.path().join("video.mp4");
         fs::write(&moved, b"abc").unwrap();
-        assert_eq!(artifacts.adopt(&moved).unwrap(), kept);
+        assert_eq!(Artifacts::weigh(&moved).unwrap(), kept);
+        artifacts.adopt(&moved, &kept).unwrap();
         assert!(!moved.exists());
         assert_eq!(artifacts.hashes().unwrap(), std::slice::from_ref(&kept.hash));
         artifacts.remove(&kept.hash).unwrap();
@@ -189,7 +201,7 @@ mod tests {
         assert_eq!(artifacts.read(&kept).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
-    /// A write that stops at any byte is a file under its first name; one that a disk damaged is a file of another
+    /// A write that stops at any byte is a file in the folder for work; one that a disk damaged is a file of another
     /// hash. Neither is ever taken for the bytes.
     #[test]
     fn a_write_cut_at_any_byte_leaves_the_old_state_and_the_next_one_is_whole() {
@@ -198,18 +210,18 @@ mod tests {
         let hash = sha256(&bytes);
         let wanted = Artifact { hash: hash.clone(), bytes: 256 };
         for cut in 0..=bytes.len() {
-            fs::write(dir.path().join(format!("{UNFINISHED}x")), &bytes[..cut]).unwrap();
-            let artifacts = Artifacts::open(dir.path()).unwrap();
+            let artifacts = open(dir.path());
+            fs::write(dir.path().join("work").join("unfinished"), &bytes[..cut]).unwrap();
             assert_eq!(artifacts.read(&wanted).unwrap_err().kind(), io::ErrorKind::NotFound, "cut at {cut}");
-            assert!(names(dir.path()).iter().all(|name| !name.starts_with(UNFINISHED)), "cut at {cut}");
-            assert_eq!(artifacts.put(&bytes).unwrap(), wanted);
-            let path = dir.path().join(&hash[..2]).join(&hash);
+            assert!(artifacts.hashes().unwrap().is_empty(), "cut at {cut}");
+            assert_eq!(keep(&artifacts, &bytes), wanted);
+            let path = dir.path().join("files").join(&hash[..2]).join(&hash);
             if cut < bytes.len() {
                 fs::write(&path, &bytes[..cut]).unwrap();
                 assert_eq!(artifacts.read(&wanted).unwrap_err().kind(), io::ErrorKind::InvalidData, "cut at {cut}");
                 assert_eq!(artifacts.open_file(&wanted).unwrap_err().kind(), io::ErrorKind::InvalidData);
             }
-            assert_eq!(artifacts.put(&bytes).unwrap(), wanted);
+            assert_eq!(keep(&artifacts, &bytes), wanted);
             assert_eq!(artifacts.read(&wanted).unwrap(), bytes);
             artifacts.remove(&hash).unwrap();
         }
@@ -218,7 +230,7 @@ mod tests {
     #[test]
     fn a_name_that_is_no_hash_reaches_no_path() {
         let dir = tempfile::tempdir().unwrap();
-        let artifacts = Artifacts::open(&dir.path().join("files")).unwrap();
+        let artifacts = open(dir.path());
         fs::write(dir.path().join("secret"), b"x").unwrap();
         for hash in ["", "../secret", "é", &"A".repeat(64), &"0".repeat(63)] {
             let error = artifacts.read(&Artifact { hash: hash.to_owned(), bytes: 1 }).unwrap_err();

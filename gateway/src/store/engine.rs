@@ -12,6 +12,8 @@ pub(crate) enum Access {
     Read,
     /// Change it; what is committed outlives a loss of power.
     Write,
+    /// Change the tables; nobody else does so meanwhile.
+    Schema,
 }
 
 /// A parameter, or a column of an answer.
@@ -65,6 +67,9 @@ pub(crate) enum SqlError {
     /// A row with this key is there already.
     #[error("a row with this key is there already")]
     Unique,
+    /// It does not answer now, or cannot do it now; the same may well be done later.
+    #[error("the database does not answer: {0}")]
+    Away(String),
     /// Anything else.
     #[error("the database: {0}")]
     Other(String),
@@ -124,6 +129,29 @@ pub(crate) trait Engine: Debug + Send + Sync {
 
     /// What this database calls a column of bytes.
     fn bytes_type(&self) -> &'static str;
+
+    /// The statement that takes a generation for the holder of a lease until `$1`: the one with the id `$2`, if its
+    /// state is below `$3` and its lease ended by `$4`. One that somebody is just changing is left alone.
+    fn claim(&self) -> &'static str;
+
+    /// Whether other processes may use the database too.
+    fn is_shared(&self) -> bool;
+
+    /// Milliseconds since 1970, by the one clock of all who use the database.
+    async fn now_ms(&self) -> Result<u64, SqlError>;
+
+    /// From the answer on until it is released nobody removes files of these hashes.
+    async fn name_files(&self, hashes: &[&str]) -> Result<Box<dyn Hold>, SqlError>;
+
+    /// From the answer on until it is released nobody names a file of this hash; `None` while somebody is about to.
+    async fn remove_file(&self, hash: &str) -> Result<Option<Box<dyn Hold>>, SqlError>;
+}
+
+/// Keeps others away from files. Dropping it releases it too, a little later.
+#[tonic::async_trait]
+pub(crate) trait Hold: Send {
+    /// Lets the others go on.
+    async fn release(self: Box<Self>);
 }
 
 /// Statements that take effect together, or not at all.
@@ -203,10 +231,15 @@ macro_rules! transaction {
 
         fn failed(error: sqlx::Error) -> $crate::store::engine::SqlError {
             use $crate::store::engine::SqlError;
-            match error.as_database_error() {
-                Some(fault) if fault.is_unique_violation() => SqlError::Unique,
-                Some(fault) if fault.code().is_some_and(|code| code == FULL) => {
-                    SqlError::Full(fault.message().to_owned())
+            match &error {
+                sqlx::Error::Database(fault) if fault.is_unique_violation() => SqlError::Unique,
+                sqlx::Error::Database(fault) => match fault.code() {
+                    Some(code) if code == FULL => SqlError::Full(fault.message().to_owned()),
+                    Some(code) if is_away(&code) => SqlError::Away(fault.message().to_owned()),
+                    _ => SqlError::Other(error.to_string()),
+                },
+                sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => {
+                    SqlError::Away(error.to_string())
                 }
                 _ => SqlError::Other(error.to_string()),
             }

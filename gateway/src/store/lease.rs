@@ -1,21 +1,25 @@
 //! The right to drive a generation: whoever holds it adds the events, and nobody else.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Progress, Stage};
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    HEARTBEAT, LEASE, Store,
-    artifacts::Artifact,
-    blocking, identity,
+    BEATS, Store,
+    artifacts::{Artifact, Artifacts},
+    blocking,
+    engine::SqlError,
+    identity,
     ledger::{Append, Row},
     life, lock, role, unix_ms,
 };
 use crate::fault::{Fault, Kind};
 
+/// How often the clock of the day is looked at where a deadline is waited for.
+const CLOCK: Duration = Duration::from_secs(5);
 /// How long a change waits before it is tried again, where the database refused it.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -108,6 +112,11 @@ impl Lease {
         self.id
     }
 
+    /// Its number; a later lease on the same generation has a higher one.
+    pub(crate) fn number(&self) -> i64 {
+        self.number
+    }
+
     /// Cancelled when the caller wants the generation stopped.
     pub(crate) fn cancel_token(&self) -> &CancellationToken {
         &self.cancel
@@ -126,9 +135,16 @@ impl Lease {
     /// The warnings that were given before this process took the generation.
     pub(crate) async fn warned(&self) -> Vec<String> {
         let last = self.inside.lock().await.1;
-        let events = self.store.inner.ledger.events(self.id, 1, i64::try_from(last).unwrap_or(i64::MAX)).await;
+        let last = i64::try_from(last).unwrap_or(i64::MAX);
+        let events = patiently(|| self.store.inner.ledger.events(self.id, 1, last)).await;
         let events = events.unwrap_or_default().into_iter();
         events.filter(|event| event.warning).map(|event| event.message).collect()
+    }
+
+    /// Whether a store gave it.
+    #[cfg(test)]
+    pub(super) fn is_of(&self, store: &Store) -> bool {
+        Arc::ptr_eq(&self.store.inner, &store.inner)
     }
 
     /// Stores a change and tells those who watch; what may not follow the state is left out.
@@ -149,11 +165,14 @@ impl Lease {
     pub(crate) async fn complete(self: &Arc<Self>, video: PathBuf, change: Change) -> Result<(), Fault> {
         let lease = Arc::clone(self);
         let stored = tokio::spawn(async move {
-            let naming = lease.store.inner.naming.read().await;
-            let artifacts = lease.store.inner.artifacts.clone();
-            let video = blocking(move || artifacts.adopt(&video)).await?;
-            let unused = lease.store_change(change, Some(video)).await;
-            drop(naming);
+            let weighed = video.clone();
+            let kept = blocking(move || Artifacts::weigh(&weighed)).await?;
+            let hashes = [kept.hash.as_str()];
+            let naming = patiently(|| lease.store.inner.ledger.name_files(&hashes)).await?;
+            let (artifacts, wanted) = (lease.store.inner.artifacts.clone(), kept.clone());
+            blocking(move || artifacts.adopt(&video, &wanted)).await?;
+            let unused = lease.store_change(change, Some(kept)).await;
+            naming.release().await;
             drop_files(&lease.store, unused).await;
             Ok(())
         });
@@ -202,12 +221,12 @@ impl Lease {
 
     /// A file of the generation.
     async fn artifact(&self, role: &str) -> Option<Artifact> {
-        self.store.inner.ledger.artifact(self.id, role).await.ok().flatten()
+        patiently(|| self.store.inner.ledger.artifact(self.id, role)).await.ok().flatten()
     }
 
     /// The bytes of a file that the generation was made with.
     pub(crate) async fn read(&self, role: &'static str) -> Result<Vec<u8>, Fault> {
-        let artifact = self.store.inner.ledger.artifact(self.id, role).await?;
+        let artifact = patiently(|| self.store.inner.ledger.artifact(self.id, role)).await?;
         let artifact = artifact.ok_or_else(|| Fault::internal("a file of the generation is gone", &role))?;
         let artifacts = self.store.inner.artifacts.clone();
         blocking(move || artifacts.read(&artifact)).await
@@ -217,13 +236,12 @@ impl Lease {
     pub(crate) async fn checkpoint(&self, step: usize, plan: &str, latents: &[f32]) -> Result<(), Fault> {
         let bytes: Vec<u8> = latents.iter().flat_map(|value| value.to_le_bytes()).collect();
         let before = self.artifact(role::LATENTS).await;
-        let naming = self.store.inner.naming.read().await;
-        let artifacts = self.store.inner.artifacts.clone();
-        let kept = blocking(move || artifacts.put(&bytes)).await?;
+        let ([kept], naming) = self.store.keep([bytes]).await?;
         let step = u32::try_from(step).unwrap_or(u32::MAX);
         let ledger = &self.store.inner.ledger;
-        let held = ledger.checkpoint((self.id, self.number), (step, plan), (role::LATENTS, &kept)).await?;
-        drop(naming);
+        let held =
+            patiently(|| ledger.checkpoint((self.id, self.number), (step, plan), (role::LATENTS, &kept))).await?;
+        naming.release().await;
         if !held {
             self.lost.cancel();
         }
@@ -261,9 +279,8 @@ impl Lease {
 
     /// What a stage gave before for the same inputs and the same model; it is the generation's in `role` then.
     pub(crate) async fn stage_output(&self, role: &'static str, key: &str) -> Option<Vec<u8>> {
-        let naming = self.store.inner.naming.read().await;
-        let known = self.store.inner.ledger.use_stage_output((self.id, role), key, unix_ms()).await;
-        drop(naming);
+        let (ledger, who) = (&self.store.inner.ledger, (self.id, self.number, role));
+        let known = patiently(|| ledger.use_stage_output(who, key, unix_ms())).await;
         let artifact = known.ok().flatten()?;
         let artifacts = self.store.inner.artifacts.clone();
         blocking(move || artifacts.read(&artifact)).await.ok()
@@ -271,10 +288,15 @@ impl Lease {
 
     /// Keeps what a stage gave.
     pub(crate) async fn keep_stage_output(&self, role: &'static str, key: &str, output: Vec<u8>) -> Result<(), Fault> {
-        let _naming = self.store.inner.naming.read().await;
-        let artifacts = self.store.inner.artifacts.clone();
-        let kept = blocking(move || artifacts.put(&output)).await?;
-        Ok(self.store.inner.ledger.keep_stage_output((self.id, role), (key, &kept), unix_ms()).await?)
+        let ([kept], naming) = self.store.keep([output]).await?;
+        let (ledger, who) = (&self.store.inner.ledger, (self.id, self.number, role));
+        let held = patiently(|| ledger.keep_stage_output(who, (key, &kept), unix_ms())).await?;
+        naming.release().await;
+        if !held {
+            self.lost.cancel();
+            drop_files(&self.store, vec![kept.hash]).await;
+        }
+        Ok(())
     }
 
     /// Resolves once the deadline that the caller gave has passed; never without one.
@@ -283,23 +305,31 @@ impl Lease {
         let Some(deadline) = deadline else { return std::future::pending().await };
         // In pieces: the clock of the day may be set meanwhile.
         while let Some(left) = deadline.checked_sub(unix_ms()).filter(|left| *left > 0) {
-            tokio::time::sleep(Duration::from_millis(left).min(HEARTBEAT)).await;
+            tokio::time::sleep(Duration::from_millis(left).min(CLOCK)).await;
         }
         late()
     }
 
     /// Gives signs of life until the lease is lost.
     pub(crate) async fn keep_alive(&self) {
-        let mut beat = tokio::time::interval(HEARTBEAT);
+        let mut beat = tokio::time::interval(self.store.inner.lease / BEATS);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             beat.tick().await;
-            match self.store.inner.ledger.renew(self.id, self.number, unix_ms() + LEASE.as_millis() as u64).await {
+            match self.renew().await {
                 Ok(Some(true)) => self.cancel.cancel(),
                 Ok(Some(false)) => {}
                 Ok(None) => return self.lost.cancel(),
                 Err(error) => tracing::error!(generation_id = %self.id, %error, "the lease was not renewed"),
             }
         }
+    }
+
+    /// Prolongs the lease; `None` when it is lost, else whether the caller wants the generation stopped.
+    pub(super) async fn renew(&self) -> Result<Option<bool>, SqlError> {
+        let ledger = &self.store.inner.ledger;
+        let until = ledger.now_ms().await?.saturating_add(self.store.lease_ms());
+        ledger.renew(self.id, self.number, until).await
     }
 
     /// Gives the generation back as it is, so that somebody can go on with it.
@@ -313,6 +343,22 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         lock(&self.store.inner.running).remove(&self.id);
+    }
+}
+
+/// Does it again while the database does not answer: what runs waits, and does not fail.
+pub(super) async fn patiently<T, F>(mut work: impl FnMut() -> F) -> Result<T, SqlError>
+where
+    F: Future<Output = Result<T, SqlError>>,
+{
+    loop {
+        match work().await {
+            Err(SqlError::Away(reason)) => {
+                tracing::warn!(reason, "the database is waited for");
+                tokio::time::sleep(AGAIN).await;
+            }
+            done => return done,
+        }
     }
 }
 

@@ -1,6 +1,9 @@
 //! The statements of the store, written once for every engine.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use prost::Message as _;
 use proto::v1::{Generation, GenerationEvent, GenerationState};
@@ -8,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     artifacts::Artifact,
-    engine::{Access, Cells, Engine, SqlError},
+    engine::{Access, Cells, Engine, Hold, SqlError},
     life,
     turns::{Waiting, in_turn},
     webhooks,
@@ -44,7 +47,9 @@ pub(crate) struct NewRow<'a> {
     pub(crate) order: &'a Order,
     /// Hash of what was asked for.
     pub(crate) request_hash: &'a str,
-    /// It belongs to a call, and goes with this process.
+    /// The gateway's process that accepts it.
+    pub(crate) replica: &'a str,
+    /// It belongs to a call, and goes with that process.
     pub(crate) attached: bool,
     /// Its files.
     pub(crate) artifacts: &'a [(&'static str, Artifact)],
@@ -99,6 +104,32 @@ impl Ledger {
         Self { engine }
     }
 
+    /// Whether other processes may use the tables too.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.engine.is_shared()
+    }
+
+    /// Milliseconds since 1970, by the one clock of all who use the tables.
+    pub(crate) async fn now_ms(&self) -> Result<u64, SqlError> {
+        self.engine.now_ms().await
+    }
+
+    /// Keeps files of these hashes from being removed before a record names them, until it is released.
+    pub(crate) async fn name_files(&self, hashes: &[&str]) -> Result<Box<dyn Hold>, SqlError> {
+        self.engine.name_files(hashes).await
+    }
+
+    /// Allows a file to be removed until it is released; `None` where it belongs to a generation, is a stage's output,
+    /// or is about to become so.
+    pub(crate) async fn remove_file(&self, hash: &str) -> Result<Option<Box<dyn Hold>>, SqlError> {
+        let Some(alone) = self.engine.remove_file(hash).await? else { return Ok(None) };
+        if self.is_used(hash).await? {
+            alone.release().await;
+            return Ok(None);
+        }
+        Ok(Some(alone))
+    }
+
     /// Keeps a new generation with its first event, unless its key is known.
     pub(crate) async fn insert(&self, new: NewRow<'_>) -> Result<Inserted, SqlError> {
         let id = new.generation.generation_id.as_str();
@@ -117,8 +148,9 @@ impl Ledger {
         }
         transaction
             .execute(
-                "INSERT INTO generations (id, state, ended_ms, last_event, caller, priority, idempotency_key, request_hash, attached, cancel, lease, \
-                 lease_until_ms, resume_step, resume_plan, body) VALUES ($1, $2, 0, $3, $4, $5, $6, $7, $8, 0, 0, 0, 0, '', $9)",
+                "INSERT INTO generations (id, state, ended_ms, last_event, caller, priority, idempotency_key, request_hash, \
+                 attached, cancel, lease, lease_until_ms, resume_step, resume_plan, body, replica) \
+                 VALUES ($1, $2, 0, $3, $4, $5, $6, $7, $8, 0, 0, 0, 0, '', $9, $10)",
                 &[
                     id.into(),
                     i64::from(new.generation.state).into(),
@@ -129,6 +161,7 @@ impl Ledger {
                     new.request_hash.into(),
                     i64::from(new.attached).into(),
                     new.generation.encode_to_vec().into(),
+                    new.replica.into(),
                 ],
             )
             .await?;
@@ -300,11 +333,7 @@ impl Ledger {
         let id = id.to_string();
         let mut transaction = self.engine.begin(Access::Write).await?;
         let taken = transaction
-            .execute(
-                "UPDATE generations SET lease = lease + 1, lease_until_ms = $1 \
-                 WHERE id = $2 AND state < $3 AND lease_until_ms <= $4",
-                &[until_ms.into(), id.as_str().into(), FIRST_END.into(), now_ms.into()],
-            )
+            .execute(self.engine.claim(), &[until_ms.into(), id.as_str().into(), FIRST_END.into(), now_ms.into()])
             .await?;
         if taken == 0 {
             return Ok(None);
@@ -344,9 +373,21 @@ impl Ledger {
         self.write("UPDATE generations SET lease_until_ms = 0", &[]).await.map(drop)
     }
 
-    /// Ids of the generations that belonged to a call.
-    pub(crate) async fn attached(&self) -> Result<Vec<Uuid>, SqlError> {
-        let rows = self.read("SELECT id FROM generations WHERE attached = 1", &[]).await?;
+    /// Notes that a gateway's process is there until a time, if it gives no other sign of life.
+    pub(crate) async fn present(&self, replica: &str, until_ms: u64) -> Result<(), SqlError> {
+        self.write(PRESENT, &[replica.into(), until_ms.into()]).await.map(drop)
+    }
+
+    /// Forgets all processes. Only for a database that nobody else uses.
+    pub(crate) async fn forget_replicas(&self) -> Result<(), SqlError> {
+        self.write("DELETE FROM replicas", &[]).await.map(drop)
+    }
+
+    /// Ids of the generations that belonged to a call of a process that is not there any more.
+    pub(crate) async fn abandoned(&self, now_ms: u64) -> Result<Vec<Uuid>, SqlError> {
+        let query = "SELECT id FROM generations WHERE attached = 1 \
+                     AND replica NOT IN (SELECT name FROM replicas WHERE until_ms > $1)";
+        let rows = self.read(query, &[now_ms.into()]).await?;
         rows.iter().map(|row| identity(row.text(0)?)).collect()
     }
 
@@ -371,7 +412,10 @@ impl Ledger {
             )
             .await?;
         if changed == 0 {
-            return Ok(false);
+            // Nobody else writes under this lease: a repetition of what was stored without an answer changes nothing.
+            let query = "SELECT last_event FROM generations WHERE id = $1 AND lease = $2";
+            let rows = transaction.rows(query, &[id.into(), lease.into()]).await?;
+            return rows.first().map_or(Ok(false), |row| Ok(row.count(0)? == event.number));
         }
         transaction
             .execute(
@@ -448,32 +492,42 @@ impl Ledger {
         rows.first().map(artifact).transpose()
     }
 
-    /// What a stage gave for the inputs and the model of a key; from now on also the generation's in the role.
+    /// What a stage gave for the inputs and the model of a key; from now on also the generation's in the role, which
+    /// only the holder of its lease can make it.
     pub(crate) async fn use_stage_output(
         &self,
-        (id, role): (Uuid, &'static str),
+        (id, lease, role): (Uuid, i64, &'static str),
         key: &str,
         now_ms: u64,
     ) -> Result<Option<Artifact>, SqlError> {
+        let id = id.to_string();
         let mut transaction = self.engine.begin(Access::Write).await?;
+        if transaction.execute(HELD, &[id.as_str().into(), lease.into()]).await? == 0 {
+            return Ok(None);
+        }
+        // Changed before it is read: nobody forgets it in between.
+        let used = "UPDATE stage_outputs SET used_ms = $1 WHERE key = $2";
+        transaction.execute(used, &[now_ms.into(), key.into()]).await?;
         let rows = transaction.rows("SELECT hash, bytes FROM stage_outputs WHERE key = $1", &[key.into()]).await?;
         let Some(artifact) = rows.first().map(artifact).transpose()? else { return Ok(None) };
-        transaction
-            .execute("UPDATE stage_outputs SET used_ms = $1 WHERE key = $2", &[now_ms.into(), key.into()])
-            .await?;
-        transaction.execute(KEEP_ARTIFACT, &artifact_values(&id.to_string(), role, &artifact)).await?;
+        transaction.execute(KEEP_ARTIFACT, &artifact_values(&id, role, &artifact)).await?;
         transaction.commit().await?;
         Ok(Some(artifact))
     }
 
-    /// Notes what a stage gave for the inputs and the model of a key.
+    /// Notes what a stage gave for the inputs and the model of a key; false, and nothing is noted, when the lease is
+    /// lost.
     pub(crate) async fn keep_stage_output(
         &self,
-        (id, role): (Uuid, &'static str),
+        (id, lease, role): (Uuid, i64, &'static str),
         (key, output): (&str, &Artifact),
         now_ms: u64,
-    ) -> Result<(), SqlError> {
+    ) -> Result<bool, SqlError> {
+        let id = id.to_string();
         let mut transaction = self.engine.begin(Access::Write).await?;
+        if transaction.execute(HELD, &[id.as_str().into(), lease.into()]).await? == 0 {
+            return Ok(false);
+        }
         transaction
             .execute(
                 "INSERT INTO stage_outputs (key, hash, bytes, used_ms) VALUES ($1, $2, $3, $4) \
@@ -481,12 +535,19 @@ impl Ledger {
                 &[key.into(), output.hash.as_str().into(), output.bytes.into(), now_ms.into()],
             )
             .await?;
-        transaction.execute(KEEP_ARTIFACT, &artifact_values(&id.to_string(), role, output)).await?;
-        transaction.commit().await
+        transaction.execute(KEEP_ARTIFACT, &artifact_values(&id, role, output)).await?;
+        transaction.commit().await?;
+        Ok(true)
+    }
+
+    /// Hashes of all files that belong to generations or are stages' outputs.
+    pub(crate) async fn used_files(&self) -> Result<HashSet<String>, SqlError> {
+        let rows = self.read("SELECT hash FROM artifacts UNION SELECT hash FROM stage_outputs", &[]).await?;
+        rows.iter().map(|row| row.text(0).map(str::to_owned)).collect()
     }
 
     /// Whether a file belongs to a generation or is a stage's output.
-    pub(crate) async fn is_used(&self, hash: &str) -> Result<bool, SqlError> {
+    async fn is_used(&self, hash: &str) -> Result<bool, SqlError> {
         let rows = self
             .read(
                 "SELECT hash FROM artifacts WHERE hash = $1 UNION ALL SELECT hash FROM stage_outputs WHERE hash = $1",
@@ -526,6 +587,10 @@ const SERVED: &str = "INSERT INTO callers (caller, served) \
      ON CONFLICT (caller) DO UPDATE SET served = excluded.served";
 const KEEP_ARTIFACT: &str = "INSERT INTO artifacts (generation_id, role, hash, bytes) VALUES ($1, $2, $3, $4) \
      ON CONFLICT (generation_id, role) DO UPDATE SET hash = excluded.hash, bytes = excluded.bytes";
+/// Changes nothing, and keeps others from changing the generation for the rest of the transaction, where the lease holds.
+const HELD: &str = "UPDATE generations SET lease = lease WHERE id = $1 AND lease = $2";
+const PRESENT: &str = "INSERT INTO replicas (name, until_ms) VALUES ($1, $2) \
+     ON CONFLICT (name) DO UPDATE SET until_ms = excluded.until_ms";
 const DROP_ARTIFACT: &str = "DELETE FROM artifacts WHERE generation_id = $1 AND role = $2";
 
 fn artifact_values(id: &str, role: &str, artifact: &Artifact) -> [super::engine::Value; 4] {

@@ -1,12 +1,14 @@
 //! What the gateway keeps: a record for each generation with its events, and files by their content.
 //!
-//! All of it outlives the process. A change is on the disk before anyone is told of it.
+//! All of it outlives the process. A change is on the disk before anyone is told of it. Several processes may share the
+//! records and the folder of files; a generation is driven by the one that holds its lease.
 
 pub mod artifacts;
 mod engine;
 mod lease;
 mod ledger;
 pub mod life;
+mod postgres;
 mod schema;
 mod sqlite;
 #[cfg(test)]
@@ -18,7 +20,7 @@ use std::{
     collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -26,14 +28,15 @@ use futures::{Stream, stream};
 use proto::v1::{Generation, GenerationEvent, GenerationState};
 use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
-use tokio::sync::{Notify, RwLock, watch};
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::{
     artifacts::{Artifact, Artifacts, sha256},
-    engine::SqlError,
+    engine::{Engine, Hold, SqlError},
     ledger::{Inserted, Ledger, NewRow, Page, Row},
+    postgres::Postgres,
     sqlite::Sqlite,
 };
 use crate::{
@@ -41,7 +44,9 @@ use crate::{
     intake::Order,
 };
 
+use lease::patiently;
 pub(crate) use lease::{Change, Lease, Resume};
+pub use postgres::Database;
 pub(crate) use turns::seconds_until;
 pub(crate) use webhooks::Due;
 
@@ -65,23 +70,28 @@ pub(crate) mod role {
     pub(crate) const MATERIAL: [&str; 6] = [PICTURE, AUDIO, LATENTS, FEATURES, TEXT_STATES, REFERENCE];
 }
 
-/// How long a lease lasts after its holder's last sign of life.
-const LEASE: Duration = Duration::from_secs(15);
-/// How often the holder of a lease gives a sign of life.
-pub(crate) const HEARTBEAT: Duration = Duration::from_secs(5);
-/// How often a watcher looks for itself, besides being told.
+/// Signs of life that the holder of a lease gives while it lasts.
+const BEATS: u32 = 3;
+/// How often a watcher looks for itself, besides being told; by other processes it is not told.
 const LOOK: Duration = Duration::from_secs(5);
+const LOOK_SHARED: Duration = Duration::from_secs(1);
 /// Events that a watcher reads at a time.
 const EVENTS_AT_ONCE: i64 = 64;
 /// How long a caller who cancels is kept waiting for the end.
 const CANCEL_TIME: Duration = Duration::from_secs(10);
 
-/// The data folder cannot be used.
+/// The data folder or the database cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("the data folder {path}: {reason}")]
+#[error("{place}: {reason}")]
 pub struct StoreError {
-    path: String,
+    place: String,
     reason: String,
+}
+
+impl StoreError {
+    fn of_folder(dir: &Path, reason: impl ToString) -> Self {
+        Self { place: format!("the data folder {}", dir.display()), reason: reason.to_string() }
+    }
 }
 
 /// A request whose files are read and whose values are settled.
@@ -135,6 +145,21 @@ impl Default for Retention {
     }
 }
 
+/// Where records are, and who may go on with what another process had begun.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Records {
+    /// The database; without it a file in the data folder, which no other process uses.
+    pub database: Option<Database>,
+    /// How long after its last sign of life a process is taken for ended.
+    pub lease: Duration,
+}
+
+impl Default for Records {
+    fn default() -> Self {
+        Self { database: None, lease: Duration::from_secs(15) }
+    }
+}
+
 /// All generations. Clones are the same store.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -147,9 +172,10 @@ struct Inner {
     artifacts: Artifacts,
     /// Where files are made that are not whole yet; goes with the process.
     work: TempDir,
-    /// Held for reading from before a file is kept until a record names it, and for writing while files are removed
-    /// that no record names.
-    naming: RwLock<()>,
+    /// This process's name among those that use the records.
+    replica: String,
+    /// How long a lease lasts after its holder's last sign of life.
+    lease: Duration,
     /// Rings when there may be something to run.
     arrivals: Notify,
     /// Rings when a generation has ended.
@@ -158,61 +184,118 @@ struct Inner {
     running: Mutex<HashMap<Uuid, CancellationToken>>,
     /// Rings for those who watch a generation.
     bells: Mutex<HashMap<Uuid, watch::Sender<()>>>,
-    /// Locked as long as this process uses the folder.
-    _lock: fs::File,
+    /// Locked as long as this process uses the folder, and its folder for work.
+    _locks: [fs::File; 2],
 }
 
 impl Store {
     /// Opens the store on a folder, made if missing.
     ///
-    /// Generations that belonged to a call of an earlier process are removed; all others that had not ended can be
+    /// Generations that belonged to a call of an ended process are removed; all others that had not ended can be
     /// taken again.
     ///
-    /// Errors: the folder cannot be written, another process uses it, or a newer program made its records.
-    pub async fn open(dir: &Path) -> Result<Self, StoreError> {
-        let failed = |reason: String| StoreError { path: dir.display().to_string(), reason };
-        let refused = |error: io::Error| failed(error.to_string());
-        fs::create_dir_all(dir).map_err(refused)?;
-        let lock = fs::File::create(dir.join("lock")).map_err(refused)?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| failed("another process uses it; give each gateway a folder of its own".into()))?;
-        let work = dir.join("work");
-        if let Err(error) = fs::remove_dir_all(&work)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            // An encoder of the process before may still be ending in there.
-            tracing::warn!(%error, "unfinished files stay behind in {}", work.display());
-        }
-        fs::create_dir_all(&work).map_err(refused)?;
-        let work = tempfile::Builder::new().prefix("run-").tempdir_in(&work).map_err(refused)?;
-        let artifacts = Artifacts::open(&dir.join("artifacts")).map_err(refused)?;
-        let engine = Sqlite::open(&dir.join("avatar.db")).await.map_err(|error| failed(error.to_string()))?;
-        schema::migrate(&engine).await.map_err(|error| failed(format!("avatar.db: {error}")))?;
+    /// Errors: the folder cannot be written, another process uses it that does not share the records, the database
+    /// does not answer, or a newer program made its records.
+    pub async fn open(dir: &Path, records: &Records) -> Result<Self, StoreError> {
+        fs::create_dir_all(dir).map_err(|error| StoreError::of_folder(dir, error))?;
+        let lock = lock_folder(dir, records.database.is_some()).map_err(|error| StoreError::of_folder(dir, error))?;
+        let (place, opened) = match &records.database {
+            None => {
+                let file = dir.join("avatar.db");
+                let opened = Sqlite::open(&file).await.map(|engine| Arc::new(engine) as Arc<dyn Engine>);
+                (format!("the records {}", file.display()), opened)
+            }
+            Some(database) => {
+                let opened = Postgres::open(database).await.map(|engine| Arc::new(engine) as Arc<dyn Engine>);
+                (format!("the database {database}"), opened)
+            }
+        };
+        let refused = |reason: String| StoreError { place: place.clone(), reason };
+        let engine = opened.map_err(|error| refused(error.to_string()))?;
+        schema::migrate(&*engine).await.map_err(|error| refused(error.to_string()))?;
+        Self::with(dir, lock, engine, records.lease).await
+    }
+
+    /// A store of migrated records and a locked folder.
+    async fn with(dir: &Path, lock: fs::File, engine: Arc<dyn Engine>, lease: Duration) -> Result<Self, StoreError> {
+        let refused = |error: io::Error| StoreError::of_folder(dir, error);
+        let (work, work_lock) = own_folder(&dir.join("work")).map_err(refused)?;
+        let artifacts = Artifacts::open(&dir.join("artifacts"), work.path()).map_err(refused)?;
         let inner = Inner {
-            ledger: Ledger::new(Arc::new(engine)),
+            ledger: Ledger::new(engine),
             artifacts,
             work,
-            naming: RwLock::default(),
+            replica: Uuid::now_v7().to_string(),
+            lease,
             arrivals: Notify::new(),
             ends: Notify::new(),
             running: Mutex::default(),
             bells: Mutex::default(),
-            _lock: lock,
+            _locks: [lock, work_lock],
         };
         let store = Self { inner: Arc::new(inner) };
-        store.recover().await.map_err(|fault| failed(fault.message))?;
+        store.recover().await.map_err(|fault| StoreError::of_folder(dir, fault))?;
         Ok(store)
     }
 
-    /// Tidies up after the process before.
+    /// Tidies up after processes that have ended.
     async fn recover(&self) -> Result<(), Fault> {
-        self.inner.ledger.release_all().await?;
-        for id in self.inner.ledger.attached().await? {
+        let Inner { ledger, artifacts, .. } = &*self.inner;
+        if ledger.is_shared() {
+            self.show_presence().await?;
+            tokio::spawn(stay_present(Arc::downgrade(&self.inner)));
+        } else {
+            ledger.release_all().await?;
+            ledger.forget_replicas().await?;
+            ledger.present(&self.inner.replica, u64::MAX).await?;
+        }
+        self.remove_abandoned().await?;
+        let artifacts = artifacts.clone();
+        let mut hashes = blocking(move || artifacts.hashes()).await?;
+        // Most are used; each of the others is looked at again while nobody can name it.
+        let used = ledger.used_files().await?;
+        hashes.retain(|hash| !used.contains(hash));
+        self.remove_unused(hashes).await
+    }
+
+    async fn show_presence(&self) -> Result<(), Fault> {
+        let Inner { ledger, replica, .. } = &*self.inner;
+        let until = ledger.now_ms().await?.saturating_add(self.lease_ms());
+        Ok(ledger.present(replica, until).await?)
+    }
+
+    /// Removes the generations of calls whose process has ended.
+    async fn remove_abandoned(&self) -> Result<(), Fault> {
+        let ledger = &self.inner.ledger;
+        for id in ledger.abandoned(ledger.now_ms().await?).await? {
+            tracing::info!(generation_id = %id, "removed: the process of the call that asked for it has ended");
             self.delete(id).await?;
         }
-        let artifacts = self.inner.artifacts.clone();
-        let hashes = blocking(move || artifacts.hashes()).await?;
-        self.remove_unused(hashes).await
+        Ok(())
+    }
+
+    fn lease_ms(&self) -> u64 {
+        u64::try_from(self.inner.lease.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// How often watchers look for themselves.
+    fn look_pace(&self) -> Duration {
+        if self.inner.ledger.is_shared() { LOOK_SHARED } else { LOOK }
+    }
+
+    /// Keeps files; they are not removed before a record names them, as long as the hold is not released.
+    async fn keep<const N: usize>(&self, files: [Vec<u8>; N]) -> Result<([Artifact; N], Box<dyn Hold>), Fault> {
+        let weigh = move || {
+            let kept = files.each_ref().map(|bytes| Artifact::of(bytes));
+            Ok((files, kept))
+        };
+        let (files, kept) = blocking(weigh).await?;
+        let hashes = kept.each_ref().map(|file| file.hash.as_str());
+        let naming = patiently(|| self.inner.ledger.name_files(&hashes)).await?;
+        let (artifacts, wanted) = (self.inner.artifacts.clone(), kept.clone());
+        let put = move || files.iter().zip(&wanted).try_for_each(|(bytes, file)| artifacts.put(bytes, file));
+        blocking(put).await?;
+        Ok((kept, naming))
     }
 
     /// Keeps a new generation; once this has returned, it will be run, whatever happens to the process.
@@ -237,15 +320,14 @@ impl Store {
             progress: generation.progress,
             ..GenerationEvent::default()
         };
-        let naming = self.inner.naming.read().await;
-        let artifacts = self.inner.artifacts.clone();
-        let (picture, audio) = blocking(move || Ok((artifacts.put(&picture)?, artifacts.put(&audio)?))).await?;
+        let ([picture, audio], naming) = self.keep([picture, audio]).await?;
         let files = [(role::PICTURE, picture), (role::AUDIO, audio)];
         let new = NewRow {
             generation: &generation,
             event: &event,
             order: &order,
             request_hash: &request_hash,
+            replica: &self.inner.replica,
             attached,
             artifacts: &files,
         };
@@ -257,6 +339,7 @@ impl Store {
                     event: &event,
                     order: &order,
                     request_hash: &request_hash,
+                    replica: &self.inner.replica,
                     attached,
                     artifacts: &files,
                 };
@@ -264,7 +347,7 @@ impl Store {
             }
             other => other,
         };
-        drop(naming);
+        naming.release().await;
         match inserted {
             Ok(Inserted::New) => {
                 self.inner.arrivals.notify_waiters();
@@ -314,8 +397,9 @@ impl Store {
         Ok((generations, next))
     }
 
-    /// Removes what is kept longer or is more than wanted.
+    /// Removes what is kept longer or is more than wanted, and what nobody waits for.
     pub(crate) async fn tidy(&self, keep: &Retention) -> Result<(), Fault> {
+        self.remove_abandoned().await?;
         let forgotten = self.inner.ledger.forget_stage_outputs(keep.stage_output_bytes).await?;
         self.remove_unused(forgotten).await?;
         if let Some(age) = keep.age {
@@ -361,7 +445,7 @@ impl Store {
     /// Ids of what waits, in the order in which it is begun, and the seconds that are left of each that runs, where
     /// they are known.
     pub(crate) async fn queue(&self) -> Result<(Vec<Uuid>, Vec<Option<f64>>), Fault> {
-        let now = unix_ms();
+        let now = self.inner.ledger.now_ms().await?;
         let waiting = self.inner.ledger.waiting(now).await?.into_iter().map(|one| one.id).collect();
         let driven = self.inner.ledger.driven(now).await?.into_iter();
         let left = driven.map(|one| one.progress.and_then(|progress| progress.remaining_seconds)).collect();
@@ -419,7 +503,7 @@ impl Store {
                         next += events.len() as u64;
                         ready.extend(events.into_iter().map(Ok));
                         if ready.is_empty() && !over {
-                            let _ = tokio::time::timeout(LOOK, bell.changed()).await;
+                            let _ = tokio::time::timeout(store.look_pace(), bell.changed()).await;
                         }
                     }
                 }
@@ -457,7 +541,7 @@ impl Store {
             if life::is_terminal(generation.state()) {
                 return Ok(generation);
             }
-            let _ = tokio::time::timeout(LOOK, bell.changed()).await;
+            let _ = tokio::time::timeout(self.look_pace(), bell.changed()).await;
         }
     }
 
@@ -504,14 +588,11 @@ impl Store {
 
     /// Removes those files that belong to no generation and are no stage's output.
     async fn remove_unused(&self, hashes: Vec<String>) -> Result<(), Fault> {
-        if hashes.is_empty() {
-            return Ok(());
-        }
-        let _alone = self.inner.naming.write().await;
         for hash in hashes {
-            if !self.inner.ledger.is_used(&hash).await? {
+            if let Some(alone) = self.inner.ledger.remove_file(&hash).await? {
                 let artifacts = self.inner.artifacts.clone();
                 blocking(move || artifacts.remove(&hash)).await?;
+                alone.release().await;
             }
         }
         Ok(())
@@ -543,14 +624,14 @@ impl Store {
                 Ok(None) => {}
                 Err(fault) => tracing::error!(%fault, "the next generation cannot be read"),
             }
-            let _ = tokio::time::timeout(LOOK, arrival).await;
+            let _ = tokio::time::timeout(self.look_pace(), arrival).await;
         }
     }
 
     async fn claim_next(&self) -> Result<Option<Arc<Lease>>, Fault> {
-        let now = unix_ms();
+        let now = self.inner.ledger.now_ms().await?;
         let skip = |id| lock(&self.inner.running).contains_key(&id);
-        let row = self.inner.ledger.claim_next(now, now + LEASE.as_millis() as u64, &skip).await?;
+        let row = self.inner.ledger.claim_next(now, now.saturating_add(self.lease_ms()), &skip).await?;
         Ok(row.map(|row| Lease::new(self.clone(), row)))
     }
 
@@ -558,14 +639,14 @@ impl Store {
         if lock(&self.inner.running).contains_key(&id) {
             return Ok(None);
         }
-        let now = unix_ms();
-        let row = self.inner.ledger.claim(id, now, now + LEASE.as_millis() as u64).await?;
+        let now = self.inner.ledger.now_ms().await?;
+        let row = self.inner.ledger.claim(id, now, now.saturating_add(self.lease_ms())).await?;
         Ok(row.map(|row| Lease::new(self.clone(), row)))
     }
 
     /// Ends what waits and has a deadline that has passed.
     pub(crate) async fn end_late(&self) -> Result<(), Fault> {
-        for id in self.inner.ledger.late(unix_ms()).await? {
+        for id in self.inner.ledger.late(self.inner.ledger.now_ms().await?).await? {
             if let Some(lease) = self.claim(id).await? {
                 lease.publish(Change::late()).await;
             }
@@ -576,6 +657,58 @@ impl Store {
     /// A folder for files that are not whole yet; they can be kept without being copied.
     pub(crate) fn work_dir(&self) -> PathBuf {
         self.inner.work.path().to_owned()
+    }
+}
+
+/// Locks a data folder for this process alone, or together with others that share the records.
+fn lock_folder(dir: &Path, shared: bool) -> Result<fs::File, String> {
+    let lock = fs::File::create(dir.join("lock")).map_err(|error| error.to_string())?;
+    let (how, advice) = if shared {
+        (FlockOperation::NonBlockingLockShared, "whose records are in a file of it")
+    } else {
+        (FlockOperation::NonBlockingLockExclusive, "give each gateway a folder of its own, or --database to all")
+    };
+    flock(&lock, how).map_err(|_| format!("another process uses it; {advice}"))?;
+    Ok(lock)
+}
+
+/// Makes this process's folder for work, locked as long as the process lives, and removes those of processes that have
+/// ended.
+fn own_folder(work: &Path) -> io::Result<(TempDir, fs::File)> {
+    const MARK: &str = "lock";
+    fs::create_dir_all(work)?;
+    // One process at a time looks: a folder that is not locked is nobody's then.
+    let door = fs::File::create(work.join(MARK))?;
+    flock(&door, FlockOperation::LockExclusive)?;
+    for folder in fs::read_dir(work)? {
+        let folder = folder?.path();
+        let free = match fs::File::open(folder.join(MARK)) {
+            Ok(mark) => flock(&mark, FlockOperation::NonBlockingLockExclusive).is_ok(),
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
+        if free
+            && folder.is_dir()
+            && let Err(error) = fs::remove_dir_all(&folder)
+        {
+            // An encoder of the ended process may still be ending in there.
+            tracing::warn!(%error, "unfinished files stay behind in {}", folder.display());
+        }
+    }
+    let own = tempfile::Builder::new().prefix("run-").tempdir_in(work)?;
+    let mark = fs::File::create(own.path().join(MARK))?;
+    flock(&mark, FlockOperation::LockExclusive)?;
+    Ok((own, mark))
+}
+
+/// Gives signs of life as long as the store is used.
+async fn stay_present(inner: Weak<Inner>) {
+    loop {
+        let Some(pace) = inner.upgrade().map(|inner| inner.lease / BEATS) else { return };
+        tokio::time::sleep(pace).await;
+        let Some(inner) = inner.upgrade() else { return };
+        if let Err(fault) = (Store { inner }).show_presence().await {
+            tracing::error!(%fault, "the others cannot see that this process is there");
+        }
     }
 }
 
@@ -612,6 +745,10 @@ impl From<SqlError> for Fault {
     fn from(error: SqlError) -> Self {
         match error {
             SqlError::Full(detail) => full(&detail),
+            SqlError::Away(detail) => {
+                tracing::error!(detail, "the database does not answer");
+                Self::new(Kind::Unavailable, "the records cannot be reached now; try again")
+            }
             SqlError::Unique | SqlError::Other(_) => Fault::internal("the records cannot be used", &error),
         }
     }

@@ -3,7 +3,7 @@
 use super::engine::{Access, Engine, SqlError};
 
 /// Steps from nothing to the newest schema; a step that was released is never changed. `{bytes}` is a column of bytes.
-const STEPS: [&str; 2] = [
+const STEPS: [&str; 3] = [
     "
     CREATE TABLE generations (
         id TEXT PRIMARY KEY,
@@ -52,6 +52,13 @@ const STEPS: [&str; 2] = [
     CREATE INDEX stage_outputs_hash ON stage_outputs (hash);
 ",
     "
+    CREATE TABLE replicas (
+        name TEXT PRIMARY KEY,
+        until_ms BIGINT NOT NULL
+    );
+    ALTER TABLE generations ADD COLUMN replica TEXT NOT NULL DEFAULT '';
+",
+    "
     CREATE TABLE webhooks (
         generation_id TEXT PRIMARY KEY,
         url TEXT NOT NULL,
@@ -82,8 +89,13 @@ pub(crate) enum SchemaError {
 
 /// Brings the tables to the newest version.
 pub(crate) async fn migrate(engine: &dyn Engine) -> Result<(), SchemaError> {
-    let known = STEPS.len() as i64;
-    let mut transaction = engine.begin(Access::Write).await?;
+    take(engine, &STEPS).await
+}
+
+/// Takes those of the steps that the tables have not taken yet.
+async fn take(engine: &dyn Engine, steps: &[&str]) -> Result<(), SchemaError> {
+    let known = steps.len() as i64;
+    let mut transaction = engine.begin(Access::Schema).await?;
     transaction.script("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)".to_owned()).await?;
     let found = match transaction.rows("SELECT version FROM schema_version", &[]).await?.first() {
         Some(row) => row.int(0)?,
@@ -95,9 +107,15 @@ pub(crate) async fn migrate(engine: &dyn Engine) -> Result<(), SchemaError> {
     if found > known {
         return Err(SchemaError::Newer { found, known });
     }
-    for step in STEPS.iter().skip(usize::try_from(found).unwrap_or(0)) {
+    for step in steps.iter().skip(usize::try_from(found).unwrap_or(0)) {
         transaction.script(step.replace("{bytes}", engine.bytes_type())).await?;
     }
     transaction.execute("UPDATE schema_version SET version = $1", &[known.into()]).await?;
     Ok(transaction.commit().await?)
+}
+
+/// Brings empty tables to the version that the first release had.
+#[cfg(test)]
+pub(super) async fn first(engine: &dyn Engine) -> Result<(), SchemaError> {
+    take(engine, &STEPS[..1]).await
 }

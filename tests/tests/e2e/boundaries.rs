@@ -11,6 +11,7 @@ fn table() -> BTreeMap<&'static str, (Vec<&'static str>, Vec<&'static str>)> {
     let mut table = BTreeMap::from([
         ("proto", (vec![], vec!["tokio", "axum"])),
         ("planner", (vec![], vec!["candle-core", "tokio", "tonic"])),
+        ("postgres-server", (vec![], vec!["tokio", "sqlx"])),
         ("model", (vec!["planner"], vec!["tokio", "tonic", "axum", "clap"])),
         ("service-kit", (vec!["proto"], vec!["candle-core", "candle-nn"])),
         ("gateway", (vec!["proto", "planner", "service-kit"], vec!["candle-core", "candle-nn"])),

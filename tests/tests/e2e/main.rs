@@ -3,6 +3,7 @@
 mod batch;
 mod boundaries;
 mod cases;
+mod chaos;
 mod durable;
 mod face_model;
 mod fetch;
@@ -11,6 +12,7 @@ mod generate;
 mod hub;
 mod inputs;
 mod memory;
+mod peaks;
 mod planning;
 mod processes;
 mod quirks;

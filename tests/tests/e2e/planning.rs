@@ -130,24 +130,6 @@ fn a_tiers_window_holds_its_frames() {
     assert_eq!((code, &last["frames"], &last["denoised_frames"]), (Some(0), &7.into(), &17.into()), "{last}");
 }
 
-/// The decoder has by far the largest peak of the small model.
-#[test]
-fn the_decoders_peak_on_a_cpu_is_the_predicted_one() {
-    let folder = tempfile::tempdir().unwrap();
-    let models = tiny_models();
-    for size in ["64", "96", "128"] {
-        let (code, lines) = generate(folder.path(), &["--size", size, "--steps", "1", "--guidance-scale", "1"]);
-        let last = lines.last().unwrap();
-        assert_eq!((code, &last["frames"]), (Some(0), &7.into()), "{last}");
-        let measured = last["peak_bytes"]["vae-decode"].as_f64().unwrap();
-        let models = models.to_str().unwrap();
-        let (_, plan) = run(&["plan", "--models", models, "--size", size, "--frames", "7", "--steps", "1", "--json"]);
-        let stage = plan["stages"].as_array().unwrap().iter().find(|stage| stage["stage"] == "vae-decode").unwrap();
-        let predicted = stage["peak_bytes"].as_f64().unwrap();
-        assert!((predicted / measured - 1.0).abs() < 0.05, "{size}: {predicted} for {measured}");
-    }
-}
-
 #[tokio::test]
 async fn the_gateway_answers_from_the_same_planner() {
     let stack = Stack::one(&tiny_models());

@@ -115,9 +115,14 @@ impl Process {
 
     /// Asks the process to end, and gives its exit status.
     pub fn terminate(mut self) -> Option<i32> {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        self.signal("TERM");
         self.child.wait().unwrap().code()
+    }
+
+    /// Sends the process a signal, such as `STOP` or `CONT`.
+    pub fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap().success());
     }
 
     /// Kills the process at once.
@@ -168,8 +173,13 @@ impl Stack {
 
     /// Everything in one process.
     pub fn one(models: &Path) -> Self {
-        let arguments = ["serve", "--models", models.to_str().unwrap()].map(str::to_owned);
-        Self::start("avatar", arguments.to_vec(), Vec::new())
+        Self::one_with(models, &[])
+    }
+
+    /// Everything in one process, with more flags.
+    pub fn one_with(models: &Path, flags: &[&str]) -> Self {
+        let arguments = [&["serve", "--models", models.to_str().unwrap()], flags].concat();
+        Self::start("avatar", arguments.into_iter().map(str::to_owned).collect(), Vec::new())
     }
 
     fn start(name: &'static str, mut arguments: Vec<String>, stages: Vec<(&'static str, Process)>) -> Self {
@@ -184,6 +194,11 @@ impl Stack {
         self.gateway.kill();
         let (name, arguments) = &self.command;
         self.gateway = run(name, arguments);
+    }
+
+    /// One more gateway on the same stages and the same data.
+    pub fn another_gateway(&self) -> Process {
+        run(self.command.0, &self.command.1)
     }
 
     /// Kills a stage at once, and starts it again at the same address.

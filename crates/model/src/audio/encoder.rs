@@ -107,10 +107,12 @@ impl WhisperEncoder {
             return Err(crate::Error::input("mel", reason));
         }
         let mel = mel.to_device(self.positions.device())?.to_dtype(DType::F32)?;
-        let x = self.conv1.forward(&mel.t()?.contiguous()?)?; // (2·positions, width)
-        let x = self.conv2.forward(&x)?; //                       (positions, width)
-        let x = (x + self.positions.to_dtype(DType::F32)?)?;
-        let mut x = x.to_dtype(self.positions.dtype())?.unsqueeze(0)?;
+        let heard = {
+            let first = self.conv1.forward(&mel.t()?.contiguous()?)?; // (2·positions, width)
+            self.conv2.forward(&first)? //                               (positions, width)
+        };
+        let x = (heard + self.positions.to_dtype(DType::F32)?)?.to_dtype(self.positions.dtype())?;
+        let mut x = x.unsqueeze(0)?;
         let mut states = vec![x.squeeze(0)?];
         for layer in &self.layers {
             x = layer.forward(&x)?;

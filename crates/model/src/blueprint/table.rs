@@ -7,16 +7,18 @@ use planner::table::{self, ModelTable};
 use super::{ClipSizes, Config, LlavaSizes, Network, Shapes, Spec, TransformerSizes, VaeHalf, VaeSizes, WhisperSizes};
 use crate::{
     Error, Result,
+    audio::AudioConfig,
     checkpoint::{Choice, Stage},
     convert::Source,
-    text::{LlavaConfig, tokens::PromptTokenizer},
+    text::{LlavaConfig, NEGATIVE_PROMPT, tokens::PromptTokenizer},
     vae::VaeConfig,
     weights::{Encoding, Listed},
 };
 
 /// Bytes on the heap for each tensor of an opened checkpoint: its name, its place, its shape.
 const ENTRY_BYTES: u64 = 320;
-/// Bytes on the heap for each byte of a tokenizer's file.
+/// Bytes on the heap for a tokenizer, and for each byte of its file.
+const TOKENIZER_BYTES: u64 = 120_000;
 const TOKENIZER_FACTOR: u64 = 6;
 
 /// The table of a folder of models, in the native layout or in the official one; only headers are read.
@@ -34,7 +36,7 @@ pub fn model_table(models: &Path, choice: Choice) -> Result<ModelTable> {
             let shapes: Shapes = listed.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
             let tokenizer = part.place.join("tokenizer.json");
             if let Ok(file) = std::fs::metadata(&tokenizer) {
-                bytes += file.len().saturating_mul(TOKENIZER_FACTOR);
+                bytes += TOKENIZER_BYTES + file.len().saturating_mul(TOKENIZER_FACTOR);
             }
             let missing = |m: super::Missing| Error::file(&part.place, format!("{}: {}", m.name, m.reason));
             found.take(&part.config, &shapes, &part.place).map_err(|fault| match fault {
@@ -45,6 +47,10 @@ pub fn model_table(models: &Path, choice: Choice) -> Result<ModelTable> {
             let network = part.config.network();
             found.parts.extend(parts(network, &specs));
             found.stored.extend(stored(network, &listed).map(|precision| (stage.into(), precision)));
+            let widest = listed.iter().filter(|t| t.shape.len() > 1).max_by_key(|t| t.bytes);
+            if widest.is_some_and(|t| t.encoding == Encoding::F32) {
+                found.in_f32.push(network.into());
+            }
         }
         tables.push((stage.into(), bytes));
     }
@@ -84,16 +90,18 @@ struct Found {
     transformer: Option<table::Transformer>,
     parts: Vec<table::Part>,
     stored: Vec<(planner::Stage, planner::Precision)>,
+    in_f32: Vec<table::Network>,
 }
 
 impl Found {
     fn take(&mut self, config: &Config, shapes: &Shapes, place: &Path) -> Result<(), Fault> {
         match config {
-            Config::Whisper(config) => self.whisper = Some(whisper(&WhisperSizes::of(shapes, config)?)),
+            Config::Whisper(config) => self.whisper = Some(whisper(&WhisperSizes::of(shapes, config)?, config)),
             Config::Llava(config) => {
                 let sizes = LlavaSizes::of(shapes, config)?;
                 let tokenizer = PromptTokenizer::open(place, config, sizes.words).map_err(Fault::Error)?;
-                self.llava = Some(llava(&sizes, config, tokenizer.crop()));
+                let negative = tokenizer.encode(NEGATIVE_PROMPT).map_err(Fault::Error)?.prompt;
+                self.llava = Some(llava(&sizes, config, [tokenizer.crop(), tokenizer.limit(), negative]));
             }
             Config::Clip(config) => self.clip = Some(clip(&ClipSizes::of(shapes, config)?)),
             Config::VaeEncoder(config) => {
@@ -117,14 +125,14 @@ impl Found {
             return Err(Error::file(models, "a network is missing"));
         };
         let name = models.display().to_string();
-        let table =
-            ModelTable { name, whisper, llava, clip, vae, transformer, parts: self.parts, tables, stored: self.stored };
+        let Self { parts, stored, in_f32, .. } = self;
+        let table = ModelTable { name, whisper, llava, clip, vae, transformer, parts, tables, stored, in_f32 };
         table.check().map_err(|e| Error::file(models, e))?;
         Ok(table)
     }
 }
 
-fn whisper(sizes: &WhisperSizes) -> table::Whisper {
+fn whisper(sizes: &WhisperSizes, config: &AudioConfig) -> table::Whisper {
     let &WhisperSizes { width, inner, layers, bands, positions } = sizes;
     table::Whisper {
         width: width as u64,
@@ -132,14 +140,17 @@ fn whisper(sizes: &WhisperSizes) -> table::Whisper {
         layers: layers as u64,
         bands: bands as u64,
         positions: positions as u64,
+        heads: config.heads as u64,
     }
 }
 
-fn llava(sizes: &LlavaSizes, config: &LlavaConfig, crop: usize) -> table::Llava {
+/// With the tokens before the prompt, of the longest prompt, and of the negative one.
+fn llava(sizes: &LlavaSizes, config: &LlavaConfig, [crop, limit, negative]: [usize; 3]) -> table::Llava {
     table::Llava {
         vision: sizes.vision as u64,
         vision_inner: sizes.vision_inner as u64,
         vision_layers: sizes.vision_layers as u64,
+        vision_heads: config.vision_heads as u64,
         vision_positions: sizes.vision_positions as u64,
         patch: sizes.patch as u64,
         projector: sizes.projector as u64,
@@ -150,6 +161,8 @@ fn llava(sizes: &LlavaSizes, config: &LlavaConfig, crop: usize) -> table::Llava 
         heads: config.heads as u64,
         tokens: (crop + config.prompt_tokens) as u64,
         crop: crop as u64,
+        tail: config.prompt_tokens.saturating_sub(limit) as u64,
+        negative: negative as u64,
     }
 }
 
@@ -306,8 +319,8 @@ mod tests {
             tile_latent: None,
             tile_latent_t: None,
         };
-        assert_eq!(published.whisper, whisper(&WhisperSizes::PUBLISHED));
-        assert_eq!(published.llava, llava(&LlavaSizes::NEEDED, &LlavaConfig::default(), 95));
+        assert_eq!(published.whisper, whisper(&WhisperSizes::PUBLISHED, &AudioConfig::default()));
+        assert_eq!(published.llava, llava(&LlavaSizes::NEEDED, &LlavaConfig::default(), [95, 249, 41]));
         assert_eq!(published.clip, clip(&ClipSizes::PUBLISHED));
         assert_eq!(published.vae, vae(&VaeSizes::published(), &vae_config));
         assert_eq!(published.transformer, transformer(&TransformerSizes::PUBLISHED));

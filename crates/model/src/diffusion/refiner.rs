@@ -94,13 +94,11 @@ impl TokenRefiner {
 /// 0 where query i may see key j, -inf elsewhere: `(1, L, L)`.
 fn see(mask: &[i64], states: &Tensor) -> Result<Tensor> {
     let length = mask.len();
-    let values: Vec<f32> = mask
-        .iter()
-        .flat_map(|&query| {
-            let allowed = move |(j, &key): (usize, &i64)| j == 0 || (query == 1 && key == 1);
-            mask.iter().enumerate().map(move |at| if allowed(at) { 0.0 } else { f32::NEG_INFINITY })
-        })
-        .collect();
+    let mut values = Vec::with_capacity(length * length);
+    for &query in mask {
+        let allowed = |(j, &key): (usize, &i64)| j == 0 || (query == 1 && key == 1);
+        values.extend(mask.iter().enumerate().map(|at| if allowed(at) { 0.0 } else { f32::NEG_INFINITY }));
+    }
     Ok(Tensor::from_vec(values, (1, length, length), states.device())?)
 }
 

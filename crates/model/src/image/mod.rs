@@ -62,15 +62,21 @@ pub fn llava_pixels(picture: &Rgb8, side: usize) -> Result<Tensor> {
         return Err(Error::input("side", "0, at least 1 is needed"));
     }
     let small = resize_bilinear(picture, side, side);
-    let values: Vec<f32> = (0..3)
-        .flat_map(|c| small.data.iter().skip(c).step_by(3).map(move |v| (f32::from(*v) / 255.0 - MEAN[c]) / STD[c]))
-        .collect();
+    let values = by_channel(&small, |c, v| (v / 255.0 - MEAN[c]) / STD[c]);
     Ok(Tensor::from_vec(values, (3, side, side), &Device::Cpu)?)
 }
 
 /// A picture as the VAE takes it: `(1, 3, 1, H, W)`, f32, -1..1.
 fn vae_pixels(picture: &Rgb8, device: &Device) -> Result<Tensor> {
-    let values: Vec<f32> =
-        (0..3).flat_map(|c| picture.data.iter().skip(c).step_by(3).map(|v| f32::from(*v) / 127.5 - 1.0)).collect();
+    let values = by_channel(picture, |_, v| v / 127.5 - 1.0);
     Ok(Tensor::from_vec(values, (1, 3, 1, picture.height, picture.width), device)?)
+}
+
+/// All values of one channel after the other, each as `f` makes it of the channel's number and the value.
+fn by_channel(picture: &Rgb8, f: impl Fn(usize, f32) -> f32) -> Vec<f32> {
+    let mut values = Vec::with_capacity(picture.data.len());
+    for c in 0..3 {
+        values.extend(picture.data.iter().skip(c).step_by(3).map(|v| f(c, f32::from(*v))));
+    }
+    values
 }

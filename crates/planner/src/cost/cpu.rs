@@ -50,7 +50,8 @@ impl Need {
 /// What a stage needs of the heap for a job.
 #[must_use]
 pub fn need(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Need {
-    let mut heap = Heap::new(cpu);
+    let plain = |network: &Network| network.stage() == stage && cpu.value_bytes == 4;
+    let mut heap = Heap::new(cpu, !table.in_f32.iter().any(plain));
     let kept = match stage {
         Stage::AudioEncoder => {
             audio::encode(&mut heap, &table.whisper, job);

@@ -36,7 +36,7 @@ pub struct Job {
     pub branches: u64,
     /// Seconds of speech.
     pub seconds: f64,
-    /// Tokens of the prompt with its template and the image token; nothing where no prompt is known.
+    /// Tokens of the prompt without its template; nothing where no prompt is known.
     pub prompt_tokens: Option<u64>,
 }
 
@@ -100,8 +100,8 @@ impl Job {
     #[must_use]
     pub fn text_tokens(&self, llava: &crate::table::Llava) -> u64 {
         match self.prompt_tokens {
-            Some(tokens) => (tokens + llava.vision_positions).saturating_sub(2 + llava.crop).max(1),
-            None => TEXT_ROWS.min(llava.tokens + llava.vision_positions),
+            Some(tokens) => llava.rows(tokens),
+            None => TEXT_ROWS.min(llava.states().max(1)),
         }
     }
 

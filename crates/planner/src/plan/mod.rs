@@ -79,6 +79,8 @@ pub struct Request {
     pub frames: Option<u32>,
     /// Denoise steps.
     pub steps: Option<u32>,
+    /// Tokens of the prompt without its template; a prompt of middle length where it is not known.
+    pub prompt_tokens: Option<u32>,
 }
 
 /// Which tier's limits hold.
@@ -311,6 +313,7 @@ impl Request {
         let frames = self.frames.unwrap_or(tier.limits.frames.min(crate::clip::frames_of(REFERENCE_WINDOW) as u32));
         let clip = ClipPlan::new(frames.max(1) as usize, 1, window);
         let steps = self.steps.unwrap_or(tier.limits.steps);
-        Job::new(size, &clip, steps, 2).map_err(|e| Refusal::Model { reason: e.to_string() })
+        let job = Job::new(size, &clip, steps, 2).map_err(|e| Refusal::Model { reason: e.to_string() })?;
+        Ok(Job { prompt_tokens: self.prompt_tokens.map(u64::from), ..job })
     }
 }

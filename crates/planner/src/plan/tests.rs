@@ -16,7 +16,7 @@ fn planner(cards: &[&str]) -> Planner {
 }
 
 fn request(width: u32, height: u32, frames: u32, steps: u32) -> Request {
-    Request { size: Some(PictureSize { width, height }), frames: Some(frames), steps: Some(steps) }
+    Request { size: Some(PictureSize { width, height }), frames: Some(frames), steps: Some(steps), prompt_tokens: None }
 }
 
 fn cuda_fit(plan: &Plan, stage: Stage) -> cuda::Fit {
@@ -157,6 +157,7 @@ fn requests() -> impl Strategy<Value = Request> {
         size: Some(size),
         frames: Some(frames),
         steps: Some(steps),
+        prompt_tokens: None,
     })
 }
 
@@ -220,6 +221,7 @@ proptest! {
             size: Some(PictureSize { width: size.width + 16 * wider, height: size.height + 16 * taller }),
             frames: request.frames.map(|f| f + longer),
             steps: request.steps.map(|s| s + slower),
+            prompt_tokens: None,
         };
         let (small, large) = (request.job(tier, 33).unwrap(), more.job(tier, 33).unwrap());
         let cpu = Cpu { threads: 2, packs: true, value_bytes: 4 };

@@ -78,6 +78,7 @@ pub struct Whisper {
     pub bands: u64,
     /// States of 30 s.
     pub positions: u64,
+    pub heads: u64,
 }
 
 /// Sizes of LLaVA, of what is run.
@@ -88,6 +89,7 @@ pub struct Llava {
     pub vision: u64,
     pub vision_inner: u64,
     pub vision_layers: u64,
+    pub vision_heads: u64,
     /// Patches of a picture, and one.
     pub vision_positions: u64,
     pub patch: u64,
@@ -102,6 +104,25 @@ pub struct Llava {
     pub tokens: u64,
     /// Of these, the rows before the prompt, which are dropped from the result.
     pub crop: u64,
+    /// Tokens of the template after the prompt, with the picture's.
+    pub tail: u64,
+    /// Tokens of the prompt that guidance leads away from.
+    pub negative: u64,
+}
+
+impl Llava {
+    /// Rows of the text that see each other, after the template's first: a prompt of so many tokens, the rest of the
+    /// template, and the picture's patches in the place of its token.
+    #[must_use]
+    pub fn rows(&self, prompt_tokens: u64) -> u64 {
+        (prompt_tokens + self.tail + self.vision_positions).saturating_sub(2).min(self.states()).max(1)
+    }
+
+    /// Rows of the text states, those that only fill included.
+    #[must_use]
+    pub fn states(&self) -> u64 {
+        (self.tokens + self.vision_positions).saturating_sub(2 + self.crop)
+    }
 }
 
 /// Sizes of CLIP's text half.
@@ -184,6 +205,9 @@ pub struct ModelTable {
     /// The precision of the large layers in the files, by stage; none for a model that is not there.
     #[serde(default)]
     pub stored: Vec<(Stage, Precision)>,
+    /// Networks whose matrices are f32 in their files, so that a CPU that computes in f32 need not decode them.
+    #[serde(default)]
+    pub in_f32: Vec<Network>,
 }
 
 /// A number of a table that is too large to count with.
@@ -225,10 +249,15 @@ impl ModelTable {
             ("llava.inner", l.inner),
             ("llava.keys", l.keys),
             ("llava.tokens", l.tokens),
+            ("llava.tail", l.tail),
+            ("llava.negative", l.negative),
             ("llava.vision", l.vision),
             ("llava.vision_inner", l.vision_inner),
             ("llava.vision_positions", l.vision_positions),
             ("llava.projector", l.projector),
+            ("llava.heads", l.heads),
+            ("llava.vision_heads", l.vision_heads),
+            ("whisper.heads", self.whisper.heads),
             ("clip.width", self.clip.width),
             ("clip.inner", self.clip.inner),
             ("clip.positions", self.clip.positions),

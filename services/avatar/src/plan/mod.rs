@@ -54,6 +54,7 @@ pub fn plan(flags: &PlanFlags) -> Result<(), Failure> {
         size: flags.size.map(|size| size.0),
         frames: flags.frames.or(flags.seconds.map(of_speech)),
         steps: flags.steps,
+        prompt_tokens: flags.prompt_tokens,
     };
     let plan = planner.plan(&request).map_err(|refusal| failure(&refusal))?;
     match flags.json {

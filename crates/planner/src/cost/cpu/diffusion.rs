@@ -10,7 +10,7 @@ use crate::{
 pub(super) fn kept(table: &ModelTable, job: &Job, cpu: Cpu) -> u64 {
     let t = &table.transformer;
     let (h, w) = job.latent();
-    let states = table.llava.tokens + table.llava.vision_positions - 1 - table.llava.crop.min(table.llava.tokens);
+    let states = table.llava.states();
     let heard = (job.seconds * 50.0).ceil() as u64 * t.audio / 10;
     let conditioning = 4 * (heard + (t.latent + 1) * h * w + 2 * (states * t.text + t.pooled)) + 2 * 8 * states;
     let features = match job.caches() {
@@ -25,68 +25,94 @@ pub(super) fn pass(heap: &mut Heap, table: &ModelTable, job: &Job) {
     let t = &table.transformer;
     let each = job.frame_tokens();
     let (tokens, image) = (job.window * each, job.image_tokens());
-    let text = job.text_tokens(&table.llava);
-    let states = table.llava.tokens + table.llava.vision_positions - 1 - table.llava.crop.min(table.llava.tokens);
+    let (states, text) = (table.llava.states(), job.text_tokens(&table.llava));
     let (h, w) = job.latent();
     // The windows of features, cut from the speech, and the latents.
     let frames = job.window_frames();
     heap.take(frames * t.audio * 4);
-    heap.take(job.window * t.latent * h * w * 4);
     heap.pass((job.seconds * 50.0).ceil() as u64 * t.audio / 10 * 4);
+    heap.take(job.window * t.latent * h * w * 4);
     prepare(heap, t, [job.window, each, frames]);
-    refine(heap, t, states);
+    let mut refined = refine(heap, t, states);
 
+    let own = heap.rounded(job.window * t.latent * h * w);
     let patches = heap.take_tensor(tokens * 4 * t.latent);
     let noisy = heap.linear(tokens, &[4 * t.latent], t.hidden, false);
-    heap.give(patches);
+    heap.give(patches + own);
     let added = heap.take_tensor(tokens * t.hidden);
     heap.give(noisy);
     let all = heap.take_tensor(image * t.hidden);
     heap.give(added);
     heap.take((image + text) * t.head * 4);
+    // A second block has the first one's text, which is of the valid rows alone.
     for block in 0..t.double.min(2) {
-        double(heap, t, [image, text]);
+        let out = double(heap, t, [image, text]);
+        heap.give(all + refined);
+        refined = out.saturating_sub(all);
         if t.adapters > 0 && block == 0 {
             adapt(heap, t, [job.window, each]);
         }
     }
-    let x = heap.take_tensor((image + text) * t.hidden);
-    heap.give(all);
-    single(heap, t, image + text);
+    let mut x = heap.take_tensor((image + text) * t.hidden);
+    heap.give(all + refined);
+    for _ in 0..t.single.min(2) {
+        let out = single(heap, t, image + text);
+        heap.give(x);
+        x = out;
+    }
+    // The features of a full pass are the last block's input.
+    if job.caches() {
+        heap.take_tensor((image + text) * t.hidden);
+    }
     // The last layer works in f32.
-    let wide = if heap.tensor(1) == 4 { 0 } else { heap.take(tokens * t.hidden * 4) };
-    let out = heap.take_tensor((image + text) * t.hidden);
-    let normed = heap.take(tokens * t.hidden * 4);
-    heap.linear(tokens, &[t.hidden], 4 * t.latent, false);
-    heap.take(3 * tokens * 4 * t.latent * 4);
-    heap.give(normed + out + wide + x);
+    heap.in_f32(|heap| {
+        let wide = if x == (image + text) * t.hidden * 4 { 0 } else { heap.take(tokens * t.hidden * 4) };
+        let normed = heap.map(tokens * t.hidden);
+        let out = heap.linear(tokens, &[t.hidden], 4 * t.latent, false);
+        heap.give(normed);
+        // Patches as latents, then as bytes.
+        heap.pass(3 * tokens * 4 * t.latent * 4);
+        heap.give(out + wide);
+    });
 }
 
 /// What does not change over the steps: reference tokens, what is added to each frame, the speech.
 fn prepare(heap: &mut Heap, t: &Transformer, [window, each, frames]: [u64; 3]) {
-    for _ in 0..2 {
-        heap.linear(each, &[4 * t.latent], t.hidden, false);
-    }
+    let picture = heap.rounded(each * 4 * t.latent);
+    let patches = heap.take_tensor(each * 4 * t.latent);
+    let embedded = heap.linear(each, &[4 * t.latent], t.hidden, false);
+    heap.give(patches);
+    heap.linear(each, &[t.hidden], t.hidden, false);
+    heap.give(embedded);
+    let own = heap.rounded(frames * t.audio);
     let first = heap.linear(frames, &[t.audio], t.audio_inner, false);
     let second = heap.linear(frames, &[t.audio_inner], t.audio_inner, false);
     let third = heap.linear(frames, &[t.audio_inner], t.audio_tokens * t.hidden, false);
+    heap.give(second);
     let normed = heap.map(frames * t.audio_tokens * t.hidden);
-    heap.give(first + second + third);
+    heap.give(first + third + own);
+    let patches = heap.take_tensor(each * 4 * t.latent);
+    heap.linear(each, &[4 * t.latent], t.hidden, false);
+    heap.give(patches);
     heap.take_tensor(4 * window * t.audio_tokens * t.hidden);
-    heap.give(normed);
+    heap.give(normed + picture);
 }
 
-/// The refiner, over all rows of the text.
-fn refine(heap: &mut Heap, t: &Transformer, rows: u64) {
+/// The refiner, over all rows of the text; gives its result.
+fn refine(heap: &mut Heap, t: &Transformer, rows: u64) -> u64 {
+    let own = heap.rounded(rows * t.text);
+    // The mean of the states.
+    let wide = if own > 0 { rows * t.text * 4 } else { 0 };
+    heap.pass(wide + rows * t.text * 4);
     let mask = heap.take(rows * rows * 4);
     let mut x = heap.linear(rows, &[t.text], t.hidden, false);
     for _ in 0..t.refiner.min(2) {
         let normed = heap.map(rows * t.hidden);
         let qkv = heap.linear(rows, &[t.hidden], 3 * t.hidden, false);
         heap.give(normed);
-        // Copies of the heads, which lie apart, and of the mask.
+        // Copies of the parts, whose heads lie apart, and of the mask.
         let copies = heap.take_tensor(3 * rows * t.hidden) + heap.take(mask);
-        let seen = heap.attention(t.hidden / t.head.max(1), rows, rows, [t.head; 2]);
+        let seen = heap.attention(t.hidden / t.head.max(1), (rows, rows), [t.head; 2], true);
         heap.give(copies);
         let next = heap.linear(rows, &[t.hidden], t.hidden, true);
         let normed = heap.map(rows * t.hidden);
@@ -96,7 +122,8 @@ fn refine(heap: &mut Heap, t: &Transformer, rows: u64) {
         heap.give(qkv + seen + next + inner + x);
         x = last;
     }
-    heap.give(mask);
+    heap.give(mask + own);
+    x
 }
 
 /// Tokens that pass a block's wide layers at once, as `model::diffusion` has them.
@@ -114,8 +141,8 @@ fn pieces(heap: &mut Heap, rows: u64, width: u64) -> u64 {
     }
 }
 
-/// A double block; its inputs are taken already, and what it gives takes their place.
-fn double(heap: &mut Heap, t: &Transformer, [image, text]: [u64; 2]) {
+/// A double block; its inputs are taken already. Gives its results.
+fn double(heap: &mut Heap, t: &Transformer, [image, text]: [u64; 2]) -> u64 {
     let h = t.hidden;
     let before = |heap: &mut Heap, rows: u64| {
         let normed = heap.map(rows * h);
@@ -127,7 +154,7 @@ fn double(heap: &mut Heap, t: &Transformer, [image, text]: [u64; 2]) {
     let own = before(heap, image) + before(heap, text);
     let joined = heap.take_tensor((image + text) * 3 * h);
     heap.give(own);
-    let seen = heap.attention(h / t.head.max(1), image + text, image + text, [t.head; 2]);
+    let seen = heap.attention(h / t.head.max(1), (image + text, image + text), [t.head; 2], false);
     heap.give(joined);
     let after = |heap: &mut Heap, rows: u64| {
         let x = heap.linear(rows, &[h], h, true);
@@ -141,35 +168,46 @@ fn double(heap: &mut Heap, t: &Transformer, [image, text]: [u64; 2]) {
         others + out
     };
     let out = after(heap, image) + after(heap, text);
-    heap.give(seen + out);
+    heap.give(seen);
+    out
 }
 
 /// An audio adapter, and what is done with what it heard.
 fn adapt(heap: &mut Heap, t: &Transformer, [window, each]: [u64; 2]) {
-    let tokens = window * each;
+    let (tokens, sounds) = (window * each, 4 * window * t.audio_tokens);
     let normed = heap.map(tokens * t.hidden);
     let q = heap.linear(tokens, &[t.hidden], t.adapter, false);
     heap.give(normed);
-    let seen = heap.attention(window, each, 4 * t.audio_tokens, [t.adapter; 2]);
+    let normed = heap.map(sounds * t.hidden);
+    let kv = heap.linear(sounds, &[t.hidden], 2 * t.adapter, false);
+    heap.give(normed);
+    // Keys and values lie beside each other, and are laid out apart.
+    let laid = heap.take_tensor(2 * sounds * t.adapter);
+    let seen = heap.attention(window, (each, 4 * t.audio_tokens), [t.adapter; 2], false);
+    heap.give(laid);
     let heard = heap.linear(tokens, &[t.adapter], t.hidden, false);
-    heap.give(q + seen);
-    let sum = heap.take_tensor(2 * tokens * t.hidden);
-    heap.give(heard + sum);
+    heap.give(q + kv + seen);
+    let gated = heap.take_tensor(tokens * t.hidden);
+    let sum = heap.take_tensor(tokens * t.hidden);
+    heap.give(gated);
+    let joined = heap.take_tensor((tokens + each) * t.hidden);
+    heap.give(heard + sum + joined);
 }
 
-/// A single block; its input is taken already.
-fn single(heap: &mut Heap, t: &Transformer, rows: u64) {
+/// A single block; its input is taken already. Gives its result.
+fn single(heap: &mut Heap, t: &Transformer, rows: u64) -> u64 {
     let h = t.hidden;
     let normed = heap.map(rows * h);
     let qkv = heap.linear(rows, &[h], 3 * h, false);
     let heads = heap.map(rows * 3 * h);
     heap.give(normed + qkv);
-    let seen = heap.attention(h / t.head.max(1), rows, rows, [t.head; 2]);
+    let seen = heap.attention(h / t.head.max(1), (rows, rows), [t.head; 2], false);
     heap.give(heads);
     let others = pieces(heap, rows, h);
     let piece = rows.min(TOKENS_AT_ONCE);
     let normed = heap.map(piece * h);
     let inner = heap.linear(piece, &[h], t.inner, false);
     let out = heap.linear(piece, &[h, t.inner], h, true);
-    heap.give(normed + inner + out + others + seen);
+    heap.give(normed + inner + seen);
+    others + out
 }

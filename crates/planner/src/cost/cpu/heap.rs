@@ -18,13 +18,15 @@ const WIDE: u64 = 4;
 #[derive(Debug)]
 pub(super) struct Heap {
     cpu: Cpu,
+    /// Whether weights are decoded, panel by panel, before they are multiplied.
+    decodes: bool,
     now: u64,
     most: u64,
 }
 
 impl Heap {
-    pub(super) fn new(cpu: Cpu) -> Self {
-        Self { cpu, now: 0, most: 0 }
+    pub(super) fn new(cpu: Cpu, decodes: bool) -> Self {
+        Self { cpu, decodes, now: 0, most: 0 }
     }
 
     /// The most bytes that were on it.
@@ -48,6 +50,11 @@ impl Heap {
     pub(super) fn take_tensor(&mut self, values: u64) -> u64 {
         let bytes = self.tensor(values);
         self.take(bytes)
+    }
+
+    /// Takes a copy in the stage's type of f32 values, where that is another one.
+    pub(super) fn rounded(&mut self, values: u64) -> u64 {
+        if self.cpu.value_bytes == WIDE { 0 } else { self.take_tensor(values) }
     }
 
     /// Gives back bytes that were taken.
@@ -76,6 +83,22 @@ impl Heap {
         if self.cpu.packs { (columns.next_multiple_of(NR) * depth.min(KC) + columns) * WIDE } else { 0 }
     }
 
+    /// Runs `f` where weights are on the heap as they are needed.
+    pub(super) fn undecoded<R>(&mut self, f: impl FnOnce(&mut Self) -> R) -> R {
+        let before = std::mem::replace(&mut self.decodes, false);
+        let result = f(self);
+        self.decodes = before;
+        result
+    }
+
+    /// Runs `f` where values are f32 whatever the stage computes in.
+    pub(super) fn in_f32<R>(&mut self, f: impl FnOnce(&mut Self) -> R) -> R {
+        let before = std::mem::replace(&mut self.cpu.value_bytes, WIDE);
+        let result = f(self);
+        self.cpu.value_bytes = before;
+        result
+    }
+
     /// Turns f32 values that were taken into a tensor.
     fn settle(&mut self, values: u64) -> u64 {
         if self.cpu.value_bytes == WIDE {
@@ -86,7 +109,7 @@ impl Heap {
         bytes
     }
 
-    /// A layer: inputs side by side, and a residual connection or none. The weight is decoded panel by panel.
+    /// A layer: inputs side by side, and a residual connection or none.
     pub(super) fn linear(&mut self, rows: u64, widths: &[u64], out: u64, residual: bool) -> u64 {
         self.take(rows * out * WIDE);
         let columns: u64 = widths.iter().sum();
@@ -98,7 +121,8 @@ impl Heap {
             if residual && i + 1 == widths.len() {
                 extra += self.widened(rows * out);
             }
-            extra += threads * (panel * columns * WIDE + self.room(*width, panel));
+            let decoded = if self.decodes { panel * columns * WIDE } else { 0 };
+            extra += threads * (decoded + self.room(*width, panel));
             self.pass(extra + 2 * out * WIDE);
         }
         self.settle(rows * out)
@@ -112,11 +136,13 @@ impl Heap {
         self.settle(values)
     }
 
-    /// Attention of contiguous heads; gives `queries · heads · value_width` values.
-    pub(super) fn attention(&mut self, heads: u64, queries: u64, keys: u64, widths: [u64; 2]) -> u64 {
+    /// Attention; gives `queries · heads · value_width` values. Heads that lie `apart`, as a split leaves them, are
+    /// laid out side by side first.
+    pub(super) fn attention(&mut self, heads: u64, (queries, keys): (u64, u64), widths: [u64; 2], apart: bool) -> u64 {
         let [d, dv] = widths;
         let values = heads * queries * dv;
         self.take(values * WIDE);
+        let laid = if apart { self.take_tensor(heads * (queries * d + keys * (d + dv))) } else { 0 };
         let inputs =
             self.widened(heads * queries * d) + self.widened(heads * keys * d) + self.widened(heads * keys * dv);
         let (rows, columns) = (QUERIES.min(queries), KEYS.min(keys));
@@ -124,6 +150,7 @@ impl Heap {
         room += self.packed(rows, d) + self.packed(rows, columns) + self.room(d, columns).max(self.room(columns, dv));
         let threads = self.cpu.threads.min(heads * queries.div_ceil(QUERIES));
         self.pass(inputs + threads * room);
+        self.give(laid);
         self.settle(values)
     }
 

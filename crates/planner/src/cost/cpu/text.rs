@@ -1,71 +1,107 @@
 //! Prompt and picture to text states.
 
-use super::Heap;
-use crate::{cost::Job, table::ModelTable};
+use super::{Heap, audio};
+use crate::{
+    cost::Job,
+    table::{Llava, ModelTable},
+};
 
 /// `TextEncoder::encode`: the picture through the vision tower, then two prompts through the Llama.
 pub(super) fn encode(heap: &mut Heap, table: &ModelTable, job: &Job) {
     let l = &table.llava;
-    let (picture, patches) = (u64::from(job.size.width) * u64::from(job.size.height) * 3, l.vision_positions);
-    // The picture, resized.
-    heap.take(2 * picture);
-    vision(heap, l, patches);
-    let features = heap.take_tensor(patches * l.width);
-    for prompt in 0..2 {
-        // The negative prompt has about as many tokens as the caller's.
-        let rows = job.text_tokens(l) + l.crop + 1;
-        llama(heap, table, rows);
-        if prompt == 0 {
-            heap.take((l.tokens + patches - 1).saturating_sub(l.crop) * l.width * 4);
-        }
+    let side = (l.vision_positions - 1).isqrt() * l.patch;
+    // The resized picture, and what the vision tower takes of it.
+    heap.take(3 * u64::from(job.size.width) * u64::from(job.size.height));
+    let pixels = heap.take(3 * side * side * 4);
+    let features = vision(heap, l);
+    heap.give(pixels);
+    let asked = job.text_tokens(l);
+    for valid in [asked, l.rows(l.negative)] {
+        branch(heap, l, valid + l.crop);
     }
     heap.give(features);
+    // Both prompts' states leave as bytes.
+    heap.take(l.states() * l.width * 4);
+    heap.pass(2 * l.states() * l.width * 4);
 }
 
-/// The widest layer of the vision tower, and the projector.
-fn vision(heap: &mut Heap, l: &crate::table::Llava, rows: u64) {
-    let x = heap.take_tensor(rows * l.vision);
-    let normed = heap.map(rows * l.vision);
-    let qkv: u64 = (0..3).map(|_| heap.linear(rows, &[l.vision], l.vision, false)).sum();
-    let copies = heap.take_tensor(3 * rows * l.vision);
-    let head = 64.min(l.vision);
-    let seen = heap.attention(l.vision / head.max(1), rows, rows, [head; 2]);
-    heap.give(copies);
-    let next = heap.take_tensor(2 * rows * l.vision);
-    let inner = heap.linear(rows, &[l.vision], l.vision_inner, false);
-    let out = heap.linear(rows, &[l.vision_inner], l.vision, false);
-    heap.give(x + normed + qkv + seen + next + inner + out);
-    let first = heap.linear(rows, &[l.vision], l.projector, false);
-    let out = heap.linear(rows, &[l.projector], l.width, false);
+/// The vision tower and the projector; gives the features.
+fn vision(heap: &mut Heap, l: &Llava) -> u64 {
+    let (rows, patches) = (l.vision_positions, l.vision_positions - 1);
+    // Patches of pixels, their embeddings, and those with positions stay to the end.
+    let cut = heap.take_tensor(patches * 3 * l.patch * l.patch);
+    let embedded = heap.linear(patches, &[3 * l.patch * l.patch], l.vision, false);
+    let placed = heap.take_tensor(rows * l.vision);
+    heap.pass(heap.tensor(rows * l.vision));
+    let x = heap.map(rows * l.vision);
+    let out = audio::layer(heap, rows, [l.vision, l.vision_inner, l.vision_heads]);
+    heap.give(cut + embedded + placed + x);
+    let first = heap.linear(patches, &[l.vision], l.projector, false);
+    let features = heap.linear(patches, &[l.projector], l.width, false);
     heap.give(first + out);
+    features
 }
 
-/// One layer of the Llama: what it has made so far stays until its end.
-fn llama(heap: &mut Heap, table: &ModelTable, rows: u64) {
-    let l = &table.llava;
-    let mask = heap.take(rows * rows * 4);
-    let x = heap.take_tensor(2 * rows * l.width);
-    let normed = heap.map(rows * l.width);
+/// One prompt of `valid` rows with its template: its states stay.
+fn branch(heap: &mut Heap, l: &Llava, valid: u64) {
+    let all = l.states() + l.crop;
+    let padded = u64::from(all > valid);
+    let rows = valid + padded;
+    // Embeddings of the words, then beside the picture's features as one.
+    let words = heap.take_tensor(rows.saturating_sub(l.vision_positions - 1) * l.width);
+    let joined = heap.take_tensor(rows * l.width);
+    // Angles, their cosines and sines; the mask grows by a row, then by a column.
+    let causal = heap.take(valid * valid * 4);
+    heap.take(rows * rows * 4);
+    heap.pass(rows * valid * 4);
+    heap.give(causal);
     let head = l.width / l.heads.max(1);
-    let q = heap.linear(rows, &[l.width], l.width, false);
-    // Queries and keys are laid out anew before they turn.
-    let turned = heap.take_tensor(rows * l.width);
-    let copy = heap.take_tensor(rows * l.width);
-    heap.give(copy + q);
-    let keys = heap.linear(rows, &[l.width], l.keys, false) + heap.linear(rows, &[l.width], l.keys, false);
+    let tables = heap.take(rows * head * 4);
+    heap.pass(rows * head * 2);
+    let x = if l.layers > 1 { heap.take_tensor(rows * l.width) } else { 0 };
+    let out = llama(heap, l, rows);
+    heap.give(x + tables + rows * rows * 4);
+    let filling = heap.take_tensor(all.saturating_sub(valid) * l.width);
+    let states = heap.take_tensor(all * l.width);
+    if heap.tensor(1) != 4 {
+        heap.take(l.states() * l.width * 4);
+        heap.give(states);
+    }
+    heap.give(filling + out + joined + words);
+}
+
+/// One layer of the Llama; its input is taken already, and what it has made so far stays until its end.
+fn llama(heap: &mut Heap, l: &Llava, rows: u64) -> u64 {
+    let normed = heap.map(rows * l.width);
+    let q = turned(heap, l, rows, l.width);
+    let k = turned(heap, l, rows, l.keys);
+    let v = heap.linear(rows, &[l.width], l.keys, false);
+    // Each head of keys and values as often as queries need it.
     let repeated = heap.take_tensor(2 * rows * l.width);
-    let copied = heap.take(mask);
-    let seen = heap.attention(l.heads, rows, rows, [head; 2]);
-    heap.give(copied);
-    let next = heap.linear(rows, &[l.width], l.width, false);
-    let sum = heap.take_tensor(rows * l.width);
-    heap.give(next);
+    let mask = heap.take(rows * rows * 4);
+    let seen = heap.attention(l.heads, (rows, rows), [l.width / l.heads.max(1); 2], false);
+    heap.give(mask);
+    let out = heap.linear(rows, &[l.width], l.width, false);
+    let next = heap.take_tensor(rows * l.width);
+    heap.give(out);
     let second = heap.map(rows * l.width);
     let gate = heap.linear(rows, &[l.width], l.inner, false);
     let up = heap.linear(rows, &[l.width], l.inner, false);
     let product = heap.take_tensor(rows * l.inner);
     heap.give(gate + up);
     let down = heap.linear(rows, &[l.inner], l.width, false);
-    let out = heap.take_tensor(rows * l.width);
-    heap.give(down + out + product + second + sum + seen + repeated + keys + turned + normed + x + mask);
+    let sum = heap.take_tensor(rows * l.width);
+    heap.give(down + product + second + next + seen + repeated + v + k + q + normed);
+    sum
+}
+
+/// Queries or keys, which are laid out head by head and turned in f32.
+fn turned(heap: &mut Heap, l: &Llava, rows: u64, width: u64) -> u64 {
+    let plain = heap.linear(rows, &[l.width], width, false);
+    let laid = heap.take_tensor(rows * width);
+    let wide = if heap.tensor(1) == 4 { 0 } else { heap.take(rows * width * 4) };
+    let turned = heap.take(rows * width * 4);
+    let rounded = if wide == 0 { turned } else { heap.take_tensor(rows * width) };
+    heap.give(plain + laid + wide + if wide == 0 { 0 } else { turned });
+    rounded
 }

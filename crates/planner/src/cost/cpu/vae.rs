@@ -74,18 +74,26 @@ fn tile_out(heap: &mut Heap, vae: &Vae, tile: [u64; 3]) {
     heap.give(normed + out);
 }
 
+/// Bytes of the built-in face detector, and most pixels that it sees.
+const DETECTOR: u64 = 1_300_000;
+const DETECTED: u64 = 640 * 640;
+
 /// `ImageEncoder`: one frame, tile by tile.
 pub(super) fn encode(heap: &mut Heap, vae: &Vae, job: &Job) {
     let (h, w) = job.latent();
     let pixels = 64 * h * w;
-    // The picture's bytes and its values.
-    heap.take(3 * pixels + 2 * 3 * pixels * 4);
+    // The resized picture, what the detector sees of it, and its values.
+    heap.take(3 * pixels);
+    heap.pass(DETECTOR + 16 * pixels.min(DETECTED));
+    heap.take(3 * pixels * 4);
     let side = vae.tile_side;
     let tile = [1, 8 * h.min(side), 8 * w.min(side)];
     let first = vae.channels.first().copied().unwrap_or(1);
-    let input = heap.take_tensor(3 * tile.iter().product::<u64>());
+    let input = if h > side || w > side { heap.take(3 * tile.iter().product::<u64>() * 4) } else { 0 };
     let mut x = Shape { channels: first, at: tile };
+    let rounded = heap.rounded(3 * x.positions());
     let mut held = heap.convolution((3, x.positions()), first, tile, false, 3);
+    heap.give(rounded);
     for (i, &channels) in vae.channels.iter().enumerate() {
         for _ in 0..vae.resnets {
             held = resnet(heap, &mut x, channels, held);
@@ -131,7 +139,7 @@ fn middle(heap: &mut Heap, vae: &Vae, mut x: Shape, held: u64) -> u64 {
         heap.give(normed);
         let qkv: u64 = (0..3).map(|_| heap.linear(rows, &[deep], deep, false)).sum();
         heap.give(tokens);
-        let seen = heap.attention(1, rows, rows, [deep; 2]);
+        let seen = heap.attention(1, (rows, rows), [deep; 2], false);
         let joined = heap.take_tensor(x.values());
         heap.give(seen);
         let out = heap.linear(rows, &[deep], deep, false);

@@ -1,0 +1,120 @@
+//! Where a case's records and files are, and a clock that only the case moves.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use sqlx::{Connection as _, PgConnection};
+
+use super::*;
+use crate::store::engine::{Access, Transaction, Value};
+
+/// How long a lease of a case lasts.
+pub(super) const LEASE_MS: u64 = 15_000;
+
+/// A folder, and a database if it is not a file in there.
+pub(super) struct Home {
+    dir: TempDir,
+    database: Option<Database>,
+    now_ms: Arc<AtomicU64>,
+}
+
+impl Home {
+    pub(super) async fn on_a_file() -> Self {
+        let now_ms = Arc::new(AtomicU64::new(unix_ms()));
+        Self { dir: tempfile::tempdir().unwrap(), database: None, now_ms }
+    }
+
+    /// A database of its own on the server.
+    pub(super) async fn on_a_server(server: &Server) -> Self {
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("case_{}", MADE.fetch_add(1, Ordering::Relaxed));
+        let mut connection = PgConnection::connect(&server.url("postgres")).await.unwrap();
+        let statement = format!("CREATE DATABASE {name}");
+        sqlx::query(sqlx::AssertSqlSafe(statement)).execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+        Self { database: Some(Database::new(&server.url(&name), None).unwrap()), ..Self::on_a_file().await }
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(super) fn records(&self) -> Records {
+        Records { database: self.database.clone(), ..Records::default() }
+    }
+
+    /// Lets time go on.
+    pub(super) fn pass(&self, ms: u64) {
+        self.now_ms.fetch_add(ms, Ordering::Relaxed);
+    }
+
+    /// The database as it is.
+    pub(super) async fn engine(&self) -> Arc<dyn Engine> {
+        let engine: Arc<dyn Engine> = match &self.database {
+            None => Arc::new(Sqlite::open(&self.dir().join("avatar.db")).await.unwrap()),
+            Some(database) => Arc::new(Postgres::open(database).await.unwrap()),
+        };
+        Arc::new(Clocked { engine, now_ms: Arc::clone(&self.now_ms) })
+    }
+
+    /// Runs one statement.
+    pub(super) async fn run(&self, statement: &'static str, values: &[Value]) {
+        let mut transaction = self.engine().await.begin(Access::Write).await.unwrap();
+        transaction.execute(statement, values).await.unwrap();
+        transaction.commit().await.unwrap();
+    }
+
+    /// One more process that uses the records.
+    pub(super) async fn open(&self) -> Store {
+        let lock = lock_folder(self.dir(), self.database.is_some()).unwrap();
+        let engine = self.engine().await;
+        schema::migrate(&*engine).await.unwrap();
+        Store::with(self.dir(), lock, engine, Duration::from_millis(LEASE_MS)).await.unwrap()
+    }
+
+    /// The first process after all others have ended.
+    pub(super) async fn open_after_a_stop(&self) -> Store {
+        self.pass(LEASE_MS);
+        self.open().await
+    }
+}
+
+/// A database whose clock stands still until it is moved.
+#[derive(Debug)]
+struct Clocked {
+    engine: Arc<dyn Engine>,
+    now_ms: Arc<AtomicU64>,
+}
+
+#[tonic::async_trait]
+impl Engine for Clocked {
+    async fn begin(&self, access: Access) -> Result<Box<dyn Transaction>, SqlError> {
+        self.engine.begin(access).await
+    }
+
+    fn bytes_type(&self) -> &'static str {
+        self.engine.bytes_type()
+    }
+
+    fn claim(&self) -> &'static str {
+        self.engine.claim()
+    }
+
+    fn is_shared(&self) -> bool {
+        self.engine.is_shared()
+    }
+
+    async fn now_ms(&self) -> Result<u64, SqlError> {
+        // The real one must be readable too.
+        let real = self.engine.now_ms().await?;
+        assert!(real.abs_diff(unix_ms()) < 600_000, "{real} is not the time");
+        Ok(self.now_ms.load(Ordering::Relaxed))
+    }
+
+    async fn name_files(&self, hashes: &[&str]) -> Result<Box<dyn Hold>, SqlError> {
+        self.engine.name_files(hashes).await
+    }
+
+    async fn remove_file(&self, hash: &str) -> Result<Option<Box<dyn Hold>>, SqlError> {
+        self.engine.remove_file(hash).await
+    }
+}

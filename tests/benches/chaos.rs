@@ -1,0 +1,42 @@
+//! The chaos tests for longer, with tables of what was done for docs/benchmarks/reliability.md: `make chaos ROUNDS=200`.
+
+#[path = "../tests/e2e/chaos/calls.rs"]
+mod calls;
+#[path = "../tests/e2e/chaos/cancels.rs"]
+mod cancels;
+#[path = "../tests/e2e/chaos/rounds.rs"]
+mod rounds;
+// The whole-system tests use the rest of these.
+#[allow(dead_code)]
+#[path = "../tests/e2e/inputs.rs"]
+mod inputs;
+#[allow(dead_code)]
+#[path = "../tests/e2e/stack.rs"]
+mod stack;
+
+use clap::Parser;
+
+use rounds::Plan;
+
+/// Kills processes and cancels generations at random moments, and holds what comes out against undisturbed runs.
+#[derive(Parser)]
+struct Arguments {
+    /// Kills, on each of the two databases, and cancels.
+    #[arg(long, default_value_t = 200)]
+    rounds: usize,
+    /// Another seed hits other processes at other moments.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// What `cargo bench` says to every program that it starts.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[tokio::main]
+async fn main() {
+    let Arguments { rounds, seed, bench: _ } = Arguments::parse();
+    for on_postgresql in [false, true] {
+        println!("{}\n", rounds::run(Plan { rounds, time: None, seed, on_postgresql }).await);
+    }
+    println!("{}", cancels::run(rounds, None, seed).await);
+}
