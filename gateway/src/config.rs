@@ -16,6 +16,7 @@ use crate::{
     stages::StageUris,
     store::{Database, Records, Retention},
     validate::MOST_AUDIO_SECONDS,
+    webhook::{self, Secret, WebhookOptions},
 };
 
 /// Takes pictures, recordings and sentences, and makes talking videos with the five stages.
@@ -86,12 +87,24 @@ pub struct OptionFlags {
     /// Seconds (0 to 86400) that a stage may stay away before a generation that needs it fails.
     #[arg(long, env = "AVATAR_STAGE_PATIENCE", value_name = "SECONDS", default_value = "600")]
     pub stage_patience: String,
+    /// Seconds (1 to 86400) after which a call of the transformer can be taken for stuck, if it has also taken five times
+    /// what is predicted of it; then its worker is suspected, and the step is begun again.
+    #[arg(long, env = "AVATAR_STUCK_AFTER", value_name = "SECONDS", default_value = "60")]
+    pub stuck_after: String,
     /// Longest recording in seconds (1 to 600).
     #[arg(long, env = "AVATAR_MAX_AUDIO_SECONDS", value_name = "SECONDS", default_value = "600")]
     pub max_audio_seconds: String,
     /// The program that writes the video.
     #[arg(long, env = "AVATAR_FFMPEG", value_name = "PROGRAM", default_value = "ffmpeg")]
     pub ffmpeg: PathBuf,
+    /// File with the secret that webhooks are signed with: `whsec_` and 24 to 64 bytes in Base64. Without it nobody is
+    /// called back.
+    #[arg(long, env = "AVATAR_WEBHOOK_SECRET_FILE", value_name = "FILE")]
+    pub webhook_secret_file: Option<PathBuf>,
+    /// Hosts that webhooks may also reach without TLS and at addresses that are not public: HOST or HOST:PORT, with
+    /// commas between.
+    #[arg(long, env = "AVATAR_WEBHOOK_ALLOW", value_name = "HOST,..")]
+    pub webhook_allow: Option<String>,
     #[allow(missing_docs)]
     #[command(flatten)]
     pub tier: TierFlags,
@@ -256,12 +269,16 @@ pub struct Options {
     pub retention: Retention,
     /// How long a stage may stay away.
     pub stage_patience: Duration,
+    /// The shortest time after which a call is taken for stuck.
+    pub stuck_after: Duration,
     /// Longest recording in seconds.
     pub max_audio_seconds: u32,
     /// The program that writes the video.
     pub ffmpeg: PathBuf,
     /// Which limits requests are held to.
     pub tier: TierOptions,
+    /// Who is called back, and how it is signed.
+    pub webhooks: WebhookOptions,
 }
 
 impl Default for Options {
@@ -275,9 +292,11 @@ impl Default for Options {
             min_free_bytes: 256 << 20,
             retention: Retention::default(),
             stage_patience: Duration::from_secs(600),
+            stuck_after: Duration::from_secs(60),
             max_audio_seconds: MOST_AUDIO_SECONDS,
             ffmpeg: "ffmpeg".into(),
             tier: TierOptions::default(),
+            webhooks: WebhookOptions::default(),
         }
     }
 }
@@ -299,12 +318,18 @@ impl OptionFlags {
         let stage_output_bytes = mistakes.check("--keep-encoded-bytes", &self.keep_encoded_bytes, parse_bytes);
         let stage_patience =
             mistakes.check("--stage-patience", &self.stage_patience, |text| parse_number(text, 0, 86_400));
+        let stuck_after = mistakes.check("--stuck-after", &self.stuck_after, |text| parse_number(text, 1, 86_400));
         let max_audio_seconds = mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| {
             parse_number(text, 1, MOST_AUDIO_SECONDS as usize)
         });
         if self.ffmpeg.as_os_str().is_empty() {
             mistakes.note("--ffmpeg: the name of a program is needed");
         }
+        let secret = self.webhook_secret_file.map(|file| {
+            let read = Secret::read(&file);
+            read.map_err(|told| mistakes.note(format!("--webhook-secret-file: {}: {told}", file.display()))).ok()
+        });
+        let allow = self.webhook_allow.map(|text| mistakes.check("--webhook-allow", &text, webhook::parse_hosts));
         let records = self.records.resolve(mistakes);
         let tier = self.tier.resolve().map_err(|(flag, told)| mistakes.note(format!("--{flag}: {told}"))).ok();
         Some(Options {
@@ -321,8 +346,13 @@ impl OptionFlags {
                 stage_output_bytes: stage_output_bytes?,
             },
             stage_patience: Duration::from_secs(stage_patience? as u64),
+            stuck_after: Duration::from_secs(stuck_after? as u64),
             max_audio_seconds: max_audio_seconds? as u32,
             ffmpeg: self.ffmpeg,
+            webhooks: WebhookOptions {
+                secret: secret.map_or(Some(None), |secret| secret.map(Some))?,
+                allow: allow.map_or(Some(Vec::new()), |hosts| hosts)?,
+            },
         })
     }
 }
@@ -451,6 +481,20 @@ mod tests {
         }
         let auto = TierOptions { choice: Choice::Auto, ..TierOptions::default() };
         assert_eq!(auto.on_device(planner::Bytes::gib(12)).limit().unwrap().name, "low");
+    }
+
+    #[test]
+    fn a_webhooks_secret_is_read_when_the_flags_are_and_never_shown() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
+        let path = file.path().to_str().unwrap();
+        let config = parse(&["--webhook-secret-file", path, "--webhook-allow", "localhost:80,hooks"]).unwrap();
+        assert_eq!(config.options.webhooks.allow, ["localhost:80", "hooks"]);
+        assert!(format!("{config:?}").contains("Some(***)") && !format!("{config:?}").contains("MfKQ"));
+        for wrong in [["--webhook-secret-file", "/no/such/file"], ["--webhook-allow", "http://x"]] {
+            let Err(ConfigError::Mistakes(mistakes)) = parse(&wrong) else { panic!("{wrong:?}") };
+            assert!(mistakes.to_string().contains(wrong[0]), "{mistakes}");
+        }
     }
 
     #[test]

@@ -73,6 +73,8 @@ pub(crate) struct Script {
     pub(crate) unloads: AtomicUsize,
     /// Headers of every call of the decoder.
     pub(crate) decodes: Mutex<Vec<v1::DecodeLatentsHeader>>,
+    /// Predict call that never answers.
+    pub(crate) stall_at: Option<usize>,
     /// Every value of every frame, where the decoder should make no picture.
     pub(crate) flat_frames: Option<u8>,
     /// What a velocity is multiplied by.
@@ -281,6 +283,9 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let call = self.0.predicted.fetch_add(1, Ordering::SeqCst);
+        if self.0.stall_at == Some(call) {
+            std::future::pending::<()>().await;
+        }
         if self.0.away_at.is_some_and(|(first, calls)| (first..first.saturating_add(calls)).contains(&call)) {
             return Err(ServiceError::unavailable("nobody is there").into());
         }

@@ -8,7 +8,7 @@ use service_kit::{FieldViolation, ServiceError};
 use tonic::{Code, Status};
 
 /// The fields that a violation can name: those of the public contract.
-pub const FIELDS: [&str; 15] = [
+pub const FIELDS: [&str; 17] = [
     "picture",
     "audio",
     "prompt",
@@ -24,6 +24,8 @@ pub const FIELDS: [&str; 15] = [
     "idempotency_key",
     "caller",
     "priority",
+    "webhook",
+    "deadline",
 ];
 
 /// The code of a generation whose output is no video; gRPC has none that says so.

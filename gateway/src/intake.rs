@@ -31,6 +31,10 @@ pub struct Order {
     pub priority: i64,
     /// The caller's key for this request, so that sending it again makes no second generation; empty for none.
     pub idempotency_key: String,
+    /// Whom to call back at the end; empty for nobody.
+    pub webhook: String,
+    /// Seconds in which it must have ended; without it there is no limit.
+    pub deadline_seconds: Option<u64>,
 }
 
 impl Order {
@@ -52,10 +56,32 @@ impl Order {
         .collect();
         match level {
             Some(priority) if wrong.is_empty() => {
-                Ok(Self { caller: caller.to_owned(), priority, idempotency_key: idempotency_key.to_owned() })
+                let (caller, idempotency_key) = (caller.to_owned(), idempotency_key.to_owned());
+                Ok(Self { caller, priority, idempotency_key, ..Self::default() })
             }
             _ => Err(Fault::of_violations(Kind::Invalid, wrong)),
         }
+    }
+}
+
+impl Order {
+    /// The same with an address to call back, which is looked at where it is known who may be called.
+    #[must_use]
+    pub fn calling(self, webhook: &str) -> Self {
+        Self { webhook: webhook.to_owned(), ..self }
+    }
+
+    /// The same with a deadline in seconds; an empty one is none.
+    ///
+    /// Errors: it is no number in the range.
+    pub fn within(self, deadline: &str) -> Result<Self, Fault> {
+        if deadline.is_empty() {
+            return Ok(self);
+        }
+        let seconds = deadline.trim().parse::<u64>().ok().filter(|seconds| DEADLINE_SECONDS.contains(seconds));
+        let (least, most) = (DEADLINE_SECONDS.start(), DEADLINE_SECONDS.end());
+        let no_deadline = || Fault::invalid("deadline", format!("{deadline:?}; allowed are {least} to {most} seconds"));
+        Ok(Self { deadline_seconds: Some(seconds.ok_or_else(no_deadline)?), ..self })
     }
 }
 
@@ -68,6 +94,8 @@ fn visible(name: &str, limit: usize) -> Option<String> {
     Some(format!("byte {at} is no visible ASCII character"))
 }
 
+/// Seconds that a caller can give a generation: up to 30 days.
+const DEADLINE_SECONDS: RangeInclusive<u64> = 1..=2_592_000;
 /// Priorities that a caller can give.
 const PRIORITIES: RangeInclusive<i64> = -9..=9;
 /// Most bytes of a caller's name.
@@ -197,6 +225,10 @@ mod tests {
         let fault = Order::read(&"c".repeat(65), "10", "").unwrap_err();
         assert_eq!(fault.violations.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(), ["caller", "priority"]);
         assert!(Order::read("", "high", "").is_err());
+        assert_eq!(Order::default().within("90").unwrap().deadline_seconds, Some(90));
+        for wrong in ["0", "-1", "2592001", "soon", "1e3"] {
+            assert_eq!(Order::default().within(wrong).unwrap_err().field(), Some("deadline"), "{wrong}");
+        }
     }
 
     #[test]

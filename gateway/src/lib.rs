@@ -17,6 +17,7 @@ pub mod store;
 #[cfg(test)]
 mod tests;
 pub mod validate;
+pub mod webhook;
 
 use std::{future::Future, time::Duration};
 

@@ -15,10 +15,10 @@ use crate::{
     fault::{Fault, Kind},
     intake::{Order, Upload},
     planning::FleetSource,
-    runner::{self, Workshop, prepare::Prepared},
+    runner::{self, Pace, Workshop, prepare::Prepared},
     stages::Stages,
     store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
-    validate,
+    validate, webhook,
 };
 
 /// When to try again after the queue was full, while nobody knows how long a generation takes.
@@ -30,6 +30,10 @@ const MOST_RETRY: Duration = Duration::from_secs(600);
 const PACE: usize = 16;
 /// When to try again after the disk was full.
 const SPACE_RETRY: Duration = Duration::from_secs(60);
+/// Callbacks that are made at the same time, so that a slow receiver does not keep the others waiting.
+const SENDERS: usize = 4;
+/// How often deadlines of what waits are looked at.
+const DEADLINES: Duration = Duration::from_secs(1);
 /// How often the data folder is tidied.
 const TIDY: Duration = Duration::from_secs(60);
 /// How long generations may take to be let go.
@@ -103,6 +107,11 @@ impl Gateway {
             gateway.inner.tasks.spawn(gateway.clone().work());
         }
         gateway.inner.tasks.spawn(gateway.clone().tidy());
+        gateway.inner.tasks.spawn(gateway.clone().watch_deadlines());
+        for _ in 0..SENDERS {
+            let (store, closing) = (gateway.inner.store.clone(), gateway.inner.closing.clone());
+            gateway.inner.tasks.spawn(webhook::deliver(store, options.webhooks.clone(), closing));
+        }
         Ok(gateway)
     }
 
@@ -154,6 +163,7 @@ impl Gateway {
         if self.inner.closing.is_cancelled() {
             return Err(shutting_down());
         }
+        webhook::check(&self.inner.options.webhooks, &order.webhook)?;
         self.check_space().await?;
         let Order { caller, idempotency_key, .. } = order;
         let (uploads, own_uploads) = {
@@ -277,6 +287,21 @@ impl Gateway {
         closing.run_until_cancelled(tidying).await;
     }
 
+    /// Ends now and then what waits and is too late.
+    async fn watch_deadlines(self) {
+        let closing = self.inner.closing.clone();
+        let watching = async {
+            let mut pace = tokio::time::interval(DEADLINES);
+            loop {
+                pace.tick().await;
+                if let Err(fault) = self.inner.store.end_late().await {
+                    tracing::error!(%fault, "the deadlines were not looked at");
+                }
+            }
+        };
+        closing.run_until_cancelled(watching).await;
+    }
+
     /// Refuses while the disk is nearly full, so that what runs can end.
     async fn check_space(&self) -> Result<(), Fault> {
         let (free, wanted) = (self.inner.store.free_bytes().await?, self.inner.options.min_free_bytes);
@@ -294,6 +319,7 @@ impl Gateway {
             ffmpeg: self.inner.options.ffmpeg.clone(),
             directory: self.inner.store.work_dir(),
             patience: self.inner.options.stage_patience,
+            pace: Pace::new(self.inner.options.concurrent, self.inner.options.stuck_after),
             stopping: self.inner.stopping.clone(),
         };
         let closing = self.inner.closing.clone();

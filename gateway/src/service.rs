@@ -92,7 +92,9 @@ async fn receive<M: Into<Piece> + Keyed>(
         Some(Ok(text)) => Ok(text),
         Some(Err(_)) => Err(Fault::invalid(field, format!("{name} is no visible ASCII text"))),
     };
-    let order = Order::read(text("avatar-caller", "caller")?, text("avatar-priority", "priority")?, &key)?;
+    let order = Order::read(text("avatar-caller", "caller")?, text("avatar-priority", "priority")?, &key)?
+        .calling(text("avatar-webhook", "webhook")?)
+        .within(text("avatar-deadline", "deadline")?)?;
     let place = gateway.admit(&order).await?;
     loop {
         match message.map(Into::into) {

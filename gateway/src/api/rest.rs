@@ -54,6 +54,11 @@ pub(crate) fn router(gateway: Gateway) -> Router {
         ("Avatar-Caller" = Option<String>, Header,
             description = "Who asks: at most 64 visible ASCII characters. Callers of one priority take turns."),
         ("Avatar-Priority" = Option<i64>, Header, description = "-9 to 9, the higher the earlier; 0 if absent."),
+        ("Avatar-Deadline" = Option<u64>, Header,
+            description = "Seconds, 1 to 2592000, in which it must have ended; else it fails. Absent: no limit."),
+        ("Avatar-Webhook" = Option<String>, Header,
+            description = "Whom to call back once the video is completed, failed or cancelled: an https URL of at most \
+                2048 bytes. Signed as the Standard Webhooks specification says, tried for 24 hours, at least once."),
     ),
     request_body(content = openapi::CreateVideo, content_type = "multipart/form-data"),
     responses(
@@ -86,11 +91,9 @@ fn order(headers: &HeaderMap) -> Result<Order, Fault> {
         Some(Ok(text)) => Ok(text),
         Some(Err(_)) => Err(Fault::invalid(field, format!("{name} is no visible ASCII text"))),
     };
-    Order::read(
-        text("avatar-caller", "caller")?,
-        text("avatar-priority", "priority")?,
-        text("idempotency-key", "idempotency_key")?,
-    )
+    let (caller, priority) = (text("avatar-caller", "caller")?, text("avatar-priority", "priority")?);
+    let order = Order::read(caller, priority, text("idempotency-key", "idempotency_key")?)?;
+    order.calling(text("avatar-webhook", "webhook")?).within(text("avatar-deadline", "deadline")?)
 }
 
 /// Shows a generation as it stands.

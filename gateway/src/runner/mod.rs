@@ -6,6 +6,7 @@ mod encode;
 mod gate;
 mod kept;
 mod ladder;
+mod pace;
 mod patience;
 pub(crate) mod prepare;
 mod run;
@@ -17,6 +18,7 @@ use futures::FutureExt as _;
 use proto::v1::{Generation, GenerationDefaults, GenerationState, OpenSessionHeader, Outcome, Stage};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::pace::Pace;
 use self::{
     decode::{Target, Video},
     denoise::Denoise,
@@ -44,6 +46,8 @@ pub(crate) struct Workshop {
     pub(crate) directory: PathBuf,
     /// How long a stage may stay away before the generation fails.
     pub(crate) patience: Duration,
+    /// What is known of the transformer's pace, from which it is told whether a call is stuck.
+    pub(crate) pace: Pace,
     /// Cancelled when this process stops; the generation can be gone on with then.
     pub(crate) stopping: CancellationToken,
 }
@@ -74,6 +78,7 @@ pub(crate) async fn run(lease: Arc<Lease>, workshop: Workshop) {
         }
         () = workshop.stopping.cancelled() => End::LetGo,
         () = lease.keep_alive() => End::LetGo,
+        fault = lease.deadline() => End::Failed(fault),
         ended = driven => match ended {
             Ok(Ok((video, outcome))) => End::Done(video, Box::new(outcome)),
             Ok(Err(fault)) => End::Failed(fault),
@@ -163,7 +168,8 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
             // What an earlier process left open holds memory that opening it again may need.
             Session::close(&run.stages, run.earlier_session_id()).await;
         }
-        let mut session = Session::new(run.stages.clone(), run.patience.clone(), header, conditions.tensors);
+        let mut session =
+            Session::new(run.stages.clone(), (run.patience.clone(), workshop.pace), header, conditions.tensors);
         denoise.run(run, &prepared, &mut session).await?;
         run.stage_ended(Stage::Diffusion, began, session.memory()).await;
         drop(session);

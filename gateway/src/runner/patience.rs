@@ -74,7 +74,8 @@ impl Patience {
         }
     }
 
-    async fn say(&self, fault: &Fault, what: String) {
+    /// Says something of the stage that a fault came from.
+    pub(crate) async fn say(&self, fault: &Fault, what: String) {
         let message = format!("{} {what}", stage_name(fault.stage));
         self.lease.publish(Change { stage: fault.stage, message, ..Change::default() }).await;
     }

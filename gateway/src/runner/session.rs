@@ -1,13 +1,17 @@
 //! A session of the transformer that survives the loss of its worker.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use proto::{
     tensor::HostTensor,
     v1::{MemoryReport, OpenSessionHeader, PassMode, PredictHeader, PredictItem, Stage},
 };
 
-use super::{gate::rejected, ladder::Rung, patience::Patience};
+use super::{gate::rejected, ladder::Rung, pace::Pace, patience::Patience};
 use crate::{
     fault::{Fault, Kind},
     stages::Stages,
@@ -43,6 +47,7 @@ pub(crate) struct StepPasses {
 pub(crate) struct Session {
     stages: Stages,
     patience: Patience,
+    pace: Pace,
     header: OpenSessionHeader,
     tensors: Vec<HostTensor>,
     /// The passes whose features a cached step needs; run again when a worker has lost them.
@@ -56,9 +61,14 @@ pub(crate) struct Session {
 
 impl Session {
     /// A session that is not open yet.
-    pub(crate) fn new(stages: Stages, patience: Patience, header: OpenSessionHeader, tensors: Vec<HostTensor>) -> Self {
+    pub(crate) fn new(
+        stages: Stages,
+        (patience, pace): (Patience, Pace),
+        header: OpenSessionHeader,
+        tensors: Vec<HostTensor>,
+    ) -> Self {
         let (memory, items_per_call) = (MemoryReport::default(), ITEMS_PER_CALL);
-        Self { stages, patience, header, tensors, last_kept: None, memory, items_per_call, features: true }
+        Self { stages, patience, pace, header, tensors, last_kept: None, memory, items_per_call, features: true }
     }
 
     /// Whether steps may keep features and reuse them.
@@ -168,7 +178,10 @@ impl Session {
                 .map(|(i, (_, values))| HostTensor::from_f32(format!("latents.{i}"), &passes.shape, values))
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(|error| Fault::internal("the latents do not fit their window", &error))?;
-            let mut answer = self.patience.call(|| self.stages.predict(header.clone(), latents.clone())).await?;
+            let (limit, patience) = (self.pace.limit(items.len()), &self.patience);
+            let call = || in_time(limit, patience, self.stages.predict(header.clone(), latents.clone()));
+            let (mut answer, took) = self.patience.call(call).await?;
+            self.pace.learn(items.len(), took);
             self.memory = answer.memory;
             for i in 0..items.len() {
                 let velocity = answer.take(&format!("velocity.{i}"), Stage::Diffusion)?;
@@ -184,6 +197,28 @@ impl Session {
             Ok(Ok(())) => {}
             Ok(Err(fault)) => tracing::warn!(session_id, %fault, "the session was not closed"),
             Err(_) => tracing::warn!(session_id, "closing the session took too long"),
+        }
+    }
+}
+
+/// A call's answer and how long it took; one that takes longer than `limit` is dropped, and its worker suspected.
+async fn in_time<T>(
+    limit: Option<Duration>,
+    patience: &Patience,
+    call: impl Future<Output = Result<T, Fault>>,
+) -> Result<(T, Duration), Fault> {
+    let began = Instant::now();
+    let Some(limit) = limit else { return Ok((call.await?, began.elapsed())) };
+    match tokio::time::timeout(limit, call).await {
+        Ok(answer) => Ok((answer?, began.elapsed())),
+        Err(_) => {
+            let what = format!(
+                "is suspected to be stuck: a call has taken {:.0} s, 5 times its prediction",
+                limit.as_secs_f64()
+            );
+            let fault = Fault::new(Kind::Unavailable, format!("diffusion {what}")).at(Stage::Diffusion);
+            patience.say(&fault, format!("{what}; it is begun again")).await;
+            Err(fault)
         }
     }
 }

@@ -16,8 +16,10 @@ use super::{
     ledger::{Append, Row},
     life, lock, role, unix_ms,
 };
-use crate::fault::Fault;
+use crate::fault::{Fault, Kind};
 
+/// How often the clock of the day is looked at where a deadline is waited for.
+const CLOCK: Duration = Duration::from_secs(5);
 /// How long a change waits before it is tried again, where the database refused it.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -45,10 +47,22 @@ pub(crate) struct Change {
 }
 
 impl Change {
+    /// The end of a generation that did not end in time.
+    pub(crate) fn late() -> Self {
+        let fault = late();
+        let (state, message) = (Some(GenerationState::Failed), fault.message.clone());
+        Self { state, message, fault: Some(fault), ..Self::default() }
+    }
+
     /// The end of a generation that its caller stopped.
     pub(crate) fn cancelled(message: &str) -> Self {
         Self { state: Some(GenerationState::Cancelled), message: message.into(), ..Self::default() }
     }
+}
+
+/// The fault of a generation that did not end in time.
+fn late() -> Fault {
+    Fault::new(Kind::Deadline, "the generation's deadline has passed")
 }
 
 /// Latents that a generation can go on with.
@@ -199,6 +213,9 @@ impl Lease {
         }
         *inside = (generation, event.number);
         self.store.ring(self.id);
+        if life::is_terminal(state) {
+            self.store.inner.ends.notify_waiters();
+        }
         unused
     }
 
@@ -280,6 +297,17 @@ impl Lease {
             drop_files(&self.store, vec![kept.hash]).await;
         }
         Ok(())
+    }
+
+    /// Resolves once the deadline that the caller gave has passed; never without one.
+    pub(crate) async fn deadline(&self) -> Fault {
+        let deadline = self.generation().await.deadline_unix_ms;
+        let Some(deadline) = deadline else { return std::future::pending().await };
+        // In pieces: the clock of the day may be set meanwhile.
+        while let Some(left) = deadline.checked_sub(unix_ms()).filter(|left| *left > 0) {
+            tokio::time::sleep(Duration::from_millis(left).min(CLOCK)).await;
+        }
+        late()
     }
 
     /// Gives signs of life until the lease is lost.

@@ -12,7 +12,9 @@ use uuid::Uuid;
 use super::{
     artifacts::Artifact,
     engine::{Access, Cells, Engine, Hold, SqlError},
+    life,
     turns::{Waiting, in_turn},
+    webhooks,
 };
 use crate::intake::Order;
 
@@ -132,7 +134,7 @@ impl Ledger {
     pub(crate) async fn insert(&self, new: NewRow<'_>) -> Result<Inserted, SqlError> {
         let id = new.generation.generation_id.as_str();
         let mut transaction = self.engine.begin(Access::Write).await?;
-        let Order { caller, priority, idempotency_key } = new.order;
+        let Order { caller, priority, idempotency_key, webhook, .. } = new.order;
         if !idempotency_key.is_empty() {
             let known = transaction
                 .rows(
@@ -171,6 +173,9 @@ impl Ledger {
             .await?;
         for (role, artifact) in new.artifacts {
             transaction.execute(KEEP_ARTIFACT, &artifact_values(id, role, artifact)).await?;
+        }
+        if !webhook.is_empty() {
+            webhooks::expect(&mut *transaction, id, webhook).await?;
         }
         transaction.commit().await?;
         Ok(Inserted::New)
@@ -285,6 +290,20 @@ impl Ledger {
             )
             .await?;
         rows.iter().map(|row| message(row.bytes(0)?)).collect()
+    }
+
+    /// Ids of generations that nobody drives and whose deadline has passed.
+    pub(crate) async fn late(&self, now_ms: u64) -> Result<Vec<Uuid>, SqlError> {
+        let query = "SELECT body FROM generations WHERE state < $1 AND lease_until_ms <= $2";
+        let rows = self.read(query, &[FIRST_END.into(), now_ms.into()]).await?;
+        let mut late = Vec::new();
+        for row in rows {
+            let generation: Generation = message(row.bytes(0)?)?;
+            if generation.deadline_unix_ms.is_some_and(|deadline| deadline <= now_ms) {
+                late.push(identity(&generation.generation_id)?);
+            }
+        }
+        Ok(late)
     }
 
     /// Takes the next generation to run that is nobody's, for the holder of a lease until `until_ms`; `skip` says
@@ -410,6 +429,9 @@ impl Ledger {
         for role in drop {
             transaction.execute(DROP_ARTIFACT, &[id.into(), (*role).into()]).await?;
         }
+        if life::is_terminal(generation.state()) {
+            webhooks::ended(&mut *transaction, generation).await?;
+        }
         transaction.commit().await?;
         Ok(true)
     }
@@ -453,6 +475,7 @@ impl Ledger {
         let files =
             transaction.rows("SELECT hash FROM artifacts WHERE generation_id = $1", &[id.as_str().into()]).await?;
         transaction.execute("DELETE FROM events WHERE generation_id = $1", &[id.as_str().into()]).await?;
+        webhooks::removed(&mut *transaction, &id).await?;
         transaction.execute("DELETE FROM artifacts WHERE generation_id = $1", &[id.into()]).await?;
         transaction.commit().await?;
         files.iter().map(|row| row.text(0).map(str::to_owned)).collect::<Result<_, _>>().map(Some)
@@ -534,11 +557,19 @@ impl Ledger {
         Ok(!rows.is_empty())
     }
 
-    async fn read(&self, query: &'static str, values: &[super::engine::Value]) -> Result<Vec<Cells>, SqlError> {
+    pub(super) async fn read(
+        &self,
+        query: &'static str,
+        values: &[super::engine::Value],
+    ) -> Result<Vec<Cells>, SqlError> {
         self.engine.begin(Access::Read).await?.rows(query, values).await
     }
 
-    async fn write(&self, statement: &'static str, values: &[super::engine::Value]) -> Result<u64, SqlError> {
+    pub(super) async fn write(
+        &self,
+        statement: &'static str,
+        values: &[super::engine::Value],
+    ) -> Result<u64, SqlError> {
         let mut transaction = self.engine.begin(Access::Write).await?;
         let changed = transaction.execute(statement, values).await?;
         transaction.commit().await?;

@@ -14,6 +14,7 @@ mod sqlite;
 #[cfg(test)]
 mod tests;
 mod turns;
+mod webhooks;
 
 use std::{
     collections::HashMap,
@@ -47,6 +48,7 @@ use lease::patiently;
 pub(crate) use lease::{Change, Lease, Resume};
 pub use postgres::Database;
 pub(crate) use turns::seconds_until;
+pub(crate) use webhooks::Due;
 
 /// Files of a generation.
 pub(crate) mod role {
@@ -176,6 +178,8 @@ struct Inner {
     lease: Duration,
     /// Rings when there may be something to run.
     arrivals: Notify,
+    /// Rings when a generation has ended.
+    ends: Notify,
     /// Generations that run in this process, and how to stop them.
     running: Mutex<HashMap<Uuid, CancellationToken>>,
     /// Rings for those who watch a generation.
@@ -224,6 +228,7 @@ impl Store {
             replica: Uuid::now_v7().to_string(),
             lease,
             arrivals: Notify::new(),
+            ends: Notify::new(),
             running: Mutex::default(),
             bells: Mutex::default(),
             _locks: [lock, work_lock],
@@ -304,6 +309,7 @@ impl Store {
             state: GenerationState::Queued.into(),
             created_unix_ms: now,
             ended_unix_ms: 0,
+            deadline_unix_ms: order.deadline_seconds.map(|seconds| now + 1000 * seconds),
             ..generation
         };
         let event = GenerationEvent {
@@ -636,6 +642,16 @@ impl Store {
         let now = self.inner.ledger.now_ms().await?;
         let row = self.inner.ledger.claim(id, now, now.saturating_add(self.lease_ms())).await?;
         Ok(row.map(|row| Lease::new(self.clone(), row)))
+    }
+
+    /// Ends what waits and has a deadline that has passed.
+    pub(crate) async fn end_late(&self) -> Result<(), Fault> {
+        for id in self.inner.ledger.late(self.inner.ledger.now_ms().await?).await? {
+            if let Some(lease) = self.claim(id).await? {
+                lease.publish(Change::late()).await;
+            }
+        }
+        Ok(())
     }
 
     /// A folder for files that are not whole yet; they can be kept without being copied.

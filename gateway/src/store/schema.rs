@@ -3,7 +3,7 @@
 use super::engine::{Access, Engine, SqlError};
 
 /// Steps from nothing to the newest schema; a step that was released is never changed. `{bytes}` is a column of bytes.
-const STEPS: [&str; 2] = [
+const STEPS: [&str; 3] = [
     "
     CREATE TABLE generations (
         id TEXT PRIMARY KEY,
@@ -57,6 +57,17 @@ const STEPS: [&str; 2] = [
         until_ms BIGINT NOT NULL
     );
     ALTER TABLE generations ADD COLUMN replica TEXT NOT NULL DEFAULT '';
+",
+    "
+    CREATE TABLE webhooks (
+        generation_id TEXT PRIMARY KEY,
+        url TEXT NOT NULL,
+        due_ms BIGINT NOT NULL,
+        until_ms BIGINT NOT NULL,
+        attempts BIGINT NOT NULL,
+        body {bytes} NOT NULL
+    );
+    CREATE INDEX webhooks_due ON webhooks (due_ms);
 ",
 ];
 

@@ -44,6 +44,12 @@ pub struct OrderFlags {
     /// How urgent it is, -9 to 9, the higher the earlier.
     #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true)]
     pub priority: i32,
+    /// Have the server call this https URL back at the end, signed as the Standard Webhooks specification says.
+    #[arg(long, value_name = "URL", default_value = "")]
+    pub webhook: String,
+    /// Seconds, 1 to 2592000, in which it must have ended; else it fails. Default: no limit.
+    #[arg(long, value_name = "SECONDS")]
+    pub deadline: Option<u64>,
 }
 
 /// The flags of the commands about one generation.

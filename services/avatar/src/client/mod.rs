@@ -71,7 +71,7 @@ pub async fn submit(flags: &SubmitFlags) -> Result<(), Failure> {
 
 /// The call that hands a request in, under a key of the caller's choice.
 ///
-/// Errors: the caller's name is none.
+/// Errors: the caller's name or the address to call back has other than visible ASCII characters.
 pub(crate) fn creation(
     spec: GenerationSpec,
     (picture, audio): (&[u8], &[u8]),
@@ -90,6 +90,14 @@ pub(crate) fn creation(
     let caller = caller.map_err(|_| Failure::input("caller", "it has other than visible ASCII characters"))?;
     request.metadata_mut().insert("avatar-caller", caller);
     request.metadata_mut().insert("avatar-priority", MetadataValue::from(order.priority));
+    if let Some(seconds) = order.deadline {
+        request.metadata_mut().insert("avatar-deadline", MetadataValue::from(seconds));
+    }
+    if !order.webhook.is_empty() {
+        let webhook = MetadataValue::try_from(&order.webhook);
+        let webhook = webhook.map_err(|_| Failure::input("webhook", "it has other than visible ASCII characters"))?;
+        request.metadata_mut().insert("avatar-webhook", webhook);
+    }
     Ok(request)
 }
 
