@@ -3,4 +3,5 @@
 pub mod bench;
 pub mod parity;
 pub mod proof;
+pub mod quality;
 pub mod tiers;

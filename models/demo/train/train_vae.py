@@ -177,6 +177,8 @@ def main():
             whole, mouth = held_out(network, held)
             run.log(loss=mean_loss, whole_psnr=whole, mouth_psnr=mouth, latent_std=mean.std().item())
         run.save(90, network=network.state_dict(), optimiser=optimiser.state())
+    if run.steps == since:
+        return
     whole, mouth = held_out(network, held)
     run.log(loss=mean_loss, whole_psnr=whole, mouth_psnr=mouth, latent_std=mean.std().item())
     run.save(network=network.state_dict(), optimiser=optimiser.state())
