@@ -10,9 +10,14 @@ use super::{
 };
 use crate::memory;
 
-/// Queries and keys of one tile: its scores (f32: 256 KiB) stay in a core's cache.
-const QUERIES: usize = 128;
-const KEYS: usize = 512;
+/// Queries and keys of one tile: its scores (f32: 255 KiB) stay in a core's second cache. The queries are whole tiles of
+/// sums; they are many, since keys and values are laid out for each tile anew.
+const QUERIES: usize = 240;
+const KEYS: usize = 256;
+
+/// Values between two lines of scores: lines whole pages or powers of two apart would share a few places of the first
+/// cache.
+const APART: usize = 16;
 
 /// `softmax(q·kᵀ·scale + mask)·v`, a tile of queries and keys at a time, with a running maximum and sum.
 ///
@@ -124,7 +129,6 @@ struct Room {
     total: Vec<f32>,
     /// Packed operands.
     queries: Vec<f32>,
-    weights: Vec<f32>,
     packed: Vec<f32>,
 }
 
@@ -144,14 +148,15 @@ impl Room {
         self.total.clear();
         self.total.resize(rows, 0.0);
         let left = Left::new(View::rows(q, d), rows, d, std::mem::take(&mut self.queries));
+        let stride = KEYS.min(keys) + APART;
+        self.scores.resize(Left::whole_tiles(rows) * stride, 0.0);
         for first in (0..keys).step_by(KEYS) {
             let count = KEYS.min(keys - first);
-            self.scores.resize(rows * count, 0.0);
             let k = View::columns(&k[first * d..][..count * d], d);
-            // SAFETY: the scores are this thread's, and there are `rows · count` of them.
-            unsafe { left.times(k, count, (self.scores.as_mut_ptr(), count), (scale, false), &mut self.packed) };
+            // SAFETY: the scores are this thread's, and there are `rows · stride` of them.
+            unsafe { left.times(k, count, (self.scores.as_mut_ptr(), stride), (scale, false), &mut self.packed) };
             for row in 0..rows {
-                let line = &mut self.scores[row * count..][..count];
+                let line = &mut self.scores[row * stride..][..count];
                 if let Some((mask, stride, _)) = mask {
                     line.iter_mut().zip(&mask[row * stride + first..]).for_each(|(s, m)| *s += m);
                 }
@@ -159,10 +164,9 @@ impl Room {
                 soften(line, sum, &mut self.most[row], &mut self.total[row]);
             }
             let v = View::rows(&v[first * dv..][..count * dv], dv);
-            let weights = Left::new(View::rows(&self.scores, count), rows, count, std::mem::take(&mut self.weights));
+            let weights = Left::in_place(View::rows(&self.scores, stride), rows, count);
             // SAFETY: the sums are this thread's, and there are `rows · dv` of them.
             unsafe { weights.times(v, dv, (self.sum.as_mut_ptr(), dv), (1.0, true), &mut self.packed) };
-            self.weights = weights.into_room();
         }
         self.queries = left.into_room();
         for (sum, total) in self.sum.chunks_mut(dv.max(1)).zip(&self.total) {
@@ -187,7 +191,6 @@ vectorised! {
             sum.iter_mut().for_each(|v| *v *= shrink);
             *most = now;
         }
-        line.iter_mut().for_each(|v| *v = exp::<FMA>(*v - now));
-        *total += simd::sum(line, |v| v);
+        *total += simd::sum_changed(line, |v| exp::<FMA>(v - now));
     }
 }

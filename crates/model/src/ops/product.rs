@@ -11,6 +11,9 @@ const NR: usize = 32;
 /// first cache.
 const KC: usize = 384;
 
+/// Depth up to which it is the right tile's part that stays in the first cache (f32: 16 KiB) while the left ones pass by.
+const SHALLOW: usize = 128;
+
 /// Steps of depth that operands are asked for ahead of their turn. The right one comes from the second cache, as all its
 /// tiles of a part pass by for each left tile; without asking, the sums wait a quarter of the time.
 #[cfg(target_arch = "x86_64")]
@@ -68,8 +71,18 @@ pub(crate) struct Left<'a> {
     view: View<'a>,
     rows: usize,
     depth: usize,
-    /// Blocks of 12 rows, each `depth` x 12; empty where the kernel is not to be had.
+    /// Blocks of 12 rows, each `depth` x 12; empty where the operand is read in place, or the kernel is not to be had.
     packed: Vec<f32>,
+    /// Whether the kernel reads the values where they are.
+    in_place: bool,
+}
+
+/// Twelve rows of the left operand: element `(i, k)` is at `i·row + k·step`.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    values: &'a [f32],
+    row: usize,
+    step: usize,
 }
 
 /// Whether products have a kernel of our own here, which wants its operands laid out anew.
@@ -99,7 +112,19 @@ impl<'a> Left<'a> {
         for (block, packed) in room.chunks_exact_mut((MR * depth).max(1)).enumerate() {
             pack_left(view, block * MR..rows.min((block + 1) * MR), depth, packed);
         }
-        Self { view, rows, depth, packed: room }
+        Self { view, rows, depth, packed: room, in_place: false }
+    }
+
+    /// So many rows as whole tiles have.
+    pub(crate) fn whole_tiles(rows: usize) -> usize {
+        rows.next_multiple_of(MR)
+    }
+
+    /// An operand that is read where it is, as one is better that is used once. It lies in rows, as many
+    /// as [`whole_tiles`](Self::whole_tiles) have: what follows the last one may be anything.
+    pub(crate) fn in_place(view: View<'a>, rows: usize, depth: usize) -> Self {
+        assert!(view.column == 1 && view.holds(Self::whole_tiles(rows), depth), "whole tiles of the left operand");
+        Self { view, rows, depth, packed: Vec::new(), in_place: has_kernel() }
     }
 
     /// As [`new`](Self::new), on all threads.
@@ -110,7 +135,7 @@ impl<'a> Left<'a> {
         packed.par_chunks_exact_mut((MR * depth).max(1)).enumerate().for_each(|(block, packed)| {
             pack_left(view, block * MR..rows.min((block + 1) * MR), depth, packed);
         });
-        Self { view, rows, depth, packed }
+        Self { view, rows, depth, packed, in_place: false }
     }
 
     /// The memory, to be used again.
@@ -134,7 +159,7 @@ impl<'a> Left<'a> {
         if let Right::View(view) = right {
             assert!(view.holds(self.depth, columns), "the right operand lies within its values");
         }
-        if self.packed.is_empty() || self.depth == 0 {
+        if (self.packed.is_empty() && !self.in_place) || self.depth == 0 {
             let view = match right {
                 Right::View(view) => view,
                 Right::Lines(write) => {
@@ -195,18 +220,33 @@ impl<'a> Left<'a> {
                     }
                 }
             }
-            for block in 0..self.rows.div_ceil(MR) {
-                let left = &self.packed[(block * self.depth + first) * MR..][..deep * MR];
-                let rows = MR.min(self.rows - block * MR);
-                for (group, right) in room.chunks_exact(deep * NR).enumerate().take(groups) {
-                    let width = NR.min(columns - group * NR);
-                    // SAFETY: `rows` lines of `out` that the caller gave, `width` columns of each.
-                    unsafe {
-                        let out = out.add(block * MR * stride + group * NR);
-                        tile(left, right, (out, stride), [rows, width], (scale, add || first > 0));
-                    }
+            let multiply = |block: usize, group: usize| {
+                let left = self.tile_rows(block, first, deep);
+                let right = &room[group * deep * NR..][..deep * NR];
+                let (rows, width) = (MR.min(self.rows - block * MR), NR.min(columns - group * NR));
+                // SAFETY: `rows` lines of `out` that the caller gave, `width` columns of each.
+                unsafe {
+                    let out = out.add(block * MR * stride + group * NR);
+                    tile(left, right, (out, stride), [rows, width], (scale, add || first > 0));
                 }
+            };
+            let blocks = self.rows.div_ceil(MR);
+            if deep <= SHALLOW {
+                (0..groups).for_each(|group| (0..blocks).for_each(|block| multiply(block, group)));
+            } else {
+                (0..blocks).for_each(|block| (0..groups).for_each(|group| multiply(block, group)));
             }
+        }
+    }
+
+    /// A block's rows, `deep` steps from `first` on.
+    fn tile_rows(&self, block: usize, first: usize, deep: usize) -> Rows<'_> {
+        if self.in_place {
+            let values = &self.view.values[block * MR * self.view.row + first..][..(MR - 1) * self.view.row + deep];
+            Rows { values, row: self.view.row, step: 1 }
+        } else {
+            let values = &self.packed[(block * self.depth + first) * MR..][..deep * MR];
+            Rows { values, row: 1, step: MR }
         }
     }
 }
@@ -329,7 +369,7 @@ fn turn(rows: [std::arch::x86_64::__m512; 16]) -> [std::arch::x86_64::__m512; 16
 /// # Safety
 /// These parts of `out` may be written.
 unsafe fn tile(
-    left: &[f32],
+    left: Rows<'_>,
     right: &[f32],
     out: (*mut f32, usize),
     [rows, width]: [usize; 2],
@@ -338,20 +378,26 @@ unsafe fn tile(
     #[cfg(target_arch = "x86_64")]
     // SAFETY: operands are packed only where the instructions are there; the caller answers for `out`.
     unsafe {
-        tile_avx512(left, right, out, [rows, width], (scale, add));
+        match left.step {
+            1 => tile_avx512::<false>(left, right, out, [rows, width], (scale, add)),
+            _ => tile_avx512::<true>(left, right, out, [rows, width], (scale, add)),
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     unreachable!(
-        "operands are packed only where the kernel is there: {left:?} {right:?} {out:?} {rows} {width} {scale} {add}"
+        "operands are packed only where the kernel is there: {} {right:?} {out:?} {rows} {width} {scale} {add}",
+        left.row + left.step + left.values.len()
     );
 }
 
+/// `PACKED` where the rows' values of one step stand beside each other, else those of one row do.
+///
 /// # Safety
 /// As [`tile`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn tile_avx512(
-    left: &[f32],
+unsafe fn tile_avx512<const PACKED: bool>(
+    left: Rows<'_>,
     right: &[f32],
     (out, stride): (*mut f32, usize),
     [rows, width]: [usize; 2],
@@ -367,17 +413,30 @@ unsafe fn tile_avx512(
         _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(i * stride).cast());
         _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(i * stride + 16).cast());
     }
-    for (left, right) in left.as_chunks::<MR>().0.iter().zip(right.as_chunks::<NR>().0) {
+    let steps = right.len() / NR;
+    let needed = if PACKED { steps * MR } else { (MR - 1) * left.row + steps };
+    assert!(left.values.len() >= needed, "a step of the left operand for each of the right one");
+    // Three rows from each: more pointers than these do not stay in registers.
+    let mut quarters = [0, 3, 6, 9].map(|i| left.values.as_ptr().wrapping_add(i * if PACKED { 1 } else { left.row }));
+    for right in right.as_chunks::<NR>().0 {
         _mm_prefetch::<_MM_HINT_T0>(right.as_ptr().wrapping_add(AHEAD * NR).cast());
         _mm_prefetch::<_MM_HINT_T0>(right.as_ptr().wrapping_add(AHEAD * NR + 16).cast());
-        _mm_prefetch::<_MM_HINT_T0>(left.as_ptr().wrapping_add(AHEAD * MR).cast());
+        if PACKED {
+            _mm_prefetch::<_MM_HINT_T0>(quarters[0].wrapping_add(AHEAD * MR).cast());
+        }
         // SAFETY: 16 values from 0 and from 16 on, of 32.
         let (low, high) = unsafe { (_mm512_loadu_ps(right.as_ptr()), _mm512_loadu_ps(right.as_ptr().add(16))) };
-        for (tile, left) in tile.iter_mut().zip(left) {
-            let left = _mm512_set1_ps(*left);
-            tile[0] = _mm512_fmadd_ps(left, low, tile[0]);
-            tile[1] = _mm512_fmadd_ps(left, high, tile[1]);
+        for (quarter, three) in quarters.iter().zip(tile.as_chunks_mut::<3>().0) {
+            let next = if PACKED { 1 } else { left.row };
+            // SAFETY: the values of these rows and steps were measured above.
+            let values = unsafe { [*quarter.add(0), *quarter.add(next), *quarter.add(2 * next)] };
+            for (tile, value) in three.iter_mut().zip(values) {
+                let value = _mm512_set1_ps(value);
+                tile[0] = _mm512_fmadd_ps(value, low, tile[0]);
+                tile[1] = _mm512_fmadd_ps(value, high, tile[1]);
+            }
         }
+        quarters = quarters.map(|quarter| quarter.wrapping_add(if PACKED { MR } else { 1 }));
     }
     let scale = _mm512_set1_ps(scale);
     let masks = [low_bits(width), low_bits(width.saturating_sub(16))];
@@ -426,15 +485,22 @@ mod tests {
         #[test]
         fn a_product_is_what_it_is_defined_as(
             rows in 1usize..40, depth in 1usize..900, columns in 1usize..100, turned in prop::array::uniform2(any::<bool>()),
-            lines: bool, kernel: bool, add: bool, scale in 0.1f32..2.0, used in 0usize..2000, seed: u64,
+            lines: bool, kernel: bool, in_place: bool, add: bool, scale in 0.1f32..2.0, used in 0usize..2000, seed: u64,
         ) {
-            let (a, b) = (values(rows * depth, seed), values(depth * columns, !seed));
+            let in_place = in_place && !turned[0];
+            // What follows the rows of an operand that is read in place may be anything.
+            let behind = if in_place { rows.next_multiple_of(MR) - rows } else { 0 };
+            let (mut a, b) = (values(rows * depth, seed), values(depth * columns, !seed));
+            a.resize((rows + behind) * depth, f32::NAN);
             let left = if turned[0] { View::columns(&a, rows) } else { View::rows(&a, depth) };
             let right = if turned[1] { View::columns(&b, depth) } else { View::rows(&b, columns) };
             let before = values(rows * columns, seed / 2);
             let mut out = before.clone();
             // What an earlier operand left behind is no part of the product.
-            let packed = Left::laid_out(left, rows, depth, values(used, seed / 3), kernel && has_kernel());
+            let packed = match in_place {
+                true => Left::in_place(left, rows, depth),
+                false => Left::laid_out(left, rows, depth, values(used, seed / 3), kernel && has_kernel()),
+            };
             let write = |k: usize, line: &mut [f32]| {
                 line.iter_mut().enumerate().for_each(|(j, v)| *v = right.values[k * right.row + j * right.column]);
             };

@@ -102,7 +102,6 @@ pub(super) fn erf<const FMA: bool>(a: f32) -> f32 {
 /// Sum of values, in an order of additions that vector code can follow.
 #[inline(always)]
 pub(super) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    const LANES: usize = 32;
     let (whole, rest) = values.as_chunks::<LANES>();
     let mut lanes = [0f32; LANES];
     for chunk in whole {
@@ -110,7 +109,28 @@ pub(super) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
             *lane += f(*value);
         }
     }
-    let rest: f32 = rest.iter().map(|v| f(*v)).sum();
+    halved(lanes) + rest.iter().map(|v| f(*v)).sum::<f32>()
+}
+
+/// Replaces values, and gives the sum of the new ones in the order of [`sum`].
+#[inline(always)]
+pub(super) fn sum_changed(values: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
+    let (whole, rest) = values.as_chunks_mut::<LANES>();
+    let mut lanes = [0f32; LANES];
+    for chunk in whole {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *value = f(*value);
+            *lane += *value;
+        }
+    }
+    rest.iter_mut().for_each(|v| *v = f(*v));
+    halved(lanes) + rest.iter().sum::<f32>()
+}
+
+const LANES: usize = 32;
+
+#[inline(always)]
+fn halved(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES;
     while width > 1 {
         width /= 2;
@@ -118,13 +138,12 @@ pub(super) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
             lanes[i] += lanes[i + width];
         }
     }
-    lanes[0] + rest
+    lanes[0]
 }
 
 /// The largest value; -inf of none.
 #[inline(always)]
 pub(super) fn max(values: &[f32]) -> f32 {
-    const LANES: usize = 32;
     let (whole, rest) = values.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for chunk in whole {

@@ -10,8 +10,9 @@ const COLUMNS: u64 = 256;
 const PANEL: u64 = 1 << 20;
 const PIECE: u64 = 16 << 20;
 const FEWEST: u64 = 256;
-const QUERIES: u64 = 128;
-const KEYS: u64 = 512;
+const QUERIES: u64 = 240;
+const KEYS: u64 = 256;
+const APART: u64 = 16;
 const POSITIONS: u64 = 256;
 /// Bytes of an f32.
 const WIDE: u64 = 4;
@@ -150,8 +151,9 @@ impl Heap {
         let inputs =
             self.widened(heads * queries * d) + self.widened(heads * keys * d) + self.widened(heads * keys * dv);
         let (rows, columns) = (QUERIES.min(queries), KEYS.min(keys));
-        let mut room = rows * (columns + dv + 2) * WIDE;
-        room += self.packed(rows, d) + self.packed(rows, columns) + self.room(d, columns).max(self.room(columns, dv));
+        let scores = rows.next_multiple_of(MR) * (columns + APART);
+        let mut room = (scores + rows * (dv + 2)) * WIDE;
+        room += self.packed(rows, d) + self.room(d, columns).max(self.room(columns, dv));
         let threads = self.cpu.threads.min(heads * queries.div_ceil(QUERIES));
         self.pass(inputs + threads * room);
         self.give(laid);
