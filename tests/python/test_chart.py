@@ -21,6 +21,12 @@ VARIANTS = {
         "networkPolicy.gatewayFrom[0].namespaceSelector.matchLabels.team=video",
         "podDisruptionBudget.enabled=true",
         "gateway.data.existingClaim=videos",
+        "gateway.replicas=3",
+        "gateway.database.url=postgres://avatar@db:5432/avatar",
+        "gateway.database.passwordSecret.name=db",
+        "gateway.webhooks.secret.name=hooks",
+        "gateway.webhooks.allow[0]=hooks.example:8080",
+        "gateway.webhooks.allow[1]=other",
         "gateway.service.type=LoadBalancer",
         "gateway.service.annotations.a=b",
         "image.pullSecrets[0].name=registry",
@@ -133,8 +139,28 @@ def test_the_chart_has_the_workspaces_version() -> None:
     assert workspace == f'version = "{chart["appVersion"]}"'
 
 
-def test_flags_are_those_of_the_programs(render) -> None:
-    deployments = [found for (kind, _), found in objects(render()).items() if kind == "Deployment"]
+def test_several_gateways_share_a_database_and_secrets_come_as_files(render) -> None:
+    gateway = objects(render(*VARIANTS["all options"]))["Deployment", "rel-avatar-gateway"]
+    assert gateway["spec"]["replicas"] == 3 and gateway["spec"]["strategy"]["type"] == "RollingUpdate"
+    assert flag(gateway, "--database") == "postgres://avatar@db:5432/avatar"
+    assert flag(gateway, "--webhook-allow") == "hooks.example:8080,other"
+    volumes = {volume["name"]: volume for volume in gateway["spec"]["template"]["spec"]["volumes"]}
+    mounts = {mount["name"]: mount for mount in container(gateway)["volumeMounts"]}
+    for name, secret, used in [
+        ("database", ("db", "password"), "--database-password-file"),
+        ("webhooks", ("hooks", "secret"), "--webhook-secret-file"),
+    ]:
+        (item,) = volumes[name]["secret"]["items"]
+        assert (volumes[name]["secret"]["secretName"], item["key"]) == secret
+        assert flag(gateway, used) == f"{mounts[name]['mountPath']}/{item['path']}" and mounts[name]["readOnly"]
+    alone = objects(render())["Deployment", "rel-avatar-gateway"]
+    assert alone["spec"]["replicas"] == 1 and alone["spec"]["strategy"]["type"] == "Recreate"
+    assert "--database" not in container(alone)["args"]
+
+
+@pytest.mark.parametrize("settings", [VARIANTS["defaults"], VARIANTS["all options"]], ids=["defaults", "all options"])
+def test_flags_are_those_of_the_programs(render, settings: list[str]) -> None:
+    deployments = [found for (kind, _), found in objects(render(*settings)).items() if kind == "Deployment"]
     for found in deployments:
         program = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "debug" / container(found)["name"]
         assert program.exists(), f"{program} is not built: run `make build` first"
@@ -162,6 +188,10 @@ def test_flags_are_those_of_the_programs(render) -> None:
         (["models.hostPath=/srv"], ["both set", "one place"]),
         (["models.existingClaim=", "models.hostPath=srv"], ["hostPath"]),
         (["gateway.httpPort=50050"], ["grpcPort", "httpPort", "50050"]),
+        (["gateway.replicas=2"], ["gateway.replicas is 2", "database.url", "existingClaim"]),
+        (["gateway.database.passwordSecret.name=db"], ["database.url is empty"]),
+        (["gateway.database.url=postgres://me:word@db/avatar"], ["url"]),
+        (["gateway.webhooks.allow[0]=hooks"], ["nobody would be called"]),
         (["networkPolicy.gatewayFrom[0].podSelector.matchLabels.a=b"], ["gatewayFrom", "no effect"]),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",

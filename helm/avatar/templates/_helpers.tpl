@@ -50,6 +50,16 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- if eq (int .Values.gateway.grpcPort) (int .Values.gateway.httpPort) -}}
 {{- fail (printf "gateway.grpcPort and gateway.httpPort are both %d: they need a port each" (int .Values.gateway.grpcPort)) -}}
 {{- end -}}
+{{- $gateway := .Values.gateway -}}
+{{- if and (gt (int $gateway.replicas) 1) (not (and $gateway.database.url $gateway.data.existingClaim)) -}}
+{{- fail (printf "gateway.replicas is %d: several gateways need gateway.database.url and gateway.data.existingClaim, a claim that all can write to" (int $gateway.replicas)) -}}
+{{- end -}}
+{{- if and $gateway.database.passwordSecret.name (not $gateway.database.url) -}}
+{{- fail "gateway.database.passwordSecret is set but gateway.database.url is empty: there is no database that it is for" -}}
+{{- end -}}
+{{- if and $gateway.webhooks.allow (not $gateway.webhooks.secret.name) -}}
+{{- fail "gateway.webhooks.allow is set but gateway.webhooks.secret is not: nobody would be called" -}}
+{{- end -}}
 {{- if and .Values.networkPolicy.gatewayFrom (not .Values.networkPolicy.enabled) -}}
 {{- fail "networkPolicy.gatewayFrom is set but networkPolicy.enabled is false: the list would have no effect" -}}
 {{- end -}}

@@ -1,6 +1,7 @@
 """Draws the clips that are never trained on: what `quality` measures the product's videos against.
 
     python held_out.py OUT --count 20
+    python held_out.py ../portrait.png --portrait 17      # the demo's portrait: a face that was never trained on
 
 For each clip: NN.png (the portrait), NN.wav (the speech), NN.json (the mouth's box, and how far it is open in each drawn
 frame, measured as `quality` measures it), NN.still.png (white where the drawn frames stand still). With --long also a clip
@@ -55,7 +56,12 @@ def main():
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="number of the first face and sentence")
     parser.add_argument("--long", type=int, metavar="FRAMES", help="makes one clip of so many frames instead")
+    parser.add_argument("--portrait", type=int, metavar="N", help="draws face N, large, to the file OUT instead")
     a = parser.parse_args()
+    if a.portrait is not None:
+        face = data.Face(data.HELD_OUT + a.portrait)
+        cv2.imwrite(str(a.out), data.draw(face, data.Pose(), side=512)[..., ::-1])
+        return
     a.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for i in range(a.first, a.first + (1 if a.long else a.count)):

@@ -4,6 +4,7 @@ mod batch;
 mod boundaries;
 mod cases;
 mod chaos;
+mod demo_model;
 mod durable;
 mod face_model;
 mod fetch;
