@@ -8,7 +8,7 @@ use service_kit::{FieldViolation, ServiceError};
 use tonic::{Code, Status};
 
 /// The fields that a violation can name: those of the public contract.
-pub const FIELDS: [&str; 17] = [
+pub const FIELDS: [&str; 18] = [
     "picture",
     "audio",
     "prompt",
@@ -21,6 +21,7 @@ pub const FIELDS: [&str; 17] = [
     "seed",
     "parity",
     "truncate_prompt",
+    "no_feature_cache",
     "idempotency_key",
     "caller",
     "priority",

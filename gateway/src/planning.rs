@@ -112,6 +112,7 @@ pub fn plan(
         steps: request.steps,
         prompt_tokens: None,
         branches: None,
+        no_feature_cache: request.no_feature_cache,
     };
     planner.plan(&wanted).map_err(|refusal| refused(&refusal))
 }

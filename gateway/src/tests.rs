@@ -387,6 +387,21 @@ async fn a_denoise_that_gave_up_its_features_goes_on_without_them_after_a_restar
     assert!(warnings.iter().any(|said| said.contains("no features kept")), "{warnings:?}");
 }
 
+#[tokio::test]
+async fn without_the_feature_cache_every_step_runs_in_full() {
+    for no_feature_cache in [false, true] {
+        let script = Arc::new(Script::default());
+        let spec = GenerationSpec { no_feature_cache, ..by_the_reference(18) };
+        let (desk, id) = start_with(&script, spec, 5).await;
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+        assert_eq!(generation.spec.unwrap().no_feature_cache, no_feature_cache);
+        let passes = script.passes.lock().unwrap();
+        let full = passes.iter().all(|(header, _)| header.mode() == PassMode::Full && !header.keep_features);
+        assert_eq!(full, no_feature_cache);
+    }
+}
+
 #[test]
 fn what_a_tier_made_of_a_request_holds_whatever_tier_is_in_force_later() {
     let tier = TierOptions { choice: Choice::Named("emergency".into()), allow_degrade: true, ..TierOptions::default() };

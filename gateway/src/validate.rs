@@ -45,6 +45,8 @@ pub struct Settings {
     pub parity: Parity,
     /// Cut a prompt of too many tokens.
     pub truncate_prompt: bool,
+    /// Run every step in full.
+    pub no_feature_cache: bool,
 }
 
 impl Settings {
@@ -63,6 +65,7 @@ impl Settings {
             face: self.face,
             parity: self.parity.into(),
             truncate_prompt: self.truncate_prompt,
+            no_feature_cache: self.no_feature_cache,
         }
     }
 }
@@ -122,6 +125,7 @@ pub fn resolve(spec: GenerationSpec, defaults: &GenerationDefaults) -> Result<Se
         min_frames: spec.min_frames.unwrap_or(1),
         parity: spec.parity(),
         truncate_prompt: spec.truncate_prompt,
+        no_feature_cache: spec.no_feature_cache,
         face: spec.face.map(|face| FaceBox { score: None, ..face }),
         prompt: spec.prompt,
     })

@@ -90,6 +90,7 @@ fn request(tier: &Tier, steps: u32) -> Request {
         steps: Some(steps),
         prompt_tokens: None,
         branches: None,
+        no_feature_cache: false,
     }
 }
 

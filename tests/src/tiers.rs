@@ -52,7 +52,14 @@ pub fn document() -> Result<String> {
     text += "\n## 704x768, 129 frames, 50 steps\n\nNo tier's limits hold.\n\n| card | its tier | ";
     text += COLUMNS;
     let size = PictureSize { width: 704, height: 768 };
-    let request = Request { size: Some(size), frames: Some(129), steps: Some(50), prompt_tokens: None, branches: None };
+    let request = Request {
+        size: Some(size),
+        frames: Some(129),
+        steps: Some(50),
+        prompt_tokens: None,
+        branches: None,
+        no_feature_cache: false,
+    };
     for gib in CARDS {
         let card = Bytes::gib(gib);
         let plan = plan(card, Choice::Unlimited, &request)?;

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The fields of the form.
-const FIELDS: [&str; 14] = [
+const FIELDS: [&str; 15] = [
     "prompt",
     "input_reference",
     "audio",
@@ -26,6 +26,7 @@ const FIELDS: [&str; 14] = [
     "face",
     "parity",
     "truncate_prompt",
+    "no_feature_cache",
     "model",
     "seconds",
 ];
@@ -115,6 +116,7 @@ impl Form {
             }
             "parity" => Err(format!("{text:?} is no rule; accepted is {REFERENCE}")),
             "truncate_prompt" => truth(text).map(|value| self.spec.truncate_prompt = value),
+            "no_feature_cache" => truth(text).map(|value| self.spec.no_feature_cache = value),
             "model" if text == MODEL => Ok(()),
             "model" => Err(format!("{text:?}; accepted is {MODEL}")),
             _ => Err("is not taken: the length follows the speech".into()),
@@ -252,12 +254,13 @@ mod tests {
         form.set("parity", "reference");
         form.set("truncate_prompt", "yes");
         form.set("truncate_prompt", "true");
+        form.set("no_feature_cache", "true");
         assert_eq!(
             form.wrong.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(),
             ["steps", "seed", "model", "seconds", "parity", "truncate_prompt"]
         );
         assert!(form.wrong[2].message.contains(MODEL));
         assert_eq!((form.spec.size, form.spec.parity()), (Some(64), Parity::Reference));
-        assert!(form.spec.truncate_prompt);
+        assert!(form.spec.truncate_prompt && form.spec.no_feature_cache);
     }
 }

@@ -46,6 +46,8 @@ pub(crate) struct CreateVideo {
     parity: Option<String>,
     /// Cut a prompt of too many tokens instead of refusing it; a warning says how many were kept. Default false.
     truncate_prompt: Option<bool>,
+    /// Run every step in full, instead of reusing features of earlier steps in runs of 30 steps and more. Default false.
+    no_feature_cache: Option<bool>,
     /// `hunyuan-video-avatar`, if given.
     model: Option<String>,
 }

@@ -44,6 +44,8 @@ pub(crate) struct PlanBody {
     tier: Option<String>,
     /// Lower what is past a limit or does not fit, and say so. Default false.
     allow_degrade: bool,
+    /// Every step in full. Default false.
+    no_feature_cache: bool,
     /// Bytes of each card to plan for, which need not be there; at most 16. Default: the devices that the gateway knows.
     vram_bytes: Vec<u64>,
 }
@@ -82,6 +84,7 @@ pub(crate) async fn create(
         steps: body.steps,
         tier: body.tier.unwrap_or_default(),
         allow_degrade: body.allow_degrade,
+        no_feature_cache: body.no_feature_cache,
         vram_bytes: body.vram_bytes,
     };
     Ok(Json(gateway.plan(request).await?))

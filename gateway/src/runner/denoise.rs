@@ -53,6 +53,7 @@ impl Denoise {
             Parity::Unspecified => (StepPlan::scaled(schedule), Rounding::Nowhere),
             Parity::Reference => (StepPlan::reference(schedule), Rounding::Reference),
         };
+        let plan = if settings.no_feature_cache { plan.without_features() } else { plan };
         // All that decides the latents, besides the inputs, which a generation never changes.
         let followed = format!("{settings:?} {clip:?} {shape:?} {rounding:?} {plan:?} {models}");
         let hash = sha256(followed.as_bytes());

@@ -195,6 +195,9 @@ pub struct SettingFlags {
     /// Cut a prompt of too many tokens at the model's limit, and say how many were kept, instead of refusing it.
     #[arg(long)]
     pub truncate_prompt: bool,
+    /// Run every step in full, instead of reusing features of earlier steps in runs of 30 steps and more.
+    #[arg(long)]
+    pub no_feature_cache: bool,
     /// Seeds the noise; the same seed, inputs and models give the same video. Default 128.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -289,6 +292,7 @@ impl SettingFlags {
             face: None,
             parity: self.parity.map_or(v1::Parity::Unspecified, |Parity::Reference| v1::Parity::Reference).into(),
             truncate_prompt: self.truncate_prompt,
+            no_feature_cache: self.no_feature_cache,
         }
     }
 }

@@ -180,6 +180,7 @@ struct Facts {
     denoised_frames: u32,
     parity: Option<&'static str>,
     guidance_scale: f32,
+    no_feature_cache: bool,
 }
 
 async fn run(system: &InProcess, inputs: Inputs, progress: &mut Progress) -> Result<Completed, Failure> {
@@ -247,11 +248,12 @@ async fn ask(mut client: AvatarServiceClient<Channel>, id: &str) -> Result<Facts
         denoised_frames: generation.denoised_frames,
         parity: parity_name(spec.parity()),
         guidance_scale: spec.guidance_scale.unwrap_or_default(),
+        no_feature_cache: spec.no_feature_cache,
     })
 }
 
 fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
-    let Facts { frames, width, height, steps, seed, heard_frames, denoised_frames, parity, guidance_scale } = facts;
+    let Facts { frames, width, height, steps, seed, heard_frames, denoised_frames, parity, .. } = facts;
     Completed {
         path: path.to_owned(),
         frames,
@@ -263,7 +265,8 @@ fn completed(path: &Path, facts: Facts, outcome: &Outcome) -> Completed {
         heard_frames,
         denoised_frames,
         parity,
-        branches: if guidance_scale > 1.0 { 2 } else { 1 },
+        branches: if facts.guidance_scale > 1.0 { 2 } else { 1 },
+        no_feature_cache: facts.no_feature_cache,
         ..Completed::default()
     }
     .with_outcome(outcome)

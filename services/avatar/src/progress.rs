@@ -84,6 +84,9 @@ pub struct Completed {
     /// Guidance branches of a step.
     #[serde(skip)]
     pub branches: u64,
+    /// Every step ran in full.
+    #[serde(skip)]
+    pub no_feature_cache: bool,
 }
 
 /// What the planner expected of a generation.
@@ -154,6 +157,7 @@ impl Completed {
             steps: Some(self.steps),
             prompt_tokens: Some(self.prompt_tokens_kept),
             branches: Some(self.branches),
+            no_feature_cache: self.no_feature_cache,
         }
     }
 

@@ -38,6 +38,8 @@ pub struct Job {
     pub seconds: f64,
     /// Tokens of the prompt without its template; nothing where no prompt is known.
     pub prompt_tokens: Option<u64>,
+    /// Every step runs in full.
+    pub no_feature_cache: bool,
 }
 
 /// A job that is larger than can be counted.
@@ -68,6 +70,7 @@ impl Job {
             branches,
             seconds: clip.frames as f64 / f64::from(FPS),
             prompt_tokens: None,
+            no_feature_cache: false,
         };
         let (width, height) = (size.width, size.height);
         let tokens = u64::from(width).saturating_mul(u64::from(height)).saturating_mul(clip.window as u64 + 1) / 256;
@@ -114,7 +117,7 @@ impl Job {
     /// Full and cached passes of the whole run.
     #[must_use]
     pub fn passes(&self) -> (u64, u64) {
-        let (full, cached) = steps::count(self.steps as usize);
+        let (full, cached) = self.steps_of_each_kind();
         let each = self.windows * self.branches;
         (full as u64 * each, cached as u64 * each)
     }
@@ -122,6 +125,13 @@ impl Job {
     /// Whether features of full passes are kept for cached ones.
     #[must_use]
     pub fn caches(&self) -> bool {
-        steps::count(self.steps as usize).1 > 0
+        self.steps_of_each_kind().1 > 0
+    }
+
+    fn steps_of_each_kind(&self) -> (usize, usize) {
+        match self.no_feature_cache {
+            true => (self.steps as usize, 0),
+            false => steps::count(self.steps as usize),
+        }
     }
 }

@@ -346,6 +346,9 @@ mod tests {
         near_text(&table, &job);
         let cached = stage(&table, Stage::Diffusion, &job).total() / 1e15;
         assert!((cached / 294.91 - 1.0).abs() < 0.01, "{cached} PFLOP");
+        let job = Job { no_feature_cache: true, ..job };
+        let full = stage(&table, Stage::Diffusion, &job).total();
+        assert!(!job.caches() && (full / full_pass(&table, &job).times(100).total() - 1.0).abs() < 1e-9);
     }
 
     /// The Llama's 9.3 TFLOP for each of two prompts, 0.37 for the picture, 0.013 for each prompt of CLIP.

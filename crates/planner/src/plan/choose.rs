@@ -308,7 +308,8 @@ impl Planner {
             for frames in FRAMES.into_iter().filter(|f| *f < job.frames).chain([job.frames]) {
                 let clip = ClipPlan::new(frames as usize, 1, window);
                 let Ok(try_) = Job::new(size, &clip, job.steps as u32, job.branches) else { continue };
-                let try_ = Job { prompt_tokens: job.prompt_tokens, ..try_ };
+                let (prompt_tokens, no_feature_cache) = (job.prompt_tokens, job.no_feature_cache);
+                let try_ = Job { prompt_tokens, no_feature_cache, ..try_ };
                 if try_.size != job.size || try_.frames != job.frames {
                     smaller.push(try_);
                 }

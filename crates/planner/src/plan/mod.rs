@@ -83,6 +83,8 @@ pub struct Request {
     pub prompt_tokens: Option<u32>,
     /// Branches of each step; two, as guidance needs them, where nothing is said.
     pub branches: Option<u64>,
+    /// Every step runs in full.
+    pub no_feature_cache: bool,
 }
 
 /// Which tier's limits hold.
@@ -322,6 +324,7 @@ impl Request {
         let steps = self.steps.unwrap_or(tier.limits.steps);
         let job = Job::new(size, &clip, steps, self.branches.unwrap_or(2))
             .map_err(|e| Refusal::Model { reason: e.to_string() })?;
-        Ok(Job { prompt_tokens: self.prompt_tokens.map(u64::from), ..job })
+        let (prompt_tokens, no_feature_cache) = (self.prompt_tokens.map(u64::from), self.no_feature_cache);
+        Ok(Job { prompt_tokens, no_feature_cache, ..job })
     }
 }

@@ -22,6 +22,7 @@ fn request(width: u32, height: u32, frames: u32, steps: u32) -> Request {
         steps: Some(steps),
         prompt_tokens: None,
         branches: None,
+        no_feature_cache: false,
     }
 }
 
@@ -165,6 +166,7 @@ fn requests() -> impl Strategy<Value = Request> {
         steps: Some(steps),
         prompt_tokens: None,
         branches: None,
+        no_feature_cache: false,
     })
 }
 
@@ -228,7 +230,7 @@ proptest! {
             size: Some(PictureSize { width: size.width + 16 * wider, height: size.height + 16 * taller }),
             frames: request.frames.map(|f| f + longer),
             steps: request.steps.map(|s| s + slower),
-            prompt_tokens: None, branches: None,
+            prompt_tokens: None, branches: None, no_feature_cache: false,
         };
         let (small, large) = (request.job(tier, 33).unwrap(), more.job(tier, 33).unwrap());
         let cpu = Cpu { threads: 2, packs: true, value_bytes: 4 };

@@ -54,6 +54,9 @@ pub struct PlanFlags {
     /// Tokens of the prompt, as a finished generation tells them. Default: about 130.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub prompt_tokens: Option<u32>,
+    /// Every step in full, as `avatar generate` takes it.
+    #[arg(long)]
+    pub no_feature_cache: bool,
     /// What the large layers may be in on a card: bf16, fp8, int8, q8_0, q4_k, with commas between. A checkpoint's are
     /// as they are stored.
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_value = "bf16,fp8,q4_k")]

@@ -56,6 +56,7 @@ pub fn plan(flags: &PlanFlags) -> Result<(), Failure> {
         steps: flags.steps,
         prompt_tokens: flags.prompt_tokens,
         branches: None,
+        no_feature_cache: flags.no_feature_cache,
     };
     let plan = planner.plan(&request).map_err(|refusal| failure(&refusal))?;
     match flags.json {
