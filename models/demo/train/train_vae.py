@@ -51,6 +51,23 @@ def clip_batch(rng, mouths: list[np.ndarray], frames: int) -> tuple[np.ndarray, 
     return np.stack([data.draw(face, pose, background=background) for pose in poses])[None], [face.mouth_box]
 
 
+CROP = 64
+"""Side of the crops: a quarter of the work of a whole picture for all that moves most."""
+
+
+def mouth_batch(rng, mouths: list[np.ndarray], count: int, frames: int) -> tuple[np.ndarray, list]:
+    """Mouths of several clips, on the latents' grid: (count, frames, CROP, CROP, 3), and their boxes in these crops."""
+    crops, boxes = [], []
+    for _ in range(count):
+        pictures, [(left, top, right, bottom)] = clip_batch(rng, mouths, frames)
+        x, y = (int(np.clip((a + b) // 2 - CROP // 2 + rng.integers(-8, 9), 0, data.SIDE - CROP)) // 8 * 8
+                for a, b in ((left, right), (top, bottom)))
+        crops.append(pictures[0, :, y : y + CROP, x : x + CROP])
+        inside = np.clip((left - x, top - y, right - x, bottom - y), 0, CROP)
+        boxes.append(tuple(int(v) for v in inside))
+    return np.stack(crops), boxes
+
+
 def ahead(make, depth: int = 6):
     """Batches made in a thread, a few ahead."""
     ready = queue.Queue(depth)
@@ -68,7 +85,7 @@ def tensors(batch: tuple[np.ndarray, list]) -> tuple[torch.Tensor, torch.Tensor]
     """Pixels -1..1 and their weights (B, 1, H, W, 1) of mean 1."""
     pictures, boxes = batch
     x = torch.from_numpy(pictures).float() / 127.5 - 1
-    weight = torch.ones(len(pictures), 1, data.SIDE, data.SIDE, 1)
+    weight = torch.ones(len(pictures), 1, *pictures.shape[2:4], 1)
     for i, (left, top, right, bottom) in enumerate(boxes):
         weight[i, :, top:bottom, left:right] += MOUTH
     return x, weight / weight.mean()
@@ -150,7 +167,11 @@ def main():
     def make():
         if not moving:
             return picture_batch(rng, arguments.batch)
-        return clip_batch(rng, mouths, int(rng.choice([5, 5, 5, 9])))
+        frames = int(rng.choice([5, 9]))
+        # Whole pictures alone at the end: normalisation sees all of a picture.
+        if rng.uniform() < 0.8 and run.spent < 0.75 * run.seconds:
+            return mouth_batch(rng, mouths, 4, frames)
+        return clip_batch(rng, mouths, frames)
 
     batches = ahead(make)
     mean_loss, last, since = 0.0, run.elapsed, run.steps
