@@ -2,7 +2,7 @@
 //!
 //! A folder of clips holds, for each, `NN.png` (the portrait), `NN.wav` (the speech), `NN.json` (the mouth's box, and how
 //! far it is open in each frame that was drawn for this speech) and `NN.still.png` (white where those frames stand
-//! still); `models/demo/train/evaluate.py` draws them. The videos are `NN-own.mp4`, with the clip's own speech, and
+//! still); `models/demo/train/held_out.py` draws them. The videos are `NN-own.mp4`, with the clip's own speech, and
 //! `NN-other.mp4`, with the next clip's, in a folder of theirs.
 
 use std::{
