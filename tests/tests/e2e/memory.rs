@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use gateway::Stages;
+use gateway::{Stages, stages::Whose};
 use proto::{
     tensor::HostTensor,
     v1::{
@@ -117,7 +117,7 @@ async fn unloading_gives_the_memory_back_a_hundred_times_in_a_row() {
         for round in 0..105 {
             let loaded = client.load(LoadRequest {}).await.unwrap().into_inner().memory.unwrap();
             assert!(loaded.resident_bytes > 0, "{name}");
-            let memory = client.unload(UnloadRequest {}).await.unwrap().into_inner().memory.unwrap();
+            let memory = client.unload(UnloadRequest::default()).await.unwrap().into_inner().memory.unwrap();
             assert_eq!(memory.resident_bytes, 0, "{name}");
             // The first rounds also start threads and read what is read once.
             if round >= 5 {
@@ -144,7 +144,7 @@ async fn only_the_stages_of_one_device_are_unloaded_for_each_other() {
     let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = channels.try_into().unwrap();
     let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
     // Each process is a device of its own, so nobody's memory helps another.
-    assert_eq!(stages.unload_beside(Stage::VaeDecode).await, Vec::<&str>::new());
+    assert_eq!(stages.unload_beside(Stage::VaeDecode, Whose::Anybodys).await, Vec::<&str>::new());
     assert!(memory(&stages.diffusion).await.resident_bytes > 0);
 }
 
