@@ -213,6 +213,37 @@ async fn one_pass_a_call_gives_the_bits_of_all_passes_in_one_call() {
     assert!(velocities(&stages, "one", 1).await == all);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_with_a_session_is_not_unloaded_for_others_unless_all_are() {
+    let process = start("diffusion", "cpu");
+    let channel = channel(&process).await;
+    let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = std::array::from_fn(|_| channel.clone());
+    let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
+    let first = velocities(&stages, "one", 4).await;
+    let mut client = StageServiceClient::new(channel.clone());
+    let kept = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
+    assert!(kept.busy && kept.memory.unwrap().resident_bytes > 0, "{kept:?}");
+    assert!(velocities(&stages, "one", 4).await == first);
+    stages.close_session("one".into()).await.unwrap();
+    let gone = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
+    assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
+    velocities(&stages, "two", 4).await;
+    let gone = client.unload(UnloadRequest::default()).await.unwrap().into_inner();
+    assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_mark_of_a_running_stage_is_shown_and_changed() {
+    let process = start("vae-decode", "cpu:2GiB");
+    let address = process.address("grpc").to_string();
+    let said = |more: &[&str]| avatar(&[&["pressure", "--stage", &address, "--json"], more].concat());
+    let value = |more: &[&str]| -> Value { serde_json::from_slice(&said(more).stdout).unwrap() };
+    assert_eq!((&value(&[])["pressure_percent"], &value(&[])["budget_bytes"]), (&85.into(), &(2048 * MIB).into()));
+    assert_eq!(value(&["--percent", "60"])["pressure_percent"], 60);
+    assert_eq!(value(&[])["pressure_percent"], 60);
+    assert_eq!(said(&["--percent", "101"]).status.code(), Some(2));
+}
+
 fn generate(folder: &Path, device: &str) -> (Option<i32>, Vec<Value>) {
     let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
     fs::write(path("portrait.png"), portrait()).unwrap();
