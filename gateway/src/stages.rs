@@ -27,6 +27,15 @@ const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// not the one whose memory helps now.
 const UNLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Which stages may be unloaded for another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// Those that no generation has a session on.
+    Nobodys,
+    /// All; generations open their sessions again and compute again what these kept.
+    Anybodys,
+}
+
 /// Connections to the five stages.
 #[derive(Debug, Clone)]
 pub struct Stages {
@@ -104,10 +113,10 @@ impl Stages {
         }
     }
 
-    /// Unloads the stages that share a device with `stage` and are loaded; gives their names.
+    /// Unloads the stages that share a device with `stage`, are loaded and may go; gives their names.
     ///
     /// One that does not answer keeps what it has: nothing is lost by trying.
-    pub async fn unload_beside(&self, stage: Stage) -> Vec<&'static str> {
+    pub async fn unload_beside(&self, stage: Stage, whose: Whose) -> Vec<&'static str> {
         let all = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode];
         let own = describe(self.channel(stage), stage).await.ok();
         let Some(device) = own.map(|said| said.device_id).filter(|id| !id.is_empty()) else { return Vec::new() };
@@ -119,8 +128,9 @@ impl Stages {
                 continue;
             }
             let name = crate::fault::stage_name(other);
-            match unload(channel, other, UNLOAD_TIMEOUT).await {
-                Ok(()) => unloaded.push(name),
+            match unload(channel, other, (whose, UNLOAD_TIMEOUT)).await {
+                Ok(true) => unloaded.push(name),
+                Ok(false) => tracing::info!(stage = name, "it was not unloaded, as a generation has a session there"),
                 Err(fault) => tracing::warn!(stage = name, %fault, "it was not unloaded"),
             }
         }
@@ -238,10 +248,12 @@ async fn describe(channel: &Channel, stage: Stage) -> Result<v1::DescribeRespons
 }
 
 /// Makes a stage give its memory back, in `patience` at most.
-async fn unload(channel: &Channel, stage: Stage, patience: Duration) -> Result<(), Fault> {
+/// Unloads a stage, and says whether it went.
+async fn unload(channel: &Channel, stage: Stage, (whose, patience): (Whose, Duration)) -> Result<bool, Fault> {
     let mut client = StageServiceClient::new(channel.clone());
-    match tokio::time::timeout(patience, client.unload(v1::UnloadRequest {})).await {
-        Ok(Ok(_)) => Ok(()),
+    let request = v1::UnloadRequest { idle_only: whose == Whose::Nobodys };
+    match tokio::time::timeout(patience, client.unload(request)).await {
+        Ok(Ok(answer)) => Ok(!answer.into_inner().busy),
         Ok(Err(status)) => Err(fault(&status, stage)),
         Err(_) => {
             let name = crate::fault::stage_name(stage);
@@ -394,7 +406,8 @@ mod tests {
     #[tokio::test]
     async fn a_stage_that_does_not_unload_is_not_waited_for_without_end() {
         let stages = fakes::start(&Arc::new(Script { unload_hangs: true, ..Script::default() }));
-        let fault = unload(&stages.vae_decode, Stage::VaeDecode, Duration::from_millis(50)).await.unwrap_err();
+        let fault = unload(&stages.vae_decode, Stage::VaeDecode, (Whose::Anybodys, Duration::from_millis(50))).await;
+        let fault = fault.unwrap_err();
         assert_eq!((fault.kind, fault.stage), (Kind::Unavailable, Stage::VaeDecode));
         assert!(fault.message.starts_with("vae-decode: not unloaded"), "{fault}");
     }

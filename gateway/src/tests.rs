@@ -13,7 +13,8 @@ use std::{
 use futures::StreamExt as _;
 use planner::plan::Choice;
 use proto::v1::{
-    FaceBox, Generation, GenerationDefaults, GenerationEvent, GenerationSpec, GenerationState, Parity, PassMode, Stage,
+    FaceBox, Generation, GenerationDefaults, GenerationEvent, GenerationSpec, GenerationState, Parity, PassMode,
+    PredictHeader, Stage,
 };
 use tower::ServiceExt as _;
 use uuid::Uuid;
@@ -356,6 +357,68 @@ async fn a_decoder_without_memory_takes_smaller_tiles_and_never_repeats_a_step()
     assert_eq!((failure.code.as_str(), failure.stage()), ("RESOURCE_EXHAUSTED", Stage::VaeDecode));
     assert!(failure.message.contains("tiles 2 times shorter; tiles 4 times shorter"), "{failure:?}");
     assert_eq!((script.passes.lock().unwrap().len(), script.decodes.lock().unwrap().len()), (2, 4));
+}
+
+/// At the first call of every stage while others are busy, at every step, and in the decoder after frames have left:
+/// nothing but the call that failed is made again.
+#[tokio::test]
+async fn memory_that_ends_anywhere_costs_no_more_than_the_call_it_ended_in() {
+    let plain = Arc::new(Script::default());
+    let (desk, id) = start(&plain, 3).await;
+    desk.ended(id).await;
+    let latents = plain.decoded.lock().unwrap().clone();
+    let encoders = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder];
+    let first = encoders.map(|stage| Script { busy: true, out_of_memory: vec![(stage, 0)], ..Script::default() });
+    let steps = (0..=3).map(|call| Script { out_of_memory: vec![(Stage::Diffusion, call)], ..Script::default() });
+    let late = (1..=3).map(|times| Script { out_of_memory_late: AtomicUsize::new(times), ..Script::default() });
+    for script in first.into_iter().chain(steps).chain(late) {
+        let script = Arc::new(script);
+        let (desk, id) = start(&script, 3).await;
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+        assert_eq!(script.passes.lock().unwrap().len(), 3, "no step is repeated");
+        assert_eq!(script.decoded.lock().unwrap().last(), latents.last(), "the latents are those without a fault");
+        let events = desk.events(id).await;
+        assert!(events.iter().any(|event| event.message.contains("ran out of memory")), "{events:?}");
+    }
+}
+
+/// While generations have sessions on the other stages, what costs nobody anything comes first: a call with one pass.
+#[tokio::test]
+async fn other_generations_sessions_go_only_when_one_pass_a_call_does_not_help() {
+    for (calls, unloads) in [(vec![3], 0), (vec![3, 4], 4)] {
+        let out_of_memory = calls.into_iter().map(|call| (Stage::Diffusion, call)).collect();
+        let script = Arc::new(Script { busy: true, out_of_memory, ..Script::default() });
+        let (desk, id) = start(&script, 4).await;
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+        assert_eq!(script.unloads.load(Ordering::SeqCst), unloads);
+        let late = |(header, _): &&(PredictHeader, Vec<Vec<f32>>)| header.step >= 2;
+        assert!(script.passes.lock().unwrap().iter().filter(late).all(|(header, _)| header.items.len() == 1));
+    }
+}
+
+#[tokio::test]
+async fn while_its_device_is_nearly_full_a_denoise_takes_one_pass_a_call_and_says_so() {
+    let plain = Arc::new(Script::default());
+    let (desk, id) = start(&plain, 5).await;
+    desk.ended(id).await;
+    // Full after the first step, and with room again after the last pass of the third.
+    let script = Arc::new(Script { pressed: vec![0, 1, 2, 3], ..Script::default() });
+    let (desk, id) = start(&script, 5).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let passes = script.passes.lock().unwrap();
+    let seen: Vec<_> = passes.iter().map(|(header, _)| (header.step, header.items.len())).collect();
+    assert_eq!(seen, [(0, 2), (1, 1), (1, 1), (2, 1), (2, 1), (3, 2), (4, 2)]);
+    assert_eq!(*script.decoded.lock().unwrap(), *plain.decoded.lock().unwrap(), "the result is the same");
+    let events = desk.events(id).await;
+    for part in ["from step 2 on each call holds one pass", "from step 4 on calls hold all passes"] {
+        assert_eq!(events.iter().filter(|event| event.message.contains(part)).count(), 1, "{part}");
+    }
+    let reports = generation.outcome.unwrap().stages;
+    let report = reports.iter().find(|report| report.stage() == Stage::Diffusion).unwrap();
+    assert_eq!(report.eased, 1, "{report:?}");
 }
 
 /// Waits until a generation has taken so many steps, each stored.

@@ -109,6 +109,9 @@ impl Denoise {
                 shape: [channels, prepared.plan.window, rows, columns],
                 items: self.sampler.requests().into_iter().map(item).collect(),
             };
+            if let Some(eased) = session.ease(passes.items.len()) {
+                run.eased(eased, passes.step + 1).await;
+            }
             for (index, velocity) in predict(run, session, &mut ladder, passes).await?.into_iter().enumerate() {
                 self.sampler.accept(index, velocity).map_err(|error| wrong(number, &error))?;
             }

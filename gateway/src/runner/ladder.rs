@@ -8,7 +8,10 @@ use std::{collections::VecDeque, future::Future};
 use proto::v1::Stage;
 
 use super::run::Run;
-use crate::fault::{Fault, Kind, stage_name};
+use crate::{
+    fault::{Fault, Kind, stage_name},
+    stages::Whose,
+};
 
 /// Most that the decoder's tiles are shrunk by.
 const TILE_DIVISORS: [u32; 2] = [2, 4];
@@ -16,10 +19,12 @@ const TILE_DIVISORS: [u32; 2] = [2, 4];
 /// One way to need less memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rung {
-    /// The other stages of the device give theirs back.
+    /// The other stages of the device that no generation has a session on give theirs back.
     UnloadOthers,
     /// Each call holds one pass: window and branches one after the other.
     OnePass,
+    /// All other stages of the device give theirs back; other generations have to open their sessions again.
+    UnloadBusy,
     /// No features are kept: steps that would reuse them run in full.
     NoFeatures,
     /// The decoder's tiles are so many times shorter.
@@ -29,7 +34,7 @@ pub(crate) enum Rung {
 impl Rung {
     fn said(self) -> String {
         match self {
-            Self::UnloadOthers => "the other stages of its device unloaded".into(),
+            Self::UnloadOthers | Self::UnloadBusy => "the other stages of its device unloaded".into(),
             Self::OnePass => "one pass a call".into(),
             Self::NoFeatures => "no features kept between steps".into(),
             Self::SmallerTiles(divisor) => format!("tiles {divisor} times shorter"),
@@ -51,20 +56,26 @@ impl Ladder {
         let mut left = VecDeque::from([Rung::UnloadOthers]);
         match stage {
             Stage::Diffusion => {
-                left.push_back(Rung::OnePass);
+                left.extend([Rung::OnePass, Rung::UnloadBusy]);
                 left.extend(features.then_some(Rung::NoFeatures));
             }
-            Stage::VaeDecode => left.extend(TILE_DIVISORS.map(Rung::SmallerTiles)),
-            Stage::Unspecified | Stage::AudioEncoder | Stage::TextEncoder | Stage::ImageEncoder => {}
+            Stage::VaeDecode => {
+                left.push_back(Rung::UnloadBusy);
+                left.extend(TILE_DIVISORS.map(Rung::SmallerTiles));
+            }
+            Stage::Unspecified | Stage::AudioEncoder | Stage::TextEncoder | Stage::ImageEncoder => {
+                left.push_back(Rung::UnloadBusy);
+            }
         }
         Self { stage, left, tried: Vec::new() }
     }
 
     /// Lets the other stages be unloaded again: since the last time, other generations may have loaded them.
     pub(crate) fn renew(&mut self) {
-        if self.left.front() != Some(&Rung::UnloadOthers) {
-            self.left.push_front(Rung::UnloadOthers);
-        }
+        let one_pass = self.left.contains(&Rung::OnePass).then_some(Rung::OnePass);
+        let unloads = [Some(Rung::UnloadOthers), one_pass, Some(Rung::UnloadBusy)].into_iter().flatten();
+        let others = self.left.iter().copied().filter(|rung| matches!(rung, Rung::NoFeatures | Rung::SmallerTiles(_)));
+        self.left = unloads.chain(others).collect();
     }
 
     /// The rung to take after `fault`, which the run tells of; unloading is done already.
@@ -76,8 +87,13 @@ impl Ladder {
         }
         while let Some(rung) = self.left.pop_front() {
             let mut said = rung.said();
-            if rung == Rung::UnloadOthers {
-                let unloaded = run.stages.unload_beside(self.stage).await;
+            let whose = match rung {
+                Rung::UnloadOthers => Some(Whose::Nobodys),
+                Rung::UnloadBusy => Some(Whose::Anybodys),
+                Rung::OnePass | Rung::NoFeatures | Rung::SmallerTiles(_) => None,
+            };
+            if let Some(whose) = whose {
+                let unloaded = run.stages.unload_beside(self.stage, whose).await;
                 if unloaded.is_empty() {
                     continue;
                 }
@@ -100,7 +116,7 @@ impl Ladder {
         match rung {
             // The pictures may not be quite the same.
             Rung::NoFeatures | Rung::SmallerTiles(_) => run.warn(self.stage, sentence).await,
-            Rung::UnloadOthers | Rung::OnePass => run.note(self.stage, sentence).await,
+            Rung::UnloadOthers | Rung::OnePass | Rung::UnloadBusy => run.note(self.stage, sentence).await,
         }
     }
 }
