@@ -14,7 +14,10 @@ use service_kit::config::{CommonConfig, CommonFlags, Mistakes, Settings, parse_l
 
 use crate::{
     stages::StageUris,
-    store::{Database, Records, Retention},
+    store::{
+        Database, Records, Retention,
+        artifacts::place::{Access, Place},
+    },
     validate::MOST_AUDIO_SECONDS,
     webhook::{self, Secret, WebhookOptions},
 };
@@ -56,7 +59,8 @@ pub struct Flags {
 #[derive(Debug, Clone, Args)]
 pub struct OptionFlags {
     /// Folder for records, inputs, work in progress and videos, made if missing; a restart goes on from there. One
-    /// gateway at a time uses it, or all that share a --database.
+    /// gateway at a time uses it, or all that share a --database. With --database and --artifacts only what is being
+    /// written lies there.
     #[arg(long, env = "AVATAR_DATA_DIR", value_name = "DIR", default_value = "avatar-data")]
     pub data_dir: PathBuf,
     #[allow(missing_docs)]
@@ -114,13 +118,28 @@ pub struct OptionFlags {
 #[derive(Clone, Args)]
 pub struct RecordFlags {
     /// PostgreSQL database for the records, as in postgres://USER@HOST:PORT/NAME, instead of a file in --data-dir.
-    /// Several gateways may share it, with one --data-dir that all of them see. Other users of the machine can read
-    /// flags: give the password in a file, or the URL in the environment.
+    /// Several gateways may share it, with the same --artifacts or one --data-dir that all of them see. Other users of
+    /// the machine can read flags: give the password in a file, or the URL in the environment.
     #[arg(long, env = "AVATAR_DATABASE", value_name = "URL", hide_env_values = true)]
     pub database: Option<String>,
     /// File whose first line is the password for --database.
     #[arg(long, env = "AVATAR_DATABASE_PASSWORD_FILE", value_name = "FILE")]
     pub database_password_file: Option<PathBuf>,
+    /// Bucket for inputs, latents, encoders' answers and videos, instead of a folder in --data-dir: s3://BUCKET/PREFIX,
+    /// gs://BUCKET/PREFIX or az://CONTAINER/PREFIX. Gateways that share a --database share it too; no others may.
+    #[arg(long, env = "AVATAR_ARTIFACTS", value_name = "URL")]
+    pub artifacts: Option<String>,
+    /// Where the --artifacts are served, if not by the service's maker, as in https://s3.example.com.
+    #[arg(long, env = "AVATAR_ARTIFACTS_ENDPOINT", value_name = "URL")]
+    pub artifacts_endpoint: Option<String>,
+    /// Speak to --artifacts-endpoint without TLS even if it is not on this machine.
+    #[arg(long, env = "AVATAR_ARTIFACTS_PLAIN_HTTP")]
+    pub artifacts_plain_http: bool,
+    /// File with the credentials for --artifacts: for s3 and az lines as in the environment (AWS_ACCESS_KEY_ID=…,
+    /// AZURE_STORAGE_ACCOUNT_KEY=…) or an AWS credentials file, for gs a service account's key. Default: the environment,
+    /// or the machine's or pod's own identity.
+    #[arg(long, env = "AVATAR_ARTIFACTS_CREDENTIALS_FILE", value_name = "FILE")]
+    pub artifacts_credentials_file: Option<PathBuf>,
     /// Seconds (1 to 3600) after the last sign of life of a gateway after which another one that shares the --database
     /// goes on with its generations.
     #[arg(long, env = "AVATAR_LEASE", value_name = "SECONDS", default_value = "15")]
@@ -151,8 +170,18 @@ impl RecordFlags {
         let password = password.ok()?;
         // The URL is not repeated in the message.
         let database = self.database.map(|url| Database::new(&url, password)).transpose();
-        let database = database.map_err(|told| mistakes.note(format!("--database: {told}"))).ok()?;
-        Some(Records { database, lease: Duration::from_secs(lease? as u64) })
+        let database = database.map_err(|told| mistakes.note(format!("--database: {told}"))).ok();
+        let access = Access {
+            endpoint: self.artifacts_endpoint.as_deref(),
+            plain: self.artifacts_plain_http,
+            credentials: self.artifacts_credentials_file.as_deref(),
+        };
+        if self.artifacts.is_none() && access != Access::default() {
+            mistakes.note("--artifacts-endpoint and the like: there are no --artifacts that they are for");
+        }
+        let artifacts = self.artifacts.map(|url| Place::new(&url, &access)).transpose();
+        let artifacts = artifacts.map_err(|(flag, told)| mistakes.note(format!("{flag}: {told}"))).ok();
+        Some(Records { database: database?, artifacts: artifacts?, lease: Duration::from_secs(lease? as u64) })
     }
 }
 
@@ -462,6 +491,28 @@ mod tests {
             let Err(ConfigError::Mistakes(mistakes)) = parse(&arguments) else { panic!("{arguments:?}") };
             let told = mistakes.to_string();
             assert!(told.contains(part) && !told.contains("first@"), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_bucket_is_taken_with_the_credentials_of_a_file_and_none_are_shown() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "aws_access_key_id=me\naws_secret_access_key=hidden\n").unwrap();
+        let credentials = ["--artifacts-credentials-file", file.path().to_str().unwrap()];
+        let config = parse(&[&["--artifacts", "s3://films/avatar"][..], &credentials].concat()).unwrap();
+        let shown = format!("{:?}", config.options.records);
+        assert!(shown.contains("s3://films/avatar") && !shown.contains("hidden"), "{shown}");
+        for (arguments, part) in [
+            (&credentials[..], "there are no --artifacts"),
+            (&["--artifacts", "films"], "--artifacts: it does not begin with s3://"),
+            (
+                &["--artifacts", "s3://films", "--artifacts-endpoint", "http://store"],
+                "--artifacts-endpoint: without TLS",
+            ),
+            (&["--artifacts", "s3://films", "--artifacts-plain-http"], "--artifacts-plain-http: there is no"),
+        ] {
+            let Err(ConfigError::Mistakes(mistakes)) = parse(arguments) else { panic!("{arguments:?}") };
+            assert!(mistakes.to_string().contains(part), "{mistakes}");
         }
     }
 

@@ -158,7 +158,7 @@ impl Gateway {
     /// Takes a place in the queue. Ask for it before a request's bytes are read: the places bound the memory. A request
     /// that was accepted before, which its key tells, needs none.
     ///
-    /// Errors: the queue or the disk is full, or the gateway is shutting down.
+    /// Errors: the queue or the disk is full, the object store fails, or the gateway is shutting down.
     pub async fn admit(&self, order: &Order) -> Result<Place, Fault> {
         if self.inner.closing.is_cancelled() {
             return Err(shutting_down());
@@ -302,8 +302,9 @@ impl Gateway {
         closing.run_until_cancelled(watching).await;
     }
 
-    /// Refuses while the disk is nearly full, so that what runs can end.
+    /// Refuses while the disk is nearly full or the object store fails, so that what runs can end.
     async fn check_space(&self) -> Result<(), Fault> {
+        self.inner.store.check_files().await?;
         let (free, wanted) = (self.inner.store.free_bytes().await?, self.inner.options.min_free_bytes);
         if free >= wanted {
             return Ok(());

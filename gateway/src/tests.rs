@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashSet,
-    io::Read as _,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -26,7 +25,7 @@ use crate::{
     fault::{Fault, Kind},
     intake::{Order, Upload},
     runner::prepare::Prepared,
-    store::life,
+    store::{artifacts::Artifact, life},
     validate,
     webhook::{self, WebhookOptions},
 };
@@ -74,6 +73,14 @@ impl Desk {
 
     async fn ended(&self, id: Uuid) -> Generation {
         tokio::time::timeout(Duration::from_secs(120), self.gateway.store().wait_end(id)).await.unwrap().unwrap()
+    }
+
+    /// A completed video.
+    async fn video(&self, id: Uuid) -> (Artifact, Vec<u8>) {
+        let content = self.gateway.store().video(&id.to_string()).await.unwrap();
+        let artifact = content.artifact.clone();
+        let read: Vec<bytes::Bytes> = content.stream(0..u64::MAX).map(Result::unwrap).collect().await;
+        (artifact, read.concat())
     }
 
     async fn events(&self, id: Uuid) -> Vec<GenerationEvent> {
@@ -138,9 +145,7 @@ async fn quirk_fixed_k_makes_a_video_with_a_warning_about_the_missing_face() {
     let outcome = generation.outcome.unwrap();
     assert_eq!(outcome.stages.len(), 5);
     assert!(outcome.warnings[0].contains("No face was found"));
-    let (kept, mut file) = desk.gateway.store().video(&id.to_string()).await.unwrap();
-    let mut video = Vec::new();
-    file.read_to_end(&mut video).unwrap();
+    let (kept, video) = desk.video(id).await;
     assert_eq!((video.len() as u64, crc32c::crc32c(&video)), (outcome.video_bytes, outcome.video_crc32c));
     assert_eq!(kept.bytes, outcome.video_bytes);
     assert!(script.sessions.lock().unwrap().is_empty());
@@ -193,10 +198,11 @@ async fn by_the_references_rules_long_speech_is_cut_and_it_is_said_before_the_fi
     let warned = events.iter().position(|event| event.warning && event.message.starts_with(said)).unwrap();
     let denoised = events.iter().position(|event| event.state() == GenerationState::Denoising).unwrap();
     assert!(warned < denoised);
+    let video = desk.folder.path().join("video.mp4");
+    std::fs::write(&video, desk.video(id).await.1).unwrap();
     let shown = std::process::Command::new("ffprobe")
         .args(["-v", "error", "-show_entries", "stream=duration", "-of", "csv=p=0"])
-        .arg("-")
-        .stdin(desk.gateway.store().video(&id.to_string()).await.unwrap().1)
+        .arg(&video)
         .output()
         .unwrap();
     let shown = String::from_utf8(shown.stdout).unwrap();

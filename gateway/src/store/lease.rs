@@ -1,6 +1,11 @@
 //! The right to drive a generation: whoever holds it adds the events, and nobody else.
 
-use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Progress, Stage};
 use tokio::{sync::Mutex, time::MissedTickBehavior};
@@ -9,7 +14,7 @@ use uuid::Uuid;
 
 use super::{
     BEATS, Store,
-    artifacts::{Artifact, Artifacts},
+    artifacts::{Artifact, ArtifactError, Artifacts},
     blocking,
     engine::SqlError,
     identity,
@@ -20,7 +25,7 @@ use crate::fault::{Fault, Kind};
 
 /// How often the clock of the day is looked at where a deadline is waited for.
 const CLOCK: Duration = Duration::from_secs(5);
-/// How long a change waits before it is tried again, where the database refused it.
+/// How long something waits before it is tried again, where the database or the object store refused it.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// Something that happened; what is left `None` stays as it was.
@@ -161,22 +166,48 @@ impl Lease {
         }
     }
 
-    /// Keeps the finished video, which lies in the store's folder for work and is moved, and stores the end.
+    /// Keeps the finished video, which lies in the store's folder for work and may be moved, and stores the end. It waits
+    /// while an object store refuses the video.
+    ///
+    /// Errors: the video cannot be kept, or it was cancelled or too late before it was.
     pub(crate) async fn complete(self: &Arc<Self>, video: PathBuf, change: Change) -> Result<(), Fault> {
         let lease = Arc::clone(self);
         let stored = tokio::spawn(async move {
             let weighed = video.clone();
-            let kept = blocking(move || Artifacts::weigh(&weighed)).await?;
+            let kept = blocking(move || Artifact::weigh(&weighed)).await?;
             let hashes = [kept.hash.as_str()];
             let naming = patiently(|| lease.store.inner.ledger.name_files(&hashes)).await?;
-            let (artifacts, wanted) = (lease.store.inner.artifacts.clone(), kept.clone());
-            blocking(move || artifacts.adopt(&video, &wanted)).await?;
+            if let Err(ended) = lease.adopt(&video, &kept).await {
+                naming.release().await;
+                drop_files(&lease.store, vec![kept.hash]).await;
+                return ended;
+            }
             let unused = lease.store_change(change, Some(kept)).await;
             naming.release().await;
             drop_files(&lease.store, unused).await;
             Ok(())
         });
         stored.await.unwrap_or_else(|error| Err(Fault::internal("the video cannot be kept", &error)))
+    }
+
+    /// Keeps the file of the video; else gives how that ended.
+    async fn adopt(&self, video: &Path, kept: &Artifact) -> Result<(), Result<(), Fault>> {
+        let artifacts = &self.store.inner.artifacts;
+        let adopting = patiently(|| artifacts.adopt(video, kept));
+        let adopted = match artifacts {
+            // It is only moved.
+            Artifacts::Folder(_) => adopting.await,
+            Artifacts::Bucket(_) => tokio::select! {
+                biased;
+                adopted = adopting => adopted,
+                () = self.keep_alive() => return Err(Ok(())),
+                () = self.cancel.cancelled() => {
+                    return Err(Err(Fault::new(Kind::Cancelled, "the generation was cancelled")));
+                }
+                fault = self.deadline() => return Err(Err(fault)),
+            },
+        };
+        adopted.map_err(|error| Err(error.into()))
     }
 
     /// Stores a change; gives the hashes of files that the generation no longer has.
@@ -224,12 +255,11 @@ impl Lease {
         patiently(|| self.store.inner.ledger.artifact(self.id, role)).await.ok().flatten()
     }
 
-    /// The bytes of a file that the generation was made with.
+    /// The bytes of a file that the generation was made with; an object store that does not answer is waited for.
     pub(crate) async fn read(&self, role: &'static str) -> Result<Vec<u8>, Fault> {
         let artifact = patiently(|| self.store.inner.ledger.artifact(self.id, role)).await?;
         let artifact = artifact.ok_or_else(|| Fault::internal("a file of the generation is gone", &role))?;
-        let artifacts = self.store.inner.artifacts.clone();
-        blocking(move || artifacts.read(&artifact)).await
+        Ok(patiently(|| self.store.inner.artifacts.read(&artifact)).await?)
     }
 
     /// Stores latents that the generation can go on with: those before step `step` of the plan.
@@ -282,8 +312,7 @@ impl Lease {
         let (ledger, who) = (&self.store.inner.ledger, (self.id, self.number, role));
         let known = patiently(|| ledger.use_stage_output(who, key, unix_ms())).await;
         let artifact = known.ok().flatten()?;
-        let artifacts = self.store.inner.artifacts.clone();
-        blocking(move || artifacts.read(&artifact)).await.ok()
+        patiently(|| self.store.inner.artifacts.read(&artifact)).await.ok()
     }
 
     /// Keeps what a stage gave.
@@ -346,15 +375,34 @@ impl Drop for Lease {
     }
 }
 
-/// Does it again while the database does not answer: what runs waits, and does not fail.
-pub(super) async fn patiently<T, F>(mut work: impl FnMut() -> F) -> Result<T, SqlError>
+/// An error that may be gone when the same is done again.
+pub(super) trait Passing: std::error::Error {
+    /// Whether it is worth waiting.
+    fn passes(&self) -> bool;
+}
+
+impl Passing for SqlError {
+    fn passes(&self) -> bool {
+        matches!(self, Self::Away(_))
+    }
+}
+
+impl Passing for ArtifactError {
+    fn passes(&self) -> bool {
+        matches!(self, Self::Away(_))
+    }
+}
+
+/// Does it again while the database or the object store does not answer: what runs waits, and does not fail.
+pub(super) async fn patiently<T, E, F>(mut work: impl FnMut() -> F) -> Result<T, E>
 where
-    F: Future<Output = Result<T, SqlError>>,
+    E: Passing,
+    F: Future<Output = Result<T, E>>,
 {
     loop {
         match work().await {
-            Err(SqlError::Away(reason)) => {
-                tracing::warn!(reason, "the database is waited for");
+            Err(error) if error.passes() => {
+                tracing::warn!(%error, "it is waited for");
                 tokio::time::sleep(AGAIN).await;
             }
             done => return done,

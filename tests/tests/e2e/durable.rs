@@ -26,7 +26,8 @@ fn spec() -> GenerationSpec {
     }
 }
 
-async fn create(stack: &Stack, key: &str) -> Result<Generation, tonic::Status> {
+/// Creates a generation of six steps.
+pub async fn create(stack: &Stack, key: &str) -> Result<Generation, tonic::Status> {
     let bodies = [Body::Spec(spec()), Body::PictureChunk(portrait()), Body::AudioChunk(tone(0.4, 16_000))];
     let mut messages = bodies.map(|body| CreateGenerationRequest { body: Some(body), idempotency_key: String::new() });
     messages[0].idempotency_key = key.to_owned();
@@ -35,7 +36,7 @@ async fn create(stack: &Stack, key: &str) -> Result<Generation, tonic::Status> {
 }
 
 /// Reads events from a number on, up to the first that `enough` holds for; gives them.
-async fn watch(
+pub async fn watch(
     stack: &Stack,
     id: &str,
     from_number: u64,
@@ -59,7 +60,8 @@ async fn watch(
     tokio::time::timeout(LONG, reading).await.unwrap()
 }
 
-async fn video(stack: &Stack, id: &str, folder: &Path) -> Vec<u8> {
+/// The picture of a completed generation's video, as it is encoded.
+pub async fn video(stack: &Stack, id: &str, folder: &Path) -> Vec<u8> {
     let request = v1::DownloadVideoRequest { generation_id: id.to_owned(), offset: 0 };
     let mut answers = client(&stack.grpc()).await.download_video(request).await.unwrap().into_inner();
     let mut bytes = Vec::new();
@@ -71,7 +73,8 @@ async fn video(stack: &Stack, id: &str, folder: &Path) -> Vec<u8> {
     video_stream(&path)
 }
 
-fn step(event: &GenerationEvent) -> u32 {
+/// The step that an event tells of.
+pub fn step(event: &GenerationEvent) -> u32 {
     event.progress.map_or(0, |progress| progress.step)
 }
 
