@@ -91,6 +91,10 @@ pub struct OptionFlags {
     /// what is predicted of it; then its worker is suspected, and the step is begun again.
     #[arg(long, env = "AVATAR_STUCK_AFTER", value_name = "SECONDS", default_value = "60")]
     pub stuck_after: String,
+    /// Small pictures (0 to 100) of how far each generation is, evenly spread over its steps; 0 makes none. The decoder
+    /// makes them beside the steps where its device has room to spare.
+    #[arg(long, env = "AVATAR_PREVIEWS", value_name = "N", default_value = "5")]
+    pub previews: String,
     /// Longest recording in seconds (1 to 600).
     #[arg(long, env = "AVATAR_MAX_AUDIO_SECONDS", value_name = "SECONDS", default_value = "600")]
     pub max_audio_seconds: String,
@@ -271,6 +275,8 @@ pub struct Options {
     pub stage_patience: Duration,
     /// The shortest time after which a call is taken for stuck.
     pub stuck_after: Duration,
+    /// Small pictures of how far each generation is; by default none, as nobody may be watching.
+    pub previews: usize,
     /// Longest recording in seconds.
     pub max_audio_seconds: u32,
     /// The program that writes the video.
@@ -293,6 +299,7 @@ impl Default for Options {
             retention: Retention::default(),
             stage_patience: Duration::from_secs(600),
             stuck_after: Duration::from_secs(60),
+            previews: 0,
             max_audio_seconds: MOST_AUDIO_SECONDS,
             ffmpeg: "ffmpeg".into(),
             tier: TierOptions::default(),
@@ -319,6 +326,7 @@ impl OptionFlags {
         let stage_patience =
             mistakes.check("--stage-patience", &self.stage_patience, |text| parse_number(text, 0, 86_400));
         let stuck_after = mistakes.check("--stuck-after", &self.stuck_after, |text| parse_number(text, 1, 86_400));
+        let previews = mistakes.check("--previews", &self.previews, |text| parse_number(text, 0, 100));
         let max_audio_seconds = mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| {
             parse_number(text, 1, MOST_AUDIO_SECONDS as usize)
         });
@@ -347,6 +355,7 @@ impl OptionFlags {
             },
             stage_patience: Duration::from_secs(stage_patience? as u64),
             stuck_after: Duration::from_secs(stuck_after? as u64),
+            previews: previews?,
             max_audio_seconds: max_audio_seconds? as u32,
             ffmpeg: self.ffmpeg,
             webhooks: WebhookOptions {

@@ -86,12 +86,17 @@ impl Stages {
     /// What decides a stage's answers besides its inputs: its checkpoint and how it computes. Empty where the stage
     /// cannot say it.
     pub async fn identity(&self, stage: Stage) -> Result<String, Fault> {
-        let answer = describe(self.channel(stage), stage).await?;
+        let answer = self.describe(stage).await?;
         if answer.checkpoint_digest.is_empty() {
             return Ok(String::new());
         }
         let device = kind_of_device(&answer.device);
         Ok(format!("{} {} {device} {}", answer.checkpoint_digest, answer.version, answer.compute))
+    }
+
+    /// What a stage says of itself.
+    pub(crate) async fn describe(&self, stage: Stage) -> Result<v1::DescribeResponse, Fault> {
+        describe(self.channel(stage), stage).await
     }
 
     fn channel(&self, stage: Stage) -> &Channel {
@@ -109,7 +114,7 @@ impl Stages {
     /// One that does not answer keeps what it has: nothing is lost by trying.
     pub async fn unload_beside(&self, stage: Stage) -> Vec<&'static str> {
         let all = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode];
-        let own = describe(self.channel(stage), stage).await.ok();
+        let own = self.describe(stage).await.ok();
         let Some(device) = own.map(|said| said.device_id).filter(|id| !id.is_empty()) else { return Vec::new() };
         let mut unloaded = Vec::new();
         for other in all.into_iter().filter(|other| *other != stage) {
