@@ -41,8 +41,9 @@ pub struct Flags {
     /// Where the transformer is.
     #[arg(long, env = "AVATAR_DIFFUSION", value_name = "URL", default_value = "http://127.0.0.1:50054")]
     diffusion: String,
-    /// Where the decoder is.
-    #[arg(long, env = "AVATAR_VAE_DECODE", value_name = "URL", default_value = "http://127.0.0.1:50055")]
+    /// Where the decoder is; or several, with commas between: one that cannot be reached, has no room or runs out of
+    /// memory is left for the next.
+    #[arg(long, env = "AVATAR_VAE_DECODE", value_name = "URL,..", default_value = "http://127.0.0.1:50055")]
     vae_decode: String,
     #[allow(missing_docs)] // A doc comment would replace the description of the program in --help.
     #[command(flatten)]
@@ -391,18 +392,20 @@ impl Settings for Flags {
         let text_encoder = mistakes.check("--text-encoder", &self.text_encoder, parse_url);
         let image_encoder = mistakes.check("--image-encoder", &self.image_encoder, parse_url);
         let diffusion = mistakes.check("--diffusion", &self.diffusion, parse_url);
-        let vae_decode = mistakes.check("--vae-decode", &self.vae_decode, parse_url);
+        let vae_decode = mistakes.check("--vae-decode", &self.vae_decode, parse_urls);
         let options = self.options.resolve(mistakes);
         let common = self.common.resolve(mistakes);
         if options.as_ref().is_some_and(|options| options.tier.choice == Choice::Auto) {
             mistakes.note("--tier: auto needs to know the devices, which this process does not; name a tier");
         }
+        let (vae_decode, spare_decoders) = vae_decode?;
         let stages = StageUris {
             audio_encoder: audio_encoder?,
             text_encoder: text_encoder?,
             image_encoder: image_encoder?,
             diffusion: diffusion?,
-            vae_decode: vae_decode?,
+            vae_decode,
+            spare_decoders,
         };
         Some(Config { grpc: grpc?, http: http?, stages, options: options?, common: common? })
     }
@@ -415,6 +418,13 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 
 fn parse_url(text: &str) -> Result<Uri, String> {
     service_kit::client::address_uri(text).map_err(|_| "not a URL such as http://127.0.0.1:50051".to_owned())
+}
+
+/// The first URL, and those after it.
+fn parse_urls(text: &str) -> Result<(Uri, Vec<Uri>), String> {
+    let mut urls = text.split(',').map(|url| parse_url(url.trim()));
+    let first = urls.next().unwrap_or_else(|| parse_url(text))?;
+    Ok((first, urls.collect::<Result<_, _>>()?))
 }
 
 #[cfg(test)]
@@ -433,6 +443,10 @@ mod tests {
         assert_eq!(config.grpc.to_string(), "127.0.0.1:50050");
         assert_eq!(config.stages.audio_encoder, "http://127.0.0.1:50051");
         assert_eq!(config.stages.vae_decode, "http://127.0.0.1:50055");
+        assert!(config.stages.spare_decoders.is_empty());
+        let several = parse(&["--vae-decode", "http://a:1, http://b:2,http://c:3"]).unwrap().stages;
+        assert_eq!((several.vae_decode, several.spare_decoders.len()), ("http://a:1".parse().unwrap(), 2));
+        assert!(parse(&["--vae-decode", "http://a:1,"]).is_err());
         assert_eq!(config.options, Options::default());
     }
 

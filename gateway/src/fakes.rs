@@ -156,6 +156,7 @@ pub(crate) fn start(script: &Arc<Script>) -> Stages {
         image_encoder: channel.clone(),
         diffusion: channel.clone(),
         vae_decode: channel,
+        spare_decoders: Vec::new(),
     }
 }
 

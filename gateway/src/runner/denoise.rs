@@ -100,7 +100,7 @@ impl Denoise {
             session.fit(Rung::NoFeatures);
         }
         let features = self.sampler.plan().steps().iter().any(|step| step.keep_features);
-        let mut ladder = Ladder::of(Stage::Diffusion, features);
+        let mut ladder = Ladder::of(&run.stages, Stage::Diffusion, features);
         while let Err(fault) = session.open().await {
             session.fit(ladder.next(run, fault).await?);
         }
