@@ -44,8 +44,9 @@ pub struct Flags {
     /// Where the transformer is.
     #[arg(long, env = "AVATAR_DIFFUSION", value_name = "URL", default_value = "http://127.0.0.1:50054")]
     diffusion: String,
-    /// Where the decoder is.
-    #[arg(long, env = "AVATAR_VAE_DECODE", value_name = "URL", default_value = "http://127.0.0.1:50055")]
+    /// Where the decoder is; or several, with commas between: one that cannot be reached, has no room or runs out of
+    /// memory is left for the next.
+    #[arg(long, env = "AVATAR_VAE_DECODE", value_name = "URL,..", default_value = "http://127.0.0.1:50055")]
     vae_decode: String,
     #[allow(missing_docs)] // A doc comment would replace the description of the program in --help.
     #[command(flatten)]
@@ -95,6 +96,10 @@ pub struct OptionFlags {
     /// what is predicted of it; then its worker is suspected, and the step is begun again.
     #[arg(long, env = "AVATAR_STUCK_AFTER", value_name = "SECONDS", default_value = "60")]
     pub stuck_after: String,
+    /// Small pictures (0 to 100) of how far each generation is, evenly spread over its steps; 0 makes none. The decoder
+    /// makes them beside the steps where its device has room to spare.
+    #[arg(long, env = "AVATAR_PREVIEWS", value_name = "N", default_value = "5")]
+    pub previews: String,
     /// Longest recording in seconds (1 to 600).
     #[arg(long, env = "AVATAR_MAX_AUDIO_SECONDS", value_name = "SECONDS", default_value = "600")]
     pub max_audio_seconds: String,
@@ -300,6 +305,8 @@ pub struct Options {
     pub stage_patience: Duration,
     /// The shortest time after which a call is taken for stuck.
     pub stuck_after: Duration,
+    /// Small pictures of how far each generation is; by default none, as nobody may be watching.
+    pub previews: usize,
     /// Longest recording in seconds.
     pub max_audio_seconds: u32,
     /// The program that writes the video.
@@ -322,6 +329,7 @@ impl Default for Options {
             retention: Retention::default(),
             stage_patience: Duration::from_secs(600),
             stuck_after: Duration::from_secs(60),
+            previews: 0,
             max_audio_seconds: MOST_AUDIO_SECONDS,
             ffmpeg: "ffmpeg".into(),
             tier: TierOptions::default(),
@@ -348,6 +356,7 @@ impl OptionFlags {
         let stage_patience =
             mistakes.check("--stage-patience", &self.stage_patience, |text| parse_number(text, 0, 86_400));
         let stuck_after = mistakes.check("--stuck-after", &self.stuck_after, |text| parse_number(text, 1, 86_400));
+        let previews = mistakes.check("--previews", &self.previews, |text| parse_number(text, 0, 100));
         let max_audio_seconds = mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| {
             parse_number(text, 1, MOST_AUDIO_SECONDS as usize)
         });
@@ -376,6 +385,7 @@ impl OptionFlags {
             },
             stage_patience: Duration::from_secs(stage_patience? as u64),
             stuck_after: Duration::from_secs(stuck_after? as u64),
+            previews: previews?,
             max_audio_seconds: max_audio_seconds? as u32,
             ffmpeg: self.ffmpeg,
             webhooks: WebhookOptions {
@@ -411,18 +421,20 @@ impl Settings for Flags {
         let text_encoder = mistakes.check("--text-encoder", &self.text_encoder, parse_url);
         let image_encoder = mistakes.check("--image-encoder", &self.image_encoder, parse_url);
         let diffusion = mistakes.check("--diffusion", &self.diffusion, parse_url);
-        let vae_decode = mistakes.check("--vae-decode", &self.vae_decode, parse_url);
+        let vae_decode = mistakes.check("--vae-decode", &self.vae_decode, parse_urls);
         let options = self.options.resolve(mistakes);
         let common = self.common.resolve(mistakes);
         if options.as_ref().is_some_and(|options| options.tier.choice == Choice::Auto) {
             mistakes.note("--tier: auto needs to know the devices, which this process does not; name a tier");
         }
+        let (vae_decode, spare_decoders) = vae_decode?;
         let stages = StageUris {
             audio_encoder: audio_encoder?,
             text_encoder: text_encoder?,
             image_encoder: image_encoder?,
             diffusion: diffusion?,
-            vae_decode: vae_decode?,
+            vae_decode,
+            spare_decoders,
         };
         Some(Config { grpc: grpc?, http: http?, stages, options: options?, common: common? })
     }
@@ -435,6 +447,13 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 
 fn parse_url(text: &str) -> Result<Uri, String> {
     service_kit::client::address_uri(text).map_err(|_| "not a URL such as http://127.0.0.1:50051".to_owned())
+}
+
+/// The first URL, and those after it.
+fn parse_urls(text: &str) -> Result<(Uri, Vec<Uri>), String> {
+    let mut urls = text.split(',').map(|url| parse_url(url.trim()));
+    let first = urls.next().unwrap_or_else(|| parse_url(text))?;
+    Ok((first, urls.collect::<Result<_, _>>()?))
 }
 
 #[cfg(test)]
@@ -453,6 +472,10 @@ mod tests {
         assert_eq!(config.grpc.to_string(), "127.0.0.1:50050");
         assert_eq!(config.stages.audio_encoder, "http://127.0.0.1:50051");
         assert_eq!(config.stages.vae_decode, "http://127.0.0.1:50055");
+        assert!(config.stages.spare_decoders.is_empty());
+        let several = parse(&["--vae-decode", "http://a:1, http://b:2,http://c:3"]).unwrap().stages;
+        assert_eq!((several.vae_decode, several.spare_decoders.len()), ("http://a:1".parse().unwrap(), 2));
+        assert!(parse(&["--vae-decode", "http://a:1,"]).is_err());
         assert_eq!(config.options, Options::default());
     }
 

@@ -67,6 +67,8 @@ pub(crate) struct Script {
     pub(crate) decoded: Mutex<Vec<Vec<f32>>>,
     /// Calls that find their device out of memory: stage, and call of that stage, from 0.
     pub(crate) out_of_memory: Vec<(v1::Stage, usize)>,
+    /// The decoder has memory only for tiles that are so many times shorter.
+    pub(crate) tiles_that_fit: u32,
     /// Calls by stage so far.
     pub(crate) calls: Mutex<HashMap<v1::Stage, usize>>,
     /// Stages that were unloaded.
@@ -101,9 +103,13 @@ impl Fake {
         if !self.0.out_of_memory.contains(&(stage, *call - 1)) {
             return Ok(());
         }
-        let stage = crate::fault::stage_name(stage).to_owned();
-        Err(ServiceError::DeviceMemory { stage, needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 })
+        Err(out_of_memory(stage))
     }
+}
+
+fn out_of_memory(stage: v1::Stage) -> ServiceError {
+    let stage = crate::fault::stage_name(stage).to_owned();
+    ServiceError::DeviceMemory { stage, needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 }
 }
 
 #[tonic::async_trait]
@@ -166,6 +172,7 @@ pub(crate) fn start(script: &Arc<Script>) -> Stages {
         image_encoder: channel.clone(),
         diffusion: channel.clone(),
         vae_decode: channel,
+        spare_decoders: Vec::new(),
     }
 }
 
@@ -358,6 +365,9 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
         }
         self.0.decodes.lock().unwrap().push(header.clone());
         self.count(v1::Stage::VaeDecode)?;
+        if header.tile_divisor < self.0.tiles_that_fit {
+            return Err(out_of_memory(v1::Stage::VaeDecode).into());
+        }
         self.0.decoded.lock().unwrap().push(tensors[0].to_f32().unwrap());
         let (n, h, w) = (header.frame_limit as usize, 8 * tensors[0].shape()[2], 8 * tensors[0].shape()[3]);
         // A moving stripe, so that it is a video.

@@ -15,7 +15,7 @@ use crate::{
     fault::{Fault, Kind},
     intake::{Order, Upload},
     planning::FleetSource,
-    runner::{self, Pace, Workshop, prepare::Prepared},
+    runner::{self, Pace, Previews, Workshop, prepare::Prepared},
     stages::Stages,
     store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
     validate, webhook,
@@ -59,6 +59,8 @@ struct Inner {
     closing: CancellationToken,
     /// What runs is let go as it is.
     stopping: CancellationToken,
+    /// How denoises are shown while they last.
+    previews: Previews,
     /// What the diffusion stage said last, for when it does not answer.
     defaults: Mutex<Option<GenerationDefaults>>,
     /// Who knows the checkpoint and the devices, if anybody does.
@@ -99,6 +101,7 @@ impl Gateway {
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             stopping: CancellationToken::new(),
+            previews: Previews::new(options.previews),
             defaults: Mutex::new(None),
             fleet: OnceLock::new(),
         };
@@ -321,6 +324,7 @@ impl Gateway {
             directory: self.inner.store.work_dir(),
             patience: self.inner.options.stage_patience,
             pace: Pace::new(self.inner.options.concurrent, self.inner.options.stuck_after),
+            previews: self.inner.previews.clone(),
             stopping: self.inner.stopping.clone(),
         };
         let closing = self.inner.closing.clone();

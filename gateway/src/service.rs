@@ -367,6 +367,16 @@ impl AvatarService for Service {
         Ok(Response::new(v1::PlanGenerationResponse { plan: Some(planning::message(&plan)) }))
     }
 
+    async fn get_preview(
+        &self,
+        request: Request<v1::GetPreviewRequest>,
+    ) -> Result<Response<v1::GetPreviewResponse>, Status> {
+        let v1::GetPreviewRequest { generation_id, step } = request.into_inner();
+        let preview = self.gateway.store().preview(&generation_id, step).await;
+        let (Artifact { hash: sha256, .. }, data) = preview.map_err(|fault| fault.to_status())?;
+        Ok(Response::new(v1::GetPreviewResponse { data, sha256 }))
+    }
+
     async fn list_tiers(&self, _: Request<v1::ListTiersRequest>) -> Result<Response<v1::ListTiersResponse>, Status> {
         Ok(Response::new(planning::list(self.gateway.tiers())))
     }

@@ -49,6 +49,8 @@ pub struct Stages {
     pub diffusion: Channel,
     /// Latents to frames.
     pub vae_decode: Channel,
+    /// More of these, tried in this order where it cannot be reached, has no room or runs out of memory.
+    pub spare_decoders: Vec<Channel>,
 }
 
 /// Where the five stages are.
@@ -64,6 +66,8 @@ pub struct StageUris {
     pub diffusion: Uri,
     /// Latents to frames.
     pub vae_decode: Uri,
+    /// More of these, in the order in which they are tried.
+    pub spare_decoders: Vec<Uri>,
 }
 
 impl Stages {
@@ -78,6 +82,7 @@ impl Stages {
             image_encoder: channel(&uris.image_encoder)?,
             diffusion: channel(&uris.diffusion)?,
             vae_decode: channel(&uris.vae_decode)?,
+            spare_decoders: uris.spare_decoders.iter().map(channel).collect::<Result<_, _>>()?,
         })
     }
 
@@ -95,12 +100,17 @@ impl Stages {
     /// What decides a stage's answers besides its inputs: its checkpoint and how it computes. Empty where the stage
     /// cannot say it.
     pub async fn identity(&self, stage: Stage) -> Result<String, Fault> {
-        let answer = describe(self.channel(stage), stage).await?;
+        let answer = self.describe(stage).await?;
         if answer.checkpoint_digest.is_empty() {
             return Ok(String::new());
         }
         let device = kind_of_device(&answer.device);
         Ok(format!("{} {} {device} {}", answer.checkpoint_digest, answer.version, answer.compute))
+    }
+
+    /// What a stage says of itself.
+    pub(crate) async fn describe(&self, stage: Stage) -> Result<v1::DescribeResponse, Fault> {
+        describe(self.channel(stage), stage).await
     }
 
     fn channel(&self, stage: Stage) -> &Channel {
@@ -113,16 +123,28 @@ impl Stages {
         }
     }
 
+    /// The same stages with each decoder as the first one, in the order in which they are tried.
+    pub(crate) fn by_decoder(&self) -> Vec<Self> {
+        let all: Vec<Channel> = std::iter::once(&self.vae_decode).chain(&self.spare_decoders).cloned().collect();
+        let with_first = |first: usize| {
+            let mut others = all.clone();
+            let vae_decode = others.remove(first);
+            Self { vae_decode, spare_decoders: others, ..self.clone() }
+        };
+        (0..all.len()).map(with_first).collect()
+    }
+
     /// Unloads the stages that share a device with `stage`, are loaded and may go; gives their names.
     ///
     /// One that does not answer keeps what it has: nothing is lost by trying.
     pub async fn unload_beside(&self, stage: Stage, whose: Whose) -> Vec<&'static str> {
         let all = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode];
-        let own = describe(self.channel(stage), stage).await.ok();
+        let own = self.describe(stage).await.ok();
         let Some(device) = own.map(|said| said.device_id).filter(|id| !id.is_empty()) else { return Vec::new() };
         let mut unloaded = Vec::new();
-        for other in all.into_iter().filter(|other| *other != stage) {
-            let channel = self.channel(other);
+        let others = all.into_iter().filter(|other| *other != stage).map(|other| (other, self.channel(other)));
+        let spare = self.spare_decoders.iter().map(|decoder| (Stage::VaeDecode, decoder));
+        for (other, channel) in others.chain(spare) {
             let beside = describe(channel, other).await.is_ok_and(|said| said.loaded && said.device_id == device);
             if !beside {
                 continue;

@@ -48,7 +48,7 @@ pub(crate) async fn content(
     let tag = format!("\"{}\"", video.hash);
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let mut answer = Response::new(Body::empty());
-    if text(IF_NONE_MATCH).is_some_and(|known| known == "*" || known.split(',').any(|one| one.trim() == tag)) {
+    if is_known(&headers, &tag) {
         *answer.status_mut() = StatusCode::NOT_MODIFIED;
         answer.headers_mut().insert(ETAG, header(&tag)?);
         return Ok(answer);
@@ -72,8 +72,14 @@ pub(crate) async fn content(
     Ok(answer)
 }
 
-fn header(text: &str) -> Result<HeaderValue, Fault> {
-    HeaderValue::from_str(text).map_err(|error| Fault::internal("the video cannot be described", &error))
+/// Whether the caller has what this tag names.
+pub(super) fn is_known(headers: &HeaderMap, tag: &str) -> bool {
+    let known = headers.get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
+    known.is_some_and(|known| known == "*" || known.split(',').any(|one| one.trim() == tag))
+}
+
+pub(super) fn header(text: &str) -> Result<HeaderValue, Fault> {
+    HeaderValue::from_str(text).map_err(|error| Fault::internal("the file cannot be described", &error))
 }
 
 /// The bytes of a `Range` header that asks for one range; nothing for one that is not understood, which HTTP ignores.

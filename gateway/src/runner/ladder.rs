@@ -7,10 +7,12 @@ use std::{collections::VecDeque, future::Future};
 
 use proto::v1::Stage;
 
+use tokio::sync::Mutex;
+
 use super::run::Run;
 use crate::{
     fault::{Fault, Kind, stage_name},
-    stages::Whose,
+    stages::{Stages, Whose},
 };
 
 /// Most that the decoder's tiles are shrunk by.
@@ -45,14 +47,15 @@ impl Rung {
 /// The rungs of one stage that are left.
 #[derive(Debug)]
 pub(crate) struct Ladder {
+    stages: Stages,
     stage: Stage,
     left: VecDeque<Rung>,
     tried: Vec<String>,
 }
 
 impl Ladder {
-    /// The ladder of a stage; `features` where the steps keep some.
-    pub(crate) fn of(stage: Stage, features: bool) -> Self {
+    /// The ladder of one of the stages; `features` where the steps keep some.
+    pub(crate) fn of(stages: &Stages, stage: Stage, features: bool) -> Self {
         let mut left = VecDeque::from([Rung::UnloadOthers]);
         match stage {
             Stage::Diffusion => {
@@ -67,7 +70,7 @@ impl Ladder {
                 left.push_back(Rung::UnloadBusy);
             }
         }
-        Self { stage, left, tried: Vec::new() }
+        Self { stages: stages.clone(), stage, left, tried: Vec::new() }
     }
 
     /// Lets the other stages be unloaded again: since the last time, other generations may have loaded them.
@@ -93,7 +96,7 @@ impl Ladder {
                 Rung::OnePass | Rung::NoFeatures | Rung::SmallerTiles(_) => None,
             };
             if let Some(whose) = whose {
-                let unloaded = run.stages.unload_beside(self.stage, whose).await;
+                let unloaded = self.stages.unload_beside(self.stage, whose).await;
                 if unloaded.is_empty() {
                     continue;
                 }
@@ -130,20 +133,117 @@ fn sentence(stage: Stage, said: &str) -> String {
     format!("{} ran out of memory and goes on with {said}", stage_name(stage))
 }
 
-/// Calls a stage until it answers or its ladder ends; the call gets the divisor of the decoder's tiles.
-pub(crate) async fn climb<T, F>(run: &Run, stage: Stage, mut call: impl FnMut(u32) -> F) -> Result<T, Fault>
+/// Calls a stage until it answers or its ladder ends.
+pub(crate) async fn climb<T, F>(run: &Run, stage: Stage, mut call: impl FnMut() -> F) -> Result<T, Fault>
 where
     F: Future<Output = Result<T, Fault>>,
 {
-    let (mut ladder, mut divisor) = (Ladder::of(stage, false), 1);
+    let mut ladder = Ladder::of(&run.stages, stage, false);
     loop {
-        match run.patience.call(|| call(divisor)).await {
+        match run.patience.call(&mut call).await {
             Ok(value) => return Ok(value),
-            Err(fault) => {
-                if let Rung::SmallerTiles(by) = ladder.next(run, fault).await? {
-                    divisor = by;
-                }
+            Err(fault) => ladder.next(run, fault).await?,
+        };
+    }
+}
+
+/// One of the decoders.
+#[derive(Debug)]
+struct Decoder {
+    /// The stages, with this decoder as theirs.
+    stages: Stages,
+    ladder: Ladder,
+    /// What its tiles are shrunk by.
+    divisor: u32,
+    /// Why it is not asked any more: its ladder has ended.
+    ended: Option<Fault>,
+    /// It was told of that the next one is tried.
+    left: bool,
+}
+
+impl Decoder {
+    /// Calls the decoder until it answers, fails otherwise than for want of memory, or its ladder ends.
+    async fn climb<T, F>(&mut self, run: &Run, call: &impl Fn(Stages, u32) -> F) -> Result<T, Fault>
+    where
+        F: Future<Output = Result<T, Fault>>,
+    {
+        if let Some(ended) = &self.ended {
+            return Err(ended.clone());
+        }
+        loop {
+            let fault = match call(self.stages.clone(), self.divisor).await {
+                Err(fault) if fault.kind == Kind::OutOfMemory => fault,
+                other => return other,
+            };
+            match self.ladder.next(run, fault).await {
+                Ok(Rung::SmallerTiles(by)) => self.divisor = by,
+                Ok(_) => {}
+                Err(fault) => return Err(self.ended.insert(fault).clone()),
             }
         }
     }
+}
+
+/// Calls the first decoder that can take it; the call gets the stages with that decoder as theirs, and the divisor of its
+/// tiles. Where none can, those whose ladder has not ended are waited for.
+pub(crate) async fn climb_decoders<T, F>(run: &Run, call: impl Fn(Stages, u32) -> F) -> Result<T, Fault>
+where
+    F: Future<Output = Result<T, Fault>>,
+{
+    let decoder = |stages: Stages| Decoder {
+        ladder: Ladder::of(&stages, Stage::VaeDecode, false),
+        stages,
+        divisor: 1,
+        ended: None,
+        left: false,
+    };
+    let decoders: Vec<Decoder> = run.stages.by_decoder().into_iter().map(decoder).collect();
+    // What each has tried holds from one attempt to the next, of which there is one at a time.
+    let decoders = Mutex::new(decoders);
+    run.patience.call(|| try_decoders(run, &decoders, &call)).await
+}
+
+/// Tries each decoder once. Errors: that of the one that is worth being waited for, else that of the last.
+async fn try_decoders<T, F>(
+    run: &Run,
+    decoders: &Mutex<Vec<Decoder>>,
+    call: &impl Fn(Stages, u32) -> F,
+) -> Result<T, Fault>
+where
+    F: Future<Output = Result<T, Fault>>,
+{
+    let mut decoders = decoders.lock().await;
+    let count = decoders.len();
+    let mut worst = None;
+    for (number, decoder) in (1..).zip(decoders.iter_mut()) {
+        let fault = match decoder.climb(run, call).await {
+            Err(fault) if may_pass_on(&fault) => fault,
+            other => return other,
+        };
+        if number < count && !std::mem::replace(&mut decoder.left, true) {
+            tell_next(run, &fault, (number, count)).await;
+        }
+        let waits = |fault: &Fault| fault.kind != Kind::OutOfMemory;
+        if waits(&fault) || !worst.as_ref().is_some_and(waits) {
+            worst = Some(fault);
+        }
+    }
+    Err(worst.unwrap_or_else(|| Fault::new(Kind::Internal, "there is no decoder").at(Stage::VaeDecode)))
+}
+
+/// Whether another decoder may do what one did not.
+fn may_pass_on(fault: &Fault) -> bool {
+    matches!(fault.kind, Kind::OutOfMemory | Kind::Unavailable | Kind::Busy { .. })
+}
+
+async fn tell_next(run: &Run, fault: &Fault, (number, count): (usize, usize)) {
+    let why = match fault.kind {
+        Kind::OutOfMemory => "ran out of memory",
+        Kind::Busy { .. } => "has no room",
+        _ => "does not answer",
+    };
+    let next = number + 1;
+    tracing::warn!(decoder = number, next, %fault, "another decoder is tried");
+    let stage = Stage::VaeDecode;
+    run.note(stage, format!("vae-decode {number} of {count} {why}; {next} of {count} is tried")).await;
 }

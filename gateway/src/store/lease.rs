@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Progress, Stage};
+use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Preview, Progress, Stage};
 use tokio::{sync::Mutex, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -45,6 +45,8 @@ pub(crate) struct Change {
     pub(crate) faces: Vec<FaceBox>,
     /// The face that is animated.
     pub(crate) face: Option<FaceBox>,
+    /// A picture of how far it is, which is kept.
+    pub(crate) preview: Option<Preview>,
     /// Why it failed.
     pub(crate) fault: Option<Fault>,
     /// What came out.
@@ -182,7 +184,7 @@ impl Lease {
                 drop_files(&lease.store, vec![kept.hash]).await;
                 return ended;
             }
-            let unused = lease.store_change(change, Some(kept)).await;
+            let unused = lease.store_change(change, Some((role::VIDEO.to_owned(), kept))).await;
             naming.release().await;
             drop_files(&lease.store, unused).await;
             Ok(())
@@ -210,8 +212,32 @@ impl Lease {
         adopted.map_err(|error| Err(error.into()))
     }
 
-    /// Stores a change; gives the hashes of files that the generation no longer has.
-    async fn store_change(&self, change: Change, video: Option<Artifact>) -> Vec<String> {
+    /// Keeps the JPEG file of a preview, and tells of it; where the generation has ended meanwhile, neither is done.
+    pub(crate) async fn keep_preview(
+        self: &Arc<Self>,
+        file: Vec<u8>,
+        preview: Preview,
+        change: Change,
+    ) -> Result<(), Fault> {
+        let lease = Arc::clone(self);
+        // Whole even where the preview is given up: else a file would stay that no record names.
+        let stored = tokio::spawn(async move {
+            let ([kept], naming) = lease.store.keep([file]).await?;
+            let Artifact { hash, bytes } = kept.clone();
+            let role = role::preview(preview.step);
+            let mut unused = vec![hash.clone()];
+            unused.extend(lease.artifact(&role).await.map(|before| before.hash));
+            let change = Change { preview: Some(Preview { bytes, sha256: hash, ..preview }), ..change };
+            unused.extend(lease.store_change(change, Some((role, kept))).await);
+            naming.release().await;
+            drop_files(&lease.store, unused).await;
+            Ok(())
+        });
+        stored.await.unwrap_or_else(|error| Err(Fault::internal("the preview cannot be kept", &error)))
+    }
+
+    /// Stores a change, with a file in its role; gives the hashes of files that the generation no longer has.
+    async fn store_change(&self, change: Change, file: Option<(String, Artifact)>) -> Vec<String> {
         let mut inside = self.inside.lock().await;
         let before = inside.0.state();
         let state = change.state.unwrap_or(before);
@@ -219,7 +245,7 @@ impl Lease {
             return Vec::new();
         }
         let (generation, event) = after(&inside.0, inside.1 + 1, state, change);
-        let keep: Vec<(&'static str, Artifact)> = video.map(|video| (role::VIDEO, video)).into_iter().collect();
+        let keep: Vec<(String, Artifact)> = file.into_iter().collect();
         // What a failure was made from stays, so that it can be looked into.
         let done = matches!(state, GenerationState::Completed | GenerationState::Cancelled);
         let drop: &[&'static str] = if done { &role::MATERIAL } else { &[] };
@@ -443,6 +469,7 @@ fn after(before: &Generation, number: u64, state: GenerationState, change: Chang
         warning: change.warning,
         faces: change.faces,
         face: change.face,
+        preview: change.preview,
     };
     (generation, event)
 }

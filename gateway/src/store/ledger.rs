@@ -87,7 +87,7 @@ pub(crate) struct Append<'a> {
     /// The event; its number must be the next one.
     pub(crate) event: &'a GenerationEvent,
     /// Files that it has from now on.
-    pub(crate) keep: &'a [(&'static str, Artifact)],
+    pub(crate) keep: &'a [(String, Artifact)],
     /// Roles of files that it no longer has.
     pub(crate) drop: &'a [&'static str],
 }

@@ -61,6 +61,10 @@ pub(crate) mod role {
     pub(crate) const LATENTS: &str = "latents";
     /// The finished video.
     pub(crate) const VIDEO: &str = "video";
+    /// The preview after a step.
+    pub(crate) fn preview(step: u32) -> String {
+        format!("preview-{step}")
+    }
     /// What the encoders gave.
     pub(crate) const FEATURES: &str = "features";
     /// What the encoders gave.
@@ -674,6 +678,21 @@ impl Store {
             }
             opened => Ok(opened?),
         }
+    }
+
+    /// A generation's preview after a step, and its JPEG file.
+    ///
+    /// Errors: there is none, or the file is damaged.
+    pub async fn preview(&self, id: &str, step: u32) -> Result<(Artifact, Vec<u8>), Fault> {
+        let id = self.id(id).await?;
+        let kept = self.inner.ledger.artifact(id, &role::preview(step)).await?;
+        let kept = kept.ok_or_else(|| {
+            let message = format!("the generation has no preview of step {step}; its events tell which there are");
+            Fault::new(Kind::NotFound, message)
+        })?;
+        let (artifacts, wanted) = (self.inner.artifacts.clone(), kept.clone());
+        let file = blocking(move || artifacts.read(&wanted)).await?;
+        Ok((kept, file))
     }
 
     /// The next generation to run, once there is one.

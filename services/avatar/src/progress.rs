@@ -10,7 +10,7 @@ use std::{
 use gateway::api::video::Face;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use planner::{Bytes, Plan, Request, size::PictureSize};
-use proto::v1::{GenerationEvent, GenerationState, Outcome, Stage};
+use proto::v1::{GenerationEvent, GenerationState, Outcome, Preview, Stage};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -373,6 +373,11 @@ pub(crate) fn event_json(event: &GenerationEvent) -> Value {
     if !event.faces.is_empty() {
         line.insert("faces".to_owned(), json!(event.faces.iter().map(Face::from).collect::<Vec<_>>()));
         line.insert("face".to_owned(), json!(event.face.as_ref().map(Face::from)));
+    }
+    if let Some(preview) = &event.preview {
+        let Preview { step, width, height, bytes, sha256 } = preview;
+        let shown = json!({ "step": step, "width": width, "height": height, "bytes": bytes, "sha256": sha256 });
+        line.insert("preview".to_owned(), shown);
     }
     if event.warning {
         line.insert("warning".to_owned(), json!(true));

@@ -142,7 +142,8 @@ async fn only_the_stages_of_one_device_are_unloaded_for_each_other() {
         channels.push(channel);
     }
     let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = channels.try_into().unwrap();
-    let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
+    let stages =
+        Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode, spare_decoders: Vec::new() };
     // Each process is a device of its own, so nobody's memory helps another.
     assert_eq!(stages.unload_beside(Stage::VaeDecode, Whose::Anybodys).await, Vec::<&str>::new());
     assert!(memory(&stages.diffusion).await.resident_bytes > 0);
@@ -207,7 +208,8 @@ async fn one_pass_a_call_gives_the_bits_of_all_passes_in_one_call() {
     let process = start("diffusion", "cpu");
     let channel = channel(&process).await;
     let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = std::array::from_fn(|_| channel.clone());
-    let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
+    let stages =
+        Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode, spare_decoders: Vec::new() };
     let all = velocities(&stages, "all", 4).await;
     assert_eq!(all.len(), 8);
     assert!(velocities(&stages, "one", 1).await == all);
