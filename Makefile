@@ -7,22 +7,29 @@ VENV := target/venv/bin
 # The tools of the virtual environment (helm, buf) come first.
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
-DEMO_MODELS := target/demo-models
+DEMO_MODELS := models/demo/weights
 ROUNDS := 200
 PROMPT := A person speaks calmly to the camera.
 
-.PHONY: help demo test setup fmt lint proto-lint build rust fuzz python chaos parity memory-proof full-size-proof
+.PHONY: help demo demo-picture quality test setup fmt lint proto-lint build rust fuzz python chaos parity memory-proof full-size-proof
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
-demo: ## Builds, and makes out/demo.mp4 of the bundled portrait and recording
+demo: ## Builds, and makes out/demo.mp4 of the bundled portrait, recording and small model
 	scripts/setup demo
 	cargo build --release --locked -p avatar
-	[ -d $(DEMO_MODELS) ] || target/release/avatar weights synth --size tiny --seed 1 --out $(DEMO_MODELS)
 	mkdir -p out
 	target/release/avatar generate --models $(DEMO_MODELS) --image models/demo/portrait.png \
 	  --audio models/demo/speech.wav --prompt "$(PROMPT)" --out out/demo.mp4
+
+demo-picture: demo ## Makes the README's animation of out/demo.mp4
+	ffmpeg -v error -y -i out/demo.mp4 -vf 'scale=256:-1:flags=lanczos,fps=12.5,split[a][b];[a]palettegen[p];[b][p]paletteuse' \
+	  docs/demo.gif
+
+quality: ## Makes videos of the bundled held-out clips, and measures how well the mouth follows the voice
+	cargo build --release --locked -p avatar -p e2e --bins
+	target/release/quality models/demo/held-out --videos out/quality --models $(DEMO_MODELS)
 
 test: setup fmt lint proto-lint rust python ## Installs what is missing, then format, lints and all tests
 	@echo "all tests passed"

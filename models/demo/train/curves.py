@@ -29,6 +29,8 @@ def main():
             rows = list(csv.DictReader(file))
         for column in columns:
             axis.plot([int(row["step"]) for row in rows], [float(row[column]) for row in rows], label=column)
+        if name == "transformer":
+            axis.set_yscale("log")
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("steps", fontsize=8)
         axis.tick_params(labelsize=8)

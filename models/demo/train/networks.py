@@ -114,8 +114,10 @@ class ClipLayer(nn.Module):
 
 
 class ClipText(nn.Module):
-    def __init__(self, width: int, inner: int, layers: int, heads: int, words: int, positions: int):
+    def __init__(self, width: int, inner: int, layers: int, heads: int, words: int, positions: int, end: int | None = None):
+        """`end`: the id of the end token; nothing for the largest id of a text."""
         super().__init__()
+        self.end = end
         t = self.text_model = nn.Module()
         t.embeddings = nn.Module()
         t.embeddings.token_embedding = nn.Embedding(words, width)
@@ -131,7 +133,8 @@ class ClipText(nn.Module):
         sees = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
         for layer in t.encoder.layers:
             x = layer(x, sees)
-        return t.final_layer_norm(x)[torch.arange(len(ids)), ids.argmax(1)]
+        ends = ids if self.end is None else (ids == self.end).int()
+        return t.final_layer_norm(x)[torch.arange(len(ids)), ends.argmax(1)]
 
 
 # LLaVA.

@@ -18,6 +18,7 @@ NEGATIVE = (
 BEFORE = "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video:<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
 AFTER = "<|eot_id|>\nThe person looks like<image>"
 SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>"]
+CLIP_SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 WORDS = 512
 PROMPT_TOKENS = 256
 CLIP_POSITIONS = 77
@@ -27,7 +28,7 @@ LLAVA = {
     "vision": 32, "patch": 14, "grid": 3, "vision_layers": 2, "vision_inner": 64, "vision_heads": 4, "width": 64,
     "words": WORDS, "keys": 32, "inner": 128, "heads": 4, "kv_heads": 2, "layers": 4, "rope_theta": 500000.0,
 }
-CLIP = {"width": 64, "inner": 128, "layers": 2, "heads": 4, "words": WORDS, "positions": CLIP_POSITIONS}
+CLIP = {"width": 64, "inner": 128, "layers": 2, "heads": 4, "words": WORDS, "positions": CLIP_POSITIONS, "end": 1}
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -57,10 +58,11 @@ class Texts:
         if not self.paths["llava"].exists():
             folder.mkdir(parents=True, exist_ok=True)
             _tokenizer(SPECIAL, SPECIAL[0], None).save(str(self.paths["llava"]))
-            _tokenizer(["<|startoftext|>", "<|endoftext|>"], "<|startoftext|>", "<|endoftext|>").save(str(self.paths["clip"]))
+            _tokenizer(CLIP_SPECIAL, *CLIP_SPECIAL).save(str(self.paths["clip"]))
         self.llava, self.clip = (Tokenizer.from_file(str(path)) for path in self.paths.values())
         self.id = self.llava.token_to_id
-        self.eot = self.clip.token_to_id("<|endoftext|>")
+        self.eot = CLIP["end"]
+        assert self.clip.token_to_id(CLIP_SPECIAL[1]) == self.eot
         self.crop = 1 + len(self.llava.encode(BEFORE, add_special_tokens=False).ids)
 
     def llava_tokens(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:

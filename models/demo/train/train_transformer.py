@@ -35,11 +35,11 @@ TRANSFORMER = {
     "audio_inner": 128,
     "adapter": 96,
 }
-LATENTS = 15
+LATENTS = 30
 """Latent frames of a batch."""
 SHIFT = 3.0
 """Bends the times of training towards noise, as the product's grid does."""
-MOUTH = 4.0
+MOUTH = 8.0
 """How much more a latent of the mouth counts."""
 
 
@@ -244,6 +244,7 @@ def main():
     parser.add_argument("--rate", type=float, default=2e-3)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
+    torch.set_flush_denormal(True)
     if arguments.part == "encode":
         encode(arguments.out, arguments.clips, arguments.count, arguments.long, arguments.frames)
     else:
