@@ -237,7 +237,7 @@ async fn a_stage_with_a_session_is_not_unloaded_for_others_unless_all_are() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_mark_of_a_running_stage_is_shown_and_changed() {
     let process = start("vae-decode", "cpu:2GiB");
-    let address = process.address("grpc").to_string();
+    let address = process.address("grpc");
     let said = |more: &[&str]| avatar(&[&["pressure", "--stage", &address, "--json"], more].concat());
     let value = |more: &[&str]| -> Value { serde_json::from_slice(&said(more).stdout).unwrap() };
     assert_eq!((&value(&[])["pressure_percent"], &value(&[])["budget_bytes"]), (&85.into(), &(2048 * MIB).into()));
