@@ -690,8 +690,7 @@ impl Store {
             let message = format!("the generation has no preview of step {step}; its events tell which there are");
             Fault::new(Kind::NotFound, message)
         })?;
-        let (artifacts, wanted) = (self.inner.artifacts.clone(), kept.clone());
-        let file = blocking(move || artifacts.read(&wanted)).await?;
+        let file = self.inner.artifacts.read(&kept).await?;
         Ok((kept, file))
     }
 

@@ -220,7 +220,8 @@ async fn a_stage_with_a_session_is_not_unloaded_for_others_unless_all_are() {
     let process = start("diffusion", "cpu");
     let channel = channel(&process).await;
     let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = std::array::from_fn(|_| channel.clone());
-    let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
+    let stages =
+        Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode, spare_decoders: Vec::new() };
     let first = velocities(&stages, "one", 4).await;
     let mut client = StageServiceClient::new(channel.clone());
     let kept = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
