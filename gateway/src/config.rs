@@ -476,7 +476,7 @@ mod tests {
         let several = parse(&["--vae-decode", "http://a:1, http://b:2,http://c:3"]).unwrap().stages;
         assert_eq!((several.vae_decode, several.spare_decoders.len()), ("http://a:1".parse().unwrap(), 2));
         assert!(parse(&["--vae-decode", "http://a:1,"]).is_err());
-        assert_eq!(config.options, Options::default());
+        assert_eq!(config.options, Options { previews: 5, ..Options::default() });
     }
 
     #[test]

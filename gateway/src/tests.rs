@@ -12,8 +12,8 @@ use std::{
 use futures::StreamExt as _;
 use planner::plan::Choice;
 use proto::v1::{
-    FaceBox, Generation, GenerationDefaults, GenerationEvent, GenerationSpec, GenerationState, Parity, PassMode,
-    PredictHeader, Stage,
+    DecodeLatentsHeader, FaceBox, Generation, GenerationDefaults, GenerationEvent, GenerationSpec, GenerationState,
+    Parity, PassMode, PredictHeader, Stage,
 };
 use tower::ServiceExt as _;
 use uuid::Uuid;
@@ -414,8 +414,8 @@ async fn while_its_device_is_nearly_full_a_denoise_takes_one_pass_a_call_and_say
     let (desk, id) = start(&script, 5).await;
     let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
-    let passes = script.passes.lock().unwrap();
-    let seen: Vec<_> = passes.iter().map(|(header, _)| (header.step, header.items.len())).collect();
+    let size = |(header, _): &(PredictHeader, _)| (header.step, header.items.len());
+    let seen: Vec<_> = script.passes.lock().unwrap().iter().map(size).collect();
     assert_eq!(seen, [(0, 2), (1, 1), (1, 1), (2, 1), (2, 1), (3, 2), (4, 2)]);
     assert_eq!(*script.decoded.lock().unwrap(), *plain.decoded.lock().unwrap(), "the result is the same");
     let events = desk.events(id).await;
@@ -427,7 +427,14 @@ async fn while_its_device_is_nearly_full_a_denoise_takes_one_pass_a_call_and_say
     assert_eq!(report.eased, 1, "{report:?}");
 }
 
-/// Each of them finds the decoder out of memory three times: at once, after the other stages were unloaded, and with
+/// Tile divisors of calls, each as often as it was changed to: calls that unload other stages keep it.
+fn rungs<'a>(decodes: impl Iterator<Item = &'a DecodeLatentsHeader>) -> Vec<u32> {
+    let mut divisors: Vec<u32> = decodes.map(|header| header.tile_divisor).collect();
+    divisors.dedup();
+    divisors
+}
+
+/// Each of them finds the decoder out of memory with whole tiles, before and after the other stages are unloaded, and with
 /// tiles half as long.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_of_a_hundred_generations_finish_after_their_decoder_ran_out_of_memory_with_no_step_repeated() {
@@ -448,9 +455,9 @@ async fn a_hundred_of_a_hundred_generations_finish_after_their_decoder_ran_out_o
         let own = passes.iter().filter(|(header, _)| header.session_id.starts_with(&id));
         assert_eq!(own.map(|(header, _)| header.step).collect::<Vec<_>>(), [0, 1], "{id}");
         let own = decodes.iter().filter(|header| header.generation_id == id);
-        assert_eq!(own.map(|header| header.tile_divisor).collect::<Vec<_>>(), [1, 1, 2, 4], "{id}");
+        assert_eq!(rungs(own), [1, 2, 4], "{id}");
     }
-    assert_eq!((passes.len(), decodes.len()), (2 * GENERATIONS, 4 * GENERATIONS));
+    assert_eq!(passes.len(), 2 * GENERATIONS);
     assert_eq!(script.decoded.lock().unwrap().len(), GENERATIONS);
 }
 
@@ -568,10 +575,8 @@ async fn a_decoder_that_never_has_memory_is_left_for_the_next_one_and_no_step_is
     let id = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)).await.unwrap();
     let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
-    let divisors = |script: &Script| -> Vec<u32> {
-        script.decodes.lock().unwrap().iter().map(|header| header.tile_divisor).collect()
-    };
-    assert_eq!((divisors(&script), divisors(&spare)), (vec![1, 1, 2, 4], vec![1]), "the whole ladder comes first");
+    let tried = |script: &Script| rungs(script.decodes.lock().unwrap().iter());
+    assert_eq!((tried(&script), tried(&spare)), (vec![1, 2, 4], vec![1]), "the whole ladder comes first");
     assert_eq!(script.passes.lock().unwrap().len(), 2);
     let events = desk.events(id).await;
     let told = events.iter().find(|event| event.message.contains("vae-decode 1 of 2 ran out of memory")).unwrap();
@@ -601,7 +606,7 @@ async fn while_one_decoder_has_no_memory_another_one_that_is_away_is_waited_for(
     let desk = with_spare_decoder(&script, &spare).await;
     let id = desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 5)).await.unwrap();
     assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
-    assert_eq!(script.decodes.lock().unwrap().len(), 4, "what was tried in vain is not tried again");
+    assert_eq!(rungs(script.decodes.lock().unwrap().iter()), [1, 2, 4], "what was tried in vain is not tried again");
 
     let full = || Arc::new(Script { tiles_that_fit: u32::MAX, ..Script::default() });
     let (script, spare) = (full(), full());

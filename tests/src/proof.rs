@@ -208,9 +208,8 @@ pub fn seconds(models: &Path, rounds: usize) -> Result<String> {
             let mut run = Command::new(&avatar);
             run.args(["generate", "--json", "--size", &side.to_string(), "--steps", &steps.to_string()]);
             let made = finished(run, models, (&side.to_string(), frames))?;
-            let of =
-                |value: &Value| value.as_object().into_iter().flatten().filter_map(|(_, v)| v.as_f64()).sum::<f64>();
-            predicted[i] = of(&made["predicted"]["seconds"]);
+            let of_stages = made["predicted"]["seconds"].as_object().context("a generation has no prediction")?;
+            predicted[i] = of_stages.values().filter_map(Value::as_f64).sum::<f64>();
             measured[i].push(made["elapsed_seconds"].as_f64().context("a generation has no seconds")?);
         }
     }

@@ -53,9 +53,8 @@ pub struct Row {
     pub best_lag: i32,
     /// Correlation where the other speech was heard; nothing without that video.
     pub shuffled: Option<f64>,
-    /// What is left of it without what the drawn mouths of both speeches have in common: sentences begin and end with a
-    /// closed mouth. A partial correlation.
-    pub unheard: Option<f64>,
+    /// Correlation of the same video with the mouth that was drawn for the speech that it has.
+    pub heard: Option<f64>,
     /// PSNR in dB of what stands still, against the portrait.
     pub still_psnr: f64,
     /// Mean change from frame to frame of what stands still, in levels of 255.
@@ -73,8 +72,8 @@ pub struct Medians {
     pub best_lag: f64,
     /// See [`Row::shuffled`].
     pub shuffled: Option<f64>,
-    /// See [`Row::unheard`].
-    pub unheard: Option<f64>,
+    /// See [`Row::heard`].
+    pub heard: Option<f64>,
     /// See [`Row::still_psnr`].
     pub still_psnr: f64,
     /// See [`Row::flicker`].
@@ -169,9 +168,8 @@ fn row(folder: &Path, (name, next): (&str, &str), videos: &Path, window: usize) 
     let other = videos.join(format!("{name}-other.mp4"));
     let shuffled = match other.exists() {
         true => {
-            let heard = opening(&Frames::read(&other, size)?, truth.mouth_box)?;
-            let with_own = correlation(&heard, &truth.opening, 0);
-            Some((with_own, partial(&heard, &truth.opening, &other_truth.opening)))
+            let mouth = opening(&Frames::read(&other, size)?, truth.mouth_box)?;
+            Some((correlation(&mouth, &truth.opening, 0), correlation(&mouth, &other_truth.opening, 0)))
         }
         false => None,
     };
@@ -185,8 +183,8 @@ fn row(folder: &Path, (name, next): (&str, &str), videos: &Path, window: usize) 
         frames: measured.len().min(truth.opening.len()),
         correlation: by_lag[LAGS as usize],
         best_lag: best as i32 - LAGS,
-        shuffled: shuffled.map(|(all, _)| all),
-        unheard: shuffled.map(|(_, rest)| rest),
+        shuffled: shuffled.map(|(own, _)| own),
+        heard: shuffled.map(|(_, heard)| heard),
         still_psnr: psnr(&own.data, portrait, &still),
         flicker: flicker / changes.len().max(1) as f64,
         seam: seam(&changes, window),
@@ -264,15 +262,6 @@ fn correlation(measured: &[f64], truth: &[f64], lag: i32) -> f64 {
     if sums.1.min(sums.2) < 1e-12 { 0.0 } else { sums.0 / (sums.1 * sums.2).sqrt() }
 }
 
-/// Correlation of `measured` with `truth` over the frames that all three have, without what both have in common with
-/// `heard`.
-fn partial(measured: &[f64], truth: &[f64], heard: &[f64]) -> f64 {
-    let frames = measured.len().min(truth.len()).min(heard.len());
-    let [m, t, h] = [measured, truth, heard].map(|values| &values[..frames]);
-    let (mt, mh, th) = (correlation(m, t, 0), correlation(m, h, 0), correlation(t, h, 0));
-    (mt - mh * th) / ((1.0 - mh * mh) * (1.0 - th * th)).sqrt().max(1e-6)
-}
-
 /// PSNR in dB of the frames against one picture, where `wanted`, byte by byte.
 fn psnr(frames: &[Vec<u8>], picture: &[u8], wanted: &[bool]) -> f64 {
     let bytes = frames.iter().flat_map(|frame| frame.iter().zip(picture).zip(wanted));
@@ -317,7 +306,7 @@ pub fn medians(rows: &[Row]) -> Medians {
         correlation: of(&|row| Some(row.correlation)).unwrap_or_default(),
         best_lag: of(&|row| Some(f64::from(row.best_lag))).unwrap_or_default(),
         shuffled: of(&|row| row.shuffled),
-        unheard: of(&|row| row.unheard),
+        heard: of(&|row| row.heard),
         still_psnr: of(&|row| Some(row.still_psnr)).unwrap_or_default(),
         flicker: of(&|row| Some(row.flicker)).unwrap_or_default(),
         seam: of(&|row| row.seam),
@@ -327,17 +316,17 @@ pub fn medians(rows: &[Row]) -> Medians {
 /// A table of rows and their medians, as Markdown.
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
-    let mut text = "| clip | frames | correlation | best lag | with other speech | of that, unheard | still, dB | flicker | seam |\n\
+    let mut text = "| clip | frames | correlation | best lag | with other speech | and that speech's own mouth | still, dB | flicker | seam |\n\
                     | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         .to_owned();
     let shown = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
     let mut line = |name: &str, frames: String, figures: &Medians| {
-        let Medians { correlation, best_lag, shuffled, unheard, still_psnr, flicker, seam } = figures;
-        let [shuffled, unheard, seam] = [shuffled, unheard, seam].map(|value| shown(*value));
+        let Medians { correlation, best_lag, shuffled, heard, still_psnr, flicker, seam } = figures;
+        let [shuffled, heard, seam] = [shuffled, heard, seam].map(|value| shown(*value));
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "| {name} | {frames} | {correlation:.2} | {best_lag} | {shuffled} | {unheard} | {still_psnr:.1} | {flicker:.2} | \
+            "| {name} | {frames} | {correlation:.2} | {best_lag} | {shuffled} | {heard} | {still_psnr:.1} | {flicker:.2} | \
              {seam} |"
         );
     };
@@ -366,9 +355,6 @@ mod tests {
         let by_lag: Vec<f64> = (-LAGS..=LAGS).map(|lag| correlation(&late, &truth, lag)).collect();
         assert!((by_lag[5] - 1.0).abs() < 1e-9 && by_lag.iter().enumerate().all(|(i, c)| i == 5 || *c < 0.95));
         assert_eq!(correlation(&[1.0; 9], &truth, 0), 0.0);
-        let other: Vec<f64> = (0..60).map(|i| (f64::from(i) * 0.3).cos()).collect();
-        let sum: Vec<f64> = truth.iter().zip(&other).map(|(a, b)| a + b).collect();
-        assert!((partial(&sum, &truth, &other) - 1.0).abs() < 1e-6 && partial(&other, &truth, &sum) < -0.9);
         assert!((correlation(&truth.iter().map(|v| -v).collect::<Vec<_>>(), &truth, 0) + 1.0).abs() < 1e-9);
     }
 
