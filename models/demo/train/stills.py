@@ -1,6 +1,6 @@
 """Makes the same clips with other settings, and a sheet of their frames with time and score.
 
-    python stills.py HELD_OUT VIDEOS sheet.png --avatar AVATAR --quality QUALITY --models MODELS --count 2
+    python stills.py HELD_OUT VIDEOS sheet.jpg --avatar AVATAR --quality QUALITY --models MODELS --count 2
 
 Prints the same figures as a table: the seconds of the processor (of all its cores) that `avatar generate` took for one
 video, and medians of what `quality` measures.
