@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::{
     Gateway, Options,
-    config::TierOptions,
+    config::{DefaultDeadline, TierOptions},
     fakes::{self, Script},
     fault::{Fault, Kind},
     intake::{Order, Upload},
@@ -89,10 +89,14 @@ impl Desk {
 
     /// Stops the gateway without letting anything end, and starts one on the same folder.
     async fn restart(self, script: &Arc<Script>) -> Self {
+        self.restart_with(script, Options::default()).await
+    }
+
+    async fn restart_with(self, script: &Arc<Script>, options: Options) -> Self {
         let Self { gateway, folder } = self;
         gateway.drain(Duration::ZERO).await;
         drop(gateway);
-        let options = Options { data_dir: folder.path().to_owned(), ..Options::default() };
+        let options = Options { data_dir: folder.path().to_owned(), ..options };
         // Clones that were in use by calls are dropped soon.
         let gateway = loop {
             match Gateway::new(&options, fakes::start(script)).await {
@@ -822,6 +826,69 @@ async fn what_has_not_ended_by_its_deadline_fails_whether_it_runs_or_waits() {
     assert!(script.sessions.lock().unwrap().is_empty());
 }
 
+/// Options under which a stage may always take so many seconds, and little more if it is predicted to take less.
+fn allowing(seconds: u64) -> Options {
+    let default_deadline = DefaultDeadline { times: 4, least: Duration::from_secs(seconds) };
+    Options { default_deadline, ..Options::default() }
+}
+
+#[tokio::test]
+async fn without_a_deadline_of_the_caller_work_ends_that_takes_much_longer_than_predicted_and_its_latents_are_kept() {
+    let script = Arc::new(Script { hold: Mutex::new(Some(1)), ..Script::default() });
+    let desk = Desk::with(&script, allowing(1)).await;
+    let request = |seed| upload(GenerationSpec { steps: Some(2), seed: Some(seed), ..Default::default() }, 5);
+    let patient = Order::default().within("3600").unwrap();
+    let patient = desk.accept(Upload { order: patient, ..request(1) }).await.unwrap();
+    steps_done(&desk, patient, 1).await;
+    let id = desk.accept(request(2)).await.unwrap();
+    let generation = desk.ended(id).await;
+    let failure = generation.failure.unwrap();
+    assert_eq!(failure.code, "DEADLINE_EXCEEDED", "{failure:?}");
+    assert!(failure.message.contains("predicted"), "{failure:?}");
+    let progress = generation.progress.unwrap();
+    assert!(progress.step == 1 && progress.elapsed_seconds >= progress.allowed_seconds.unwrap(), "{progress:?}");
+    assert_eq!(generation.deadline_unix_ms, None);
+    let told: Vec<f64> =
+        desk.events(id).await.iter().filter_map(|event| event.progress.unwrap().allowed_seconds).collect();
+    assert!(told.len() >= 2 && told.iter().all(|allowed| *allowed == told[0]), "it is settled once: {told:?}");
+    // Picture and recording, which both have, and the latents of each.
+    assert_eq!(desk.files(), 4);
+    *script.hold.lock().unwrap() = None;
+    let generation = desk.ended(patient).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "its own deadline holds: {generation:?}");
+    assert_eq!(generation.progress.unwrap().allowed_seconds, None);
+}
+
+#[tokio::test]
+async fn a_restart_gives_no_more_time_than_there_was_and_takes_none() {
+    let script = Arc::new(Script { hold: Mutex::new(Some(1)), identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = Desk::with(&script, allowing(20)).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)).await.unwrap();
+    steps_done(&desk, id, 1).await;
+    let before = desk.gateway.store().get(&id.to_string()).await.unwrap().progress.unwrap();
+    let again = Arc::new(Script { hold: Mutex::new(Some(1)), identity: Mutex::new("m".into()), ..Script::default() });
+    // A prediction of its own would allow this one an hour.
+    let desk = desk.restart_with(&again, allowing(3600)).await;
+    until(|| again.opened.load(Ordering::SeqCst) > 0).await;
+    let after = desk.gateway.store().get(&id.to_string()).await.unwrap().progress.unwrap();
+    assert_eq!(after.allowed_seconds, before.allowed_seconds);
+    assert!(after.elapsed_seconds >= before.elapsed_seconds, "{after:?}");
+    *again.hold.lock().unwrap() = None;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    assert!(again.passes.lock().unwrap().iter().all(|(header, _)| header.step == 1));
+}
+
+#[tokio::test]
+async fn waits_for_a_stage_that_is_away_are_no_work() {
+    // Waits of 0.1, 0.25, 0.5, 1 and 2 s.
+    let script = Arc::new(Script { away_at: Some((1, 5)), ..Script::default() });
+    let desk = Desk::with(&script, allowing(2)).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)).await.unwrap();
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert!(generation.progress.unwrap().elapsed_seconds > 3.85);
+}
+
 #[tokio::test]
 async fn a_velocity_that_is_not_finite_fails_with_the_step_and_frees_the_session() {
     let script = Arc::new(Script { not_finite_at: Some(1), ..Script::default() });
@@ -1104,6 +1171,16 @@ async fn pages_of_a_list_have_each_generation_once_whatever_is_created_meanwhile
     assert_eq!(oldest["data"][0]["id"], ids[0].as_str());
     assert_eq!(json(&desk, "/v1/videos?status=failed,cancelled").await["data"].as_array().unwrap().len(), 0);
     assert_eq!(json(&desk, "/v1/videos?created_before=1").await["data"].as_array().unwrap().len(), 0);
+    let spec = GenerationSpec { steps: Some(1), ..Default::default() };
+    let order = Order { caller: "studio".into(), ..Order::default() }.labelled("scene-7").unwrap();
+    let labelled = desk.accept(Upload { order, ..upload(spec, 2) }).await.unwrap().to_string();
+    for query in ["caller=studio", "label=scene-7", "caller=studio&label=scene-7&limit=1"] {
+        let page = json(&desk, &format!("/v1/videos?{query}")).await;
+        assert_eq!((page["data"].as_array().unwrap().len(), &page["has_more"]), (1, &false.into()), "{query}");
+        let shown = [&page["data"][0]["id"], &page["data"][0]["caller"], &page["data"][0]["label"]];
+        assert_eq!(shown, [labelled.as_str(), "studio", "scene-7"], "{query}");
+    }
+    assert_eq!(json(&desk, "/v1/videos?caller=studio&label=scene-8").await["data"].as_array().unwrap().len(), 0);
     for wrong in ["limit=0", "limit=101", "after=x", "order=up", "status=lost", "page=2"] {
         assert_eq!(rest(&desk, &format!("/v1/videos?{wrong}"), &[]).await.0, 400, "{wrong}");
     }

@@ -26,6 +26,10 @@ pub struct Video {
     pub object: &'static str,
     /// Always `hunyuan-video-avatar`.
     pub model: &'static str,
+    /// Who asked for it, where a name was given.
+    pub caller: Option<String>,
+    /// The caller's own word for it, where one was given.
+    pub label: Option<String>,
     /// `queued`, `in_progress`, `completed`, `failed` or `cancelled`.
     pub status: &'static str,
     /// 0 to 100.
@@ -153,6 +157,8 @@ impl From<&Generation> for Video {
             id: generation.generation_id.clone(),
             object: "video",
             model: MODEL,
+            caller: Some(generation.caller.clone()).filter(|caller| !caller.is_empty()),
+            label: Some(generation.label.clone()).filter(|label| !label.is_empty()),
             status: status_name(state),
             progress: percent.clamp(0.0, 100.0) as u32,
             created_at: generation.created_unix_ms / 1000,

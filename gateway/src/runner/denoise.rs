@@ -77,6 +77,7 @@ impl Denoise {
                 Err(error) => tracing::warn!(generation_id = run.id(), %error, "the stored latents cannot be used"),
             }
         }
+        run.begins_anew();
         let start = noise(settings.seed, shape.values(clip.latent_frames));
         let sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
         Ok(Self { sampler, plan: hash, full_plan: full_hash, full: false, shape })

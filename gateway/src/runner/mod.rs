@@ -1,5 +1,6 @@
 //! Drives one generation from its inputs to its video.
 
+mod allowance;
 mod decode;
 mod denoise;
 mod encode;
@@ -19,6 +20,7 @@ use futures::FutureExt as _;
 use proto::v1::{Generation, GenerationDefaults, GenerationState, OpenSessionHeader, Outcome, Stage};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::{allowance::Allowance, pace::Pace, preview::Previews};
 use self::{
     decode::{Target, Video},
     denoise::Denoise,
@@ -27,7 +29,6 @@ use self::{
     run::Run,
     session::Session,
 };
-pub(crate) use self::{pace::Pace, preview::Previews};
 use crate::{
     fault::{Fault, Kind},
     intake::{Order, Upload},
@@ -49,6 +50,8 @@ pub(crate) struct Workshop {
     pub(crate) patience: Duration,
     /// What is known of the transformer's pace, from which it is told whether a call is stuck.
     pub(crate) pace: Pace,
+    /// How long a generation may be worked on that has no deadline of its caller, if that is limited.
+    pub(crate) allowance: Option<Allowance>,
     /// How the denoise is shown meanwhile.
     pub(crate) previews: Previews,
     /// Cancelled when this process stops; the generation can be gone on with then.
@@ -71,7 +74,7 @@ pub(crate) async fn run(lease: Arc<Lease>, workshop: Workshop) {
         lease.publish(Change { state: Some(GenerationState::Queued), message, ..Change::default() }).await;
     }
     let patience = Patience::new(Arc::clone(&lease), workshop.patience);
-    let run = Run::begin(Arc::clone(&lease), workshop.stages.clone(), patience).await;
+    let run = Run::begin(Arc::clone(&lease), workshop.stages.clone(), (patience, workshop.allowance)).await;
     let driven = AssertUnwindSafe(drive(&run, &workshop)).catch_unwind();
     let end = tokio::select! {
         biased;
@@ -82,6 +85,7 @@ pub(crate) async fn run(lease: Arc<Lease>, workshop: Workshop) {
         () = workshop.stopping.cancelled() => End::LetGo,
         () = lease.keep_alive() => End::LetGo,
         fault = lease.deadline() => End::Failed(fault),
+        fault = run.overdue() => End::Failed(fault),
         ended = driven => match ended {
             Ok(Ok((video, outcome))) => End::Done(video, Box::new(outcome)),
             Ok(Err(fault)) => End::Failed(fault),

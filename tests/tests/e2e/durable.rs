@@ -169,7 +169,8 @@ async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
     fs::write(path("speech.wav"), tone(0.3, 16_000)).unwrap();
     let (picture, speech, out) = (path("portrait.png"), path("speech.wav"), path("talk.mp4"));
     let submit = ["submit", "--image", &picture, "--audio", &speech, "--steps", "2", "--size", "64"];
-    let (code, first) = ask(&stack, &[&submit[..], &["--idempotency-key", "k1", "--caller", "desk"]].concat());
+    let (code, first) =
+        ask(&stack, &[&submit[..], &["--idempotency-key", "k1", "--caller", "desk", "--label", "scene-7"]].concat());
     assert_eq!(code, Some(0), "{first:?}");
     let id = first[0]["generation_id"].as_str().unwrap();
     let (_, again) = ask(&stack, &[&submit[..], &["--idempotency-key", "k1", "--caller", "desk"]].concat());
@@ -190,6 +191,15 @@ async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
     assert_eq!((&status[0]["state"], &status[0]["step"]), (&"completed".into(), &2.into()));
     let (_, listed) = ask(&stack, &["list", "--state", "completed"]);
     assert_eq!(listed.iter().map(|one| one["generation_id"].clone()).collect::<Vec<_>>(), [id]);
+    for (filter, found) in [
+        (["--caller", "desk"], 1),
+        (["--label", "scene-7"], 1),
+        (["--label", "scene-8"], 0),
+        (["--created-from", "1"], 1),
+        (["--created-before", "1"], 0),
+    ] {
+        assert_eq!(ask(&stack, &[&["list"][..], &filter].concat()).1.len(), found, "{filter:?}");
+    }
     let (code, fetched) = ask(&stack, &["download", id, "--out", &out]);
     assert_eq!(code, Some(0), "{fetched:?}");
     assert!(!video_stream(Path::new(&out)).is_empty());
