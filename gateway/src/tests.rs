@@ -889,6 +889,28 @@ async fn waits_for_a_stage_that_is_away_are_no_work() {
     assert!(generation.progress.unwrap().elapsed_seconds > 3.85);
 }
 
+/// Pretended seconds: 1 of each encoder, 0.25 of a session's opening, 0.5 of a step, 2 of the decoder.
+#[tokio::test]
+async fn a_record_says_what_it_took_of_each_device_also_over_a_restart_and_when_it_is_cancelled() {
+    let seconds = |generation: &Generation| {
+        generation.devices.iter().map(|used| (used.device.clone(), used.seconds)).collect::<Vec<_>>()
+    };
+    let script = Arc::new(Script { hold: Mutex::new(Some(1)), identity: Mutex::new("m".into()), ..Script::default() });
+    let (desk, id) = start(&script, 3).await;
+    steps_done(&desk, id, 1).await;
+    let again = Arc::new(Script { hold: Mutex::new(Some(2)), identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    steps_done(&desk, id, 2).await;
+    // Nothing of the encoders, whose answers were kept; another session.
+    assert_eq!(seconds(&desk.gateway.store().get(&id.to_string()).await.unwrap()), [("cpu".to_owned(), 4.5)]);
+    let cancelled = desk.gateway.store().cancel(&id.to_string()).await.unwrap();
+    assert_eq!((cancelled.state(), seconds(&cancelled)), (GenerationState::Cancelled, vec![("cpu".to_owned(), 4.5)]));
+    let (desk, id) = start(&Arc::new(Script::default()), 3).await;
+    assert_eq!(seconds(&desk.ended(id).await), [("cpu".to_owned(), 6.75)]);
+    let shown = json(&desk, &format!("/v1/videos/{id}")).await;
+    assert_eq!(shown["devices"][0]["seconds"], 6.75);
+}
+
 #[tokio::test]
 async fn a_velocity_that_is_not_finite_fails_with_the_step_and_frees_the_session() {
     let script = Arc::new(Script { not_finite_at: Some(1), ..Script::default() });

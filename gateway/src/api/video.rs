@@ -5,7 +5,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::header::RETRY_AFTER;
-use proto::v1::{FaceBox, Failure, Generation, GenerationState, Parity};
+use proto::v1::{DeviceUse, FaceBox, Failure, Generation, GenerationState, Parity};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -78,6 +78,25 @@ pub struct Video {
     pub faces: Vec<Face>,
     /// The face that was animated: of those found the largest. `face` in a request names another.
     pub face: Option<Face>,
+    /// Seconds that it took of each device so far.
+    pub devices: Vec<DeviceSeconds>,
+}
+
+/// What a generation took of a device.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DeviceSeconds {
+    /// The device's name in its process, such as `cpu`.
+    pub device: String,
+    /// Tells it from all other devices; another one after the process was started again.
+    pub device_id: String,
+    /// Seconds of work, without waits for the device.
+    pub seconds: f64,
+}
+
+impl From<&DeviceUse> for DeviceSeconds {
+    fn from(used: &DeviceUse) -> Self {
+        Self { device: used.device.clone(), device_id: used.device_id.clone(), seconds: used.seconds }
+    }
 }
 
 /// A face's box in pixels of the upright picture, from its top left corner.
@@ -183,6 +202,7 @@ impl From<&Generation> for Video {
             clip_tokens_kept: outcome.map(|outcome| outcome.clip_tokens_kept),
             faces: outcome.map(|outcome| outcome.faces.iter().map(Face::from).collect()).unwrap_or_default(),
             face: outcome.and_then(|outcome| outcome.face.as_ref()).map(Face::from),
+            devices: generation.devices.iter().map(DeviceSeconds::from).collect(),
         }
     }
 }

@@ -90,6 +90,7 @@ async fn attempt(
         let message = format!("vae-decode: {done} frames came, {wanted} were asked for");
         return Err(Fault::new(Kind::Internal, message).at(Stage::VaeDecode));
     }
+    run.devices.add(frames.device_use());
     gate.finish()?;
     Ok((writer.finish().await.map_err(refused)?, frames.memory()))
 }

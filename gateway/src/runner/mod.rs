@@ -3,6 +3,7 @@
 mod allowance;
 mod decode;
 mod denoise;
+mod devices;
 mod encode;
 mod gate;
 mod kept;
@@ -111,6 +112,7 @@ async fn conclude(run: &Run, end: End) {
             let completed = Change {
                 state: Some(GenerationState::Completed),
                 progress: Some(run.last_progress(true)),
+                devices: run.devices.list(),
                 outcome: Some(*outcome),
                 ..Change::default()
             };
@@ -121,16 +123,17 @@ async fn conclude(run: &Run, end: End) {
         }
         End::Failed(fault) => fault,
     };
-    let progress = Some(run.last_progress(false));
+    let (progress, devices) = (Some(run.last_progress(false)), run.devices.list());
     if fault.kind == Kind::Cancelled {
         tracing::info!(generation_id, "cancelled");
-        run.lease.publish(Change { progress, ..Change::cancelled(&fault.message) }).await;
+        run.lease.publish(Change { progress, devices, ..Change::cancelled(&fault.message) }).await;
         return;
     }
     tracing::error!(generation_id, %fault, "failed");
     let failed = Change {
         state: Some(GenerationState::Failed),
         progress,
+        devices,
         stage: fault.stage,
         message: fault.message.clone(),
         fault: Some(fault),
@@ -177,8 +180,12 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
             // What an earlier process left open holds memory that opening it again may need.
             Session::close(&run.stages, run.earlier_session_id()).await;
         }
-        let mut session =
-            Session::new(run.stages.clone(), (run.patience.clone(), workshop.pace), header, conditions.tensors);
+        let mut session = Session::new(
+            run.stages.clone(),
+            (run.patience.clone(), workshop.pace),
+            (header, &run.devices),
+            conditions.tensors,
+        );
         denoise.run(run, &prepared, (&mut session, &mut viewer)).await?;
         run.stage_ended(Stage::Diffusion, began, session.memory()).await;
         drop(session);

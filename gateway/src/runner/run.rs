@@ -8,7 +8,7 @@ use std::{
 
 use proto::v1::{FaceBox, Generation, GenerationState, MemoryReport, Progress, Stage, StageReport};
 
-use super::{allowance::Allowance, patience::Patience, session::Eased};
+use super::{allowance::Allowance, devices::Devices, patience::Patience, session::Eased};
 use crate::{
     fault::{Fault, Kind, stage_name},
     stages::Stages,
@@ -30,6 +30,8 @@ pub(crate) struct Run {
     pub(crate) stages: Stages,
     /// How they are waited for.
     pub(crate) patience: Patience,
+    /// What it took of devices.
+    pub(crate) devices: Arc<Devices>,
     /// How long it may be worked on, if that is limited.
     allowance: Option<Allowance>,
     began: Instant,
@@ -60,16 +62,17 @@ impl Run {
         stages: Stages,
         (patience, allowance): (Patience, Option<Allowance>),
     ) -> Self {
-        let Generation { progress, deadline_unix_ms, .. } = lease.generation().await;
+        let Generation { progress, deadline_unix_ms, devices, .. } = lease.generation().await;
         let allowance = allowance.filter(|_| deadline_unix_ms.is_none());
         let mut progress = progress.unwrap_or_default();
         progress.allowed_seconds = progress.allowed_seconds.filter(|_| allowance.is_some());
         let warned = lease.warned().await;
         let (reports, pressure) = (BTreeMap::new(), BTreeMap::new());
+        let devices = Arc::new(Devices::new(devices));
         let (warnings, waited) = (Vec::new(), Duration::ZERO);
         let inside = Mutex::new(Inside { progress, reports, warnings, pressure, eased: 0, waited });
         let earlier_seconds = progress.elapsed_seconds;
-        Self { lease, stages, patience, allowance, began: Instant::now(), earlier_seconds, warned, inside }
+        Self { lease, stages, patience, devices, allowance, began: Instant::now(), earlier_seconds, warned, inside }
     }
 
     /// The id for headers.
@@ -171,8 +174,9 @@ impl Run {
             progress.percent = ENCODED_PERCENT + (DENOISED_PERCENT - ENCODED_PERCENT) * share;
             self.predicted(progress, pace_seconds * f64::from(progress.steps.saturating_sub(done)));
         });
-        let message = said_of_memory(&memory).unwrap_or_default();
-        let change = Change { progress: Some(progress), stage: Stage::Diffusion, message, ..Change::default() };
+        let (message, devices) = (said_of_memory(&memory).unwrap_or_default(), self.devices.list());
+        let change =
+            Change { progress: Some(progress), devices, stage: Stage::Diffusion, message, ..Change::default() };
         self.lease.publish(change).await;
     }
 
@@ -284,8 +288,8 @@ impl Run {
     /// Says something that the caller need not act on.
     pub(crate) async fn note(&self, stage: Stage, message: String) {
         tracing::info!(generation_id = %self.lease.id(), "{message}");
-        let progress = self.progress(|_| {});
-        self.lease.publish(Change { progress: Some(progress), stage, message, ..Change::default() }).await;
+        let (progress, devices) = (Some(self.progress(|_| {})), self.devices.list());
+        self.lease.publish(Change { progress, devices, stage, message, ..Change::default() }).await;
     }
 
     fn progress(&self, change: impl FnOnce(&mut Progress)) -> Progress {

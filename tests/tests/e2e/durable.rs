@@ -189,6 +189,9 @@ async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
     }
     let (_, status) = ask(&stack, &["status", id]);
     assert_eq!((&status[0]["state"], &status[0]["step"]), (&"completed".into(), &2.into()));
+    let devices = status[0]["devices"].as_array().unwrap();
+    assert_eq!(devices.len(), 1, "one process has one device: {devices:?}");
+    assert!(devices[0]["device"] == "cpu" && devices[0]["seconds"].as_f64().unwrap() > 0.0, "{devices:?}");
     let (_, listed) = ask(&stack, &["list", "--state", "completed"]);
     assert_eq!(listed.iter().map(|one| one["generation_id"].clone()).collect::<Vec<_>>(), [id]);
     for (filter, found) in [

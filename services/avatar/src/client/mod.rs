@@ -369,6 +369,11 @@ fn shown(generation: &Generation) -> Value {
     let progress = generation.progress.unwrap_or_default();
     let failure =
         generation.failure.as_ref().map(|f| json!({ "code": f.code, "message": f.message, "field": f.field }));
+    let devices: Vec<Value> = generation
+        .devices
+        .iter()
+        .map(|used| json!({ "device": used.device, "device_id": used.device_id, "seconds": used.seconds }))
+        .collect();
     json!({
         "generation_id": generation.generation_id,
         "state": state_name(generation.state()),
@@ -386,5 +391,6 @@ fn shown(generation: &Generation) -> Value {
         "width": generation.width,
         "height": generation.height,
         "failure": failure,
+        "devices": devices,
     })
 }
