@@ -1,6 +1,12 @@
 //! Nothing accepted is lost: processes are killed at chosen moments, and the videos are those of undisturbed runs.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use proto::v1::{
     self, CreateGenerationRequest, Generation, GenerationEvent, GenerationSpec, GenerationState,
@@ -10,7 +16,7 @@ use proto::v1::{
 use crate::{
     inputs::{portrait, tone},
     processes::client,
-    stack::{Stack, avatar, text, tiny_models, video_stream},
+    stack::{Stack, avatar, binary, text, tiny_models, video_stream},
 };
 
 /// How long a generation may take on a slow machine.
@@ -213,4 +219,35 @@ async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
     assert_eq!((code, &gone[0]["code"]), (Some(1), &"NOT_FOUND".into()), "{gone:?}");
     let (code, wrong) = ask(&stack, &[&submit[..], &["--priority", "10"]].concat());
     assert_eq!((code, &wrong[0]["field"]), (Some(2), &"priority".into()), "{wrong:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupted_watch_leaves_the_generation_running_and_says_how_to_return_and_a_delete_ends_it() {
+    let (models, folder) = (tiny_models(), tempfile::tempdir().unwrap());
+    let stack = Stack::one(&models);
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("portrait.png"), portrait()).unwrap();
+    fs::write(path("speech.wav"), tone(3.0, 16_000)).unwrap();
+    let (picture, speech) = (path("portrait.png"), path("speech.wav"));
+    let submit = ["submit", "--image", &picture, "--audio", &speech, "--steps", "200", "--size", "64"];
+    let (code, handed_in) = ask(&stack, &submit);
+    assert_eq!(code, Some(0), "{handed_in:?}");
+    let id = handed_in[0]["generation_id"].as_str().unwrap();
+    let mut watching = Command::new(binary("avatar"))
+        .args(["watch", id, "--server", &stack.grpc(), "--json"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.contains("\"denoising\"")));
+    assert!(Command::new("kill").args(["-INT", &watching.id().to_string()]).status().unwrap().success());
+    let last = lines.last().unwrap();
+    assert_eq!(watching.wait().unwrap().code(), Some(130));
+    let back = format!("avatar watch {id} --server {} --from ", stack.grpc());
+    assert!(last.contains("the generation goes on") && last.contains(&back), "{last}");
+    let (_, status) = ask(&stack, &["status", id]);
+    assert_eq!(status[0]["state"], "denoising", "{status:?}");
+    assert_eq!(ask(&stack, &["delete", id]).0, Some(0));
+    let (code, gone) = ask(&stack, &["status", id]);
+    assert_eq!((code, &gone[0]["code"]), (Some(1), &"NOT_FOUND".into()), "{gone:?}");
 }
