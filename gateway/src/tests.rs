@@ -976,6 +976,24 @@ async fn a_full_queue_refuses_at_once_with_a_delay_unless_the_request_was_accept
 }
 
 #[tokio::test]
+async fn the_delay_of_a_refusal_is_that_of_the_generations_before() {
+    let took = Duration::from_millis(1500);
+    let script = Arc::new(Script { predict_time: took, ..Script::default() });
+    let desk = Desk::with(&script, Options { queue: 0, concurrent: 1, ..Options::default() }).await;
+    let request = || upload(GenerationSpec { steps: Some(1), ..Default::default() }, 2);
+    let began = std::time::Instant::now();
+    let first = desk.accept(request()).await.unwrap();
+    desk.ended(first).await;
+    *script.hold.lock().unwrap() = Some(0);
+    desk.accept(request()).await.unwrap();
+    // Begun only once the first one's time is known.
+    until(|| script.opened.load(Ordering::SeqCst) == 2).await;
+    let bound = began.elapsed();
+    let Kind::Busy { retry_after } = desk.accept(request()).await.unwrap_err().kind else { panic!("it was taken") };
+    assert!((took..=bound).contains(&retry_after), "{retry_after:?} of {bound:?}");
+}
+
+#[tokio::test]
 async fn the_same_key_gives_the_same_generation_and_another_request_under_it_is_refused() {
     let script = Arc::new(Script::default());
     let desk = Desk::new(&script).await;
