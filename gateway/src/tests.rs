@@ -1083,6 +1083,8 @@ async fn latents_of_another_model_are_not_gone_on_with() {
     let desk = desk.restart(&again).await;
     assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
     assert_eq!((again.encoded.load(Ordering::SeqCst), again.predicted.load(Ordering::SeqCst)), (3, 3));
+    let warnings = desk.ended(id).await.outcome.unwrap().warnings;
+    assert!(warnings.iter().any(|said| said.contains("may differ in the last place")), "{warnings:?}");
 }
 
 #[tokio::test]
