@@ -78,6 +78,8 @@ impl fmt::Display for DeviceName {
 pub struct DeviceConfig {
     /// As the command line named it.
     pub name: DeviceName,
+    /// Which of the process's devices it is, from 0, where there are several.
+    pub number: Option<usize>,
     /// Most bytes that may be held on it.
     pub budget_bytes: u64,
     /// Percent of the budget above which memory is freed and no new work is taken; ten less ends that.
@@ -97,7 +99,7 @@ impl DeviceConfig {
         match name {
             DeviceName::Cpu { budget_bytes } => {
                 let budget_bytes = budget_bytes.unwrap_or_else(|| host_memory().total_bytes);
-                Ok(Self { name, budget_bytes, pressure_percent })
+                Ok(Self { name, number: None, budget_bytes, pressure_percent })
             }
             DeviceName::Cuda { index } => Err(DeviceError::NoCuda { index }),
         }
@@ -107,7 +109,17 @@ impl DeviceConfig {
     #[must_use]
     pub fn cpu() -> Self {
         let budget_bytes = host_memory().total_bytes;
-        Self { name: DeviceName::Cpu { budget_bytes: None }, budget_bytes, pressure_percent: PRESSURE_PERCENT }
+        let name = DeviceName::Cpu { budget_bytes: None };
+        Self { name, number: None, budget_bytes, pressure_percent: PRESSURE_PERCENT }
+    }
+
+    /// What tells it from the process's other devices: its name, or `cpu.1` for the second of several.
+    #[must_use]
+    pub fn label(&self) -> String {
+        match self.number {
+            None => self.name.to_string(),
+            Some(number) => format!("cpu.{number}"),
+        }
     }
 }
 
