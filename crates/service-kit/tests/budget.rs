@@ -244,3 +244,28 @@ async fn each_of_two_devices_bounds_what_its_own_stages_hold_and_is_named_where_
         large.memory()
     );
 }
+
+#[tokio::test]
+async fn a_device_that_is_nearly_full_keeps_new_work_from_itself_alone() {
+    let device = |number: usize, mib: u64| DeviceConfig {
+        number: Some(number),
+        budget_bytes: current_bytes() + (mib << 20),
+        pressure_percent: 60,
+        ..DeviceConfig::cpu()
+    };
+    let workers = DeviceWorker::spawn_several(&[device(0, 64), device(1, 128)], 4).unwrap();
+    let config = StageConfig::local("models");
+    let small: Arc<StageHost<Model<0>>> = StageHost::new(&config, (), workers[0].clone(), CancellationToken::new());
+    let large: Arc<StageHost<Model<1>>> = StageHost::new(&config, (), workers[1].clone(), CancellationToken::new());
+    large.submit(|model, _| hold(80).map(|held| model.kept = held)).unwrap().await.unwrap();
+
+    assert!(large.memory().pressure && !small.memory().pressure, "{:?}", (large.memory(), small.memory()));
+    small.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
+    let error = large.submit_new(|_, _| Ok(())).unwrap().await.unwrap_err();
+    assert!(error.to_string().contains("cpu.1 is above 60 %"), "{error}");
+    assert_eq!((large.memory().pressure_refusals, small.memory().pressure_refusals), (1, 0));
+
+    large.submit(|model, _| hold(0).map(|held| model.kept = held)).unwrap().await.unwrap();
+    assert!(!large.memory().pressure, "{:?}", large.memory());
+    large.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
+}

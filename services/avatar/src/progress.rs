@@ -490,4 +490,34 @@ mod tests {
         assert_eq!(json!(result.peak_bytes), json!({ "diffusion": 7 }));
         assert_eq!(result.warnings.len(), 1);
     }
+
+    #[test]
+    fn what_devices_held_stands_beside_what_they_were_planned_to_hold() {
+        let planner = planner::Planner {
+            table: planner::ModelTable::published().unwrap(),
+            tiers: planner::Tiers::default(),
+            devices: vec![planner::Device::card(0, Bytes(24 << 30)), planner::Device::card(1, Bytes(80 << 30))],
+            placement: Some([0, 0, 0, 1, 0]),
+            tier: planner::plan::Choice::Unlimited,
+            precisions: vec![planner::Precision::Bf16],
+            allow_degrade: false,
+        };
+        let plan = planner.plan(&Request { frames: Some(9), ..Request::default() }).unwrap();
+        let report = |stage: Stage, device_peak_bytes| StageReport {
+            stage: stage.into(),
+            device_peak_bytes,
+            ..StageReport::default()
+        };
+        let stages = vec![report(Stage::TextEncoder, 5), report(Stage::Diffusion, 9), report(Stage::VaeDecode, 7)];
+        let mut done = Completed::default().with_outcome(&Outcome { stages, ..Outcome::default() });
+        done.expected(Some(&plan));
+        assert_eq!(json!(done.device_peak_bytes), json!({ "cuda:0": 7, "cuda:1": 9 }));
+        let predicted = done.predicted.unwrap();
+        assert_eq!(
+            (&predicted.placement["diffusion"], &predicted.placement["vae-decode"]),
+            (&json!("cuda:1"), &json!("cuda:0"))
+        );
+        let most = plan.phases.iter().filter(|phase| phase.device == "cuda:1").map(|phase| phase.peak_bytes).max();
+        assert_eq!(predicted.device_peak_bytes["cuda:1"], json!(most));
+    }
 }

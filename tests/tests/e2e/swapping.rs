@@ -111,6 +111,29 @@ fn stages_on_two_devices_make_the_same_video_and_keep_to_both_budgets() {
     }
 }
 
+#[test]
+fn devices_that_hold_no_request_and_devices_that_are_none_are_refused_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (image, audio, out, models) = (path("portrait.png"), path("speech.wav"), path("a.mp4"), tiny_models());
+    fs::write(&image, portrait()).unwrap();
+    fs::write(&audio, tone(0.2, 16_000)).unwrap();
+    let told = |device: &str| {
+        let inputs = ["generate", "--image", &image, "--audio", &audio, "--out", &out, "--size", "64"];
+        let done = avatar(&[&inputs[..], &["--models", models.to_str().unwrap(), "--device", device]].concat());
+        (done.status.code(), text(&done.stderr))
+    };
+    let (code, said) = told("cpu:1MiB,cpu:1MiB");
+    assert!(code == Some(1) && said.contains(" on cpu.") && said.contains("needs at least"), "{said}");
+    for wrong in ["cpu:1x", "cpu:1GiB,cpu:1x"] {
+        let (code, said) = told(wrong);
+        assert_eq!((code, said.matches("--device").count(), said.matches("1x").count()), (Some(2), 1, 1), "{said}");
+    }
+    let (code, said) = told("cpu:1GiB,cpu");
+    assert!(code == Some(2) && said.contains("each of several devices needs its bytes"), "{said}");
+    assert!(!Path::new(&out).exists());
+}
+
 /// The heap needs less for the transformer than for the decoder, so a budget that is just enough for that leaves room
 /// for some blocks.
 #[test]

@@ -32,10 +32,8 @@ pub enum DeviceError {
     #[error("not a device; accepted are cpu, cpu:BYTES as in cpu:4GiB, and cuda:N where the build has CUDA")]
     Unknown,
     /// The budget is no number of bytes.
-    #[error("the budget {text:?} is {reason}")]
+    #[error("the budget is {reason}")]
     Budget {
-        /// What stands after `cpu:`.
-        text: String,
         /// What is wrong with it.
         reason: String,
     },
@@ -55,7 +53,7 @@ impl FromStr for DeviceName {
             None if text == "cpu" => Ok(Self::Cpu { budget_bytes: None }),
             Some(("cpu", budget)) => match parse_bytes(budget) {
                 Ok(bytes) => Ok(Self::Cpu { budget_bytes: Some(bytes) }),
-                Err(reason) => Err(DeviceError::Budget { text: budget.to_owned(), reason }),
+                Err(reason) => Err(DeviceError::Budget { reason }),
             },
             Some(("cuda", index)) => index.parse().map(|index| Self::Cuda { index }).map_err(|_| DeviceError::Unknown),
             _ => Err(DeviceError::Unknown),
@@ -137,7 +135,7 @@ mod tests {
         }
         for wrong in ["cpu:", "cpu:0", "cpu:lots", "cpu:4 GB", "cpu:99999999999GiB"] {
             let error = wrong.parse::<DeviceName>().unwrap_err();
-            assert!(matches!(&error, DeviceError::Budget { text, .. } if wrong.ends_with(text.as_str())), "{error:?}");
+            assert!(matches!(&error, DeviceError::Budget { .. }), "{error:?}");
         }
     }
 

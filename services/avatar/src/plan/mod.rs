@@ -114,7 +114,9 @@ pub fn placement(models: &Path, setup: &Setup, tier: &TierOptions) -> Result<Opt
         precisions: vec![Precision::Bf16],
         allow_degrade: true,
     };
-    let plan = planner.plan(&Request::default()).map_err(|refusal| failure(&refusal))?;
+    // The smallest request was tried too, so there is nothing to lower.
+    let refused = |refusal| Failure { advice: None, ..failure(&refusal) };
+    let plan = planner.plan(&Request::default()).map_err(refused)?;
     let number = |stage: &StagePlan| planner.devices.iter().position(|device| device.name == stage.device);
     let numbers: Option<Vec<usize>> = plan.stages.iter().map(number).collect();
     for stage in &plan.stages {
