@@ -114,7 +114,7 @@ fn used(seconds: f64) -> Option<v1::DeviceUse> {
 
 fn out_of_memory(stage: v1::Stage) -> ServiceError {
     let stage = crate::fault::stage_name(stage).to_owned();
-    ServiceError::DeviceMemory { stage, needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 }
+    ServiceError::DeviceMemory { stage, device: "cpu".into(), needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 }
 }
 
 #[tonic::async_trait]
@@ -382,8 +382,7 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
         let frames = HostTensor::from_u8("frames", &[n, h, w, 3], values).unwrap();
         let message = |body| v1::DecodeLatentsResponse { body: Some(body) };
         if self.0.out_of_memory_late.fetch_update(Ordering::SeqCst, Ordering::SeqCst, away).is_ok() {
-            let stage = "vae-decode".to_owned();
-            let full = ServiceError::DeviceMemory { stage, needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 };
+            let full = out_of_memory(v1::Stage::VaeDecode);
             let parts: Vec<Result<_, Status>> = frames.parts().map(|part| Ok(message(Out::Part(part)))).collect();
             return Ok(Response::new(Box::pin(stream::iter(parts.into_iter().chain([Err(full.into())])))));
         }

@@ -390,10 +390,10 @@ mod tests {
         let fault = read(&Status::resource_exhausted("needs 9 GB, 4 GB are free"), Stage::VaeDecode);
         assert_eq!(fault.kind, Kind::Exhausted);
         assert!(!fault.retryable());
-        let typed =
-            ServiceError::DeviceMemory { stage: "vae-decode".into(), needed_bytes: 9, free_bytes: 4, budget_bytes: 5 };
+        let (stage, device) = ("vae-decode".into(), "cpu.1".into());
+        let typed = ServiceError::DeviceMemory { stage, device, needed_bytes: 9, free_bytes: 4, budget_bytes: 5 };
         let fault = read(&typed.into(), Stage::VaeDecode);
         assert_eq!((fault.kind, fault.code(), fault.retryable()), (Kind::OutOfMemory, Code::ResourceExhausted, false));
-        assert_eq!(fault.message, "vae-decode: out of device memory: 9 bytes needed, 4 of 5 free");
+        assert_eq!(fault.message, "vae-decode: out of device memory on cpu.1: 9 bytes needed, 4 of 5 free");
     }
 }

@@ -28,6 +28,8 @@ pub struct Fleet {
     pub table: ModelTable,
     /// The devices.
     pub devices: Vec<Device>,
+    /// The number of each stage's device, where there are several.
+    pub placement: Option<[usize; 5]>,
 }
 
 /// Asks for it; blocking, as headers are read and a device may be measured. The error is a sentence.
@@ -84,9 +86,9 @@ pub fn plan(
         None => ModelTable::published().map_err(unreadable)?,
     };
     let cards = request.vram_bytes.iter().enumerate();
-    let devices: Vec<Device> = match (request.vram_bytes.is_empty(), fleet) {
-        (false, _) => cards.map(|(i, total)| Device::card(i, Bytes(*total))).collect(),
-        (true, Some(fleet)) => fleet.devices,
+    let (devices, placement): (Vec<Device>, _) = match (request.vram_bytes.is_empty(), fleet) {
+        (false, _) => (cards.map(|(i, total)| Device::card(i, Bytes(*total))).collect(), None),
+        (true, Some(fleet)) => (fleet.devices, fleet.placement),
         (true, None) => {
             let reason = "this gateway knows no device of its stages; name cards in vram_bytes";
             return Err(Fault::new(Kind::Precondition, reason));
@@ -96,6 +98,7 @@ pub fn plan(
         table,
         tiers: options.tiers.clone(),
         devices,
+        placement,
         tier: match request.tier.as_str() {
             "" => Choice::Unlimited,
             "auto" => Choice::Auto,

@@ -288,7 +288,7 @@ async fn unload(channel: &Channel, stage: Stage, (whose, patience): (Whose, Dura
 
 /// The part of a device's name that its arithmetic depends on: how much memory of a CPU may be used changes no value.
 fn kind_of_device(name: &str) -> &str {
-    name.split_once(':').filter(|(kind, _)| *kind == "cpu").map_or(name, |(kind, _)| kind)
+    name.split_once([':', '.']).filter(|(kind, _)| *kind == "cpu").map_or(name, |(kind, _)| kind)
 }
 
 /// What a stage answered.
@@ -437,7 +437,8 @@ mod tests {
 
     #[test]
     fn a_budget_is_no_other_device() {
-        assert_eq!(["cpu", "cpu:4294967296", "cuda:1"].map(kind_of_device), ["cpu", "cpu", "cuda:1"]);
+        let names = ["cpu", "cpu:4294967296", "cpu.1", "cuda:1"];
+        assert_eq!(names.map(kind_of_device), ["cpu", "cpu", "cpu", "cuda:1"]);
     }
 
     #[tokio::test]

@@ -113,6 +113,7 @@ fn in_proportion(models: &Path, tier: &Tier, card: Bytes, steps: u32) -> Result<
         table,
         tiers: Tiers::default(),
         devices: vec![device],
+        placement: None,
         tier: Choice::Named(tier.name.clone()),
         precisions: vec![stored],
         allow_degrade: false,

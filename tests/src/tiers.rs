@@ -103,6 +103,7 @@ fn planner(card: Bytes, tier: Choice) -> Result<Planner, Refusal> {
         table,
         tiers: Tiers::default(),
         devices: vec![Device::card(0, card)],
+        placement: None,
         tier,
         precisions: vec![Precision::Bf16, Precision::Fp8, Precision::Q4K],
         allow_degrade: false,

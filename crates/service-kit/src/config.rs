@@ -85,9 +85,10 @@ pub enum Compute {
 #[derive(Debug, Clone, Args)]
 pub struct DeviceFlags {
     /// Device to compute on: `cpu`, or `cpu:4GiB` to hold no more than that on the heap, as on a card of that size;
-    /// weights mapped from their files do not count. A request that needs more fails with RESOURCE_EXHAUSTED.
-    #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE", default_value = "cpu")]
-    pub device: String,
+    /// weights mapped from their files do not count. A request that needs more fails with RESOURCE_EXHAUSTED. A process
+    /// that has all stages takes several, as in `cpu:2GiB,cpu:3GiB` or by repeating the flag, and places stages on them.
+    #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE,..", value_delimiter = ',', default_value = "cpu")]
+    pub device: Vec<String>,
     /// Percent of the device's memory above which idle stages are unloaded and new work has to wait (20 to 100; 100 is
     /// never); ten less ends that.
     #[arg(long, env = "AVATAR_PRESSURE_PERCENT", value_name = "PERCENT", default_value = "85")]
@@ -95,15 +96,36 @@ pub struct DeviceFlags {
 }
 
 impl DeviceFlags {
-    /// Gives the values their types; what is wrong goes to `mistakes`.
+    /// Gives the values of a process with one device their types; what is wrong goes to `mistakes`.
     pub fn resolve(&self, mistakes: &mut Mistakes) -> Option<DeviceConfig> {
+        let mut devices = self.resolve_all(mistakes)?;
+        if devices.len() > 1 {
+            mistakes.note(format!("--device {:?}: a stage of its own has one device", self.device.join(",")));
+            return None;
+        }
+        devices.pop()
+    }
+
+    /// Gives the values their types, of one device or several; what is wrong goes to `mistakes`.
+    pub fn resolve_all(&self, mistakes: &mut Mistakes) -> Option<Vec<DeviceConfig>> {
         let percent = mistakes.check("--pressure-percent", &self.pressure_percent, |text| {
             parse_number(text, usize::from(*PRESSURE_PERCENTS.start()), usize::from(*PRESSURE_PERCENTS.end()))
         });
-        mistakes.check("--device", &self.device, |text| {
-            let name: DeviceName = text.parse().map_err(|e: crate::hardware::DeviceError| e.to_string())?;
-            DeviceConfig::new(name, percent.map_or(100, |percent| percent as u8)).map_err(|e| e.to_string())
-        })
+        let several = self.device.len() > 1;
+        let read = |(number, text): (usize, &String)| {
+            mistakes.check("--device", text, |text| {
+                let name: DeviceName = text.parse().map_err(|e: crate::hardware::DeviceError| e.to_string())?;
+                if several && name == (DeviceName::Cpu { budget_bytes: None }) {
+                    return Err("each of several devices needs its bytes, as in cpu:2GiB,cpu:3GiB".to_owned());
+                }
+                let device = DeviceConfig::new(name, percent.map_or(100, |percent| percent as u8));
+                let number = several.then_some(number);
+                device.map(|device| DeviceConfig { number, ..device }).map_err(|e| e.to_string())
+            })
+        };
+        // All of them are read, so that every mistake is noted.
+        let devices: Vec<_> = self.device.iter().enumerate().map(read).collect();
+        devices.into_iter().collect()
     }
 }
 
@@ -206,6 +228,12 @@ impl Mistakes {
     /// Notes a mistake that is no single value's, in a sentence.
     pub fn note(&mut self, sentence: impl Into<String>) {
         self.0.push(sentence.into());
+    }
+
+    /// All of them, as one text without the word that marks errors.
+    #[must_use]
+    pub fn sentences(&self) -> String {
+        self.0.join("; ")
     }
 
     /// Whether there is none.
@@ -366,6 +394,26 @@ mod tests {
         let config = parse(&[]).unwrap();
         assert_eq!(config.listen.port(), 50051);
         assert_eq!(StageConfig { listen: config.listen, ..StageConfig::local("models") }, config);
+    }
+
+    #[test]
+    fn several_devices_have_their_bytes_each_and_a_stage_of_its_own_has_one() {
+        let flags = |devices: &[&str]| DeviceFlags {
+            device: devices.iter().map(|&name| name.to_owned()).collect(),
+            pressure_percent: "85".to_owned(),
+        };
+        let mut mistakes = Mistakes::default();
+        let devices = flags(&["cpu:2GiB", "cpu:3GiB"]).resolve_all(&mut mistakes).unwrap();
+        let told: Vec<_> = devices.iter().map(|device| (device.label(), device.budget_bytes >> 30)).collect();
+        assert_eq!(told, [("cpu.0".to_owned(), 2), ("cpu.1".to_owned(), 3)]);
+        assert!(mistakes.is_empty());
+        assert_eq!(flags(&["cpu:2GiB", "cpu:3GiB"]).resolve(&mut mistakes), None);
+        assert_eq!(flags(&["cpu", "cpu:1x"]).resolve_all(&mut mistakes), None);
+        let text = mistakes.sentences();
+        for part in ["a stage of its own has one device", "needs its bytes", "\"1x\""] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        assert!(matches!(parse(&["--device", "cpu:1GiB,cpu:1GiB"]), Err(ConfigError::Mistakes(_))));
     }
 
     #[test]

@@ -87,13 +87,31 @@ impl DeviceWorker {
     ///
     /// Errors: as there.
     pub fn spawn_within(budget: Budget, capacity: usize) -> Result<Self, ServiceError> {
-        let device = budget.device().name;
+        Self::start(budget, &Arc::default(), capacity)
+    }
+
+    /// Starts the threads of the devices of one process. As the processor is all of them, they work in turns.
+    ///
+    /// Errors: the system gives no thread.
+    pub fn spawn_several(devices: &[DeviceConfig], capacity: usize) -> Result<Vec<Self>, ServiceError> {
+        let turn = Arc::default();
+        Budget::several(devices).into_iter().map(|budget| Self::start(budget, &turn, capacity)).collect()
+    }
+
+    fn start(budget: Budget, turn: &Arc<Mutex<()>>, capacity: usize) -> Result<Self, ServiceError> {
         let capacity = capacity.max(1);
         let (jobs, queue): (SyncSender<Job>, Receiver<Job>) = sync_channel(capacity);
+        let (label, turn) = (budget.device().label(), turn.clone());
+        let work = move || {
+            for job in queue {
+                let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+                job();
+            }
+        };
         thread::Builder::new()
-            .name(format!("device-{device}"))
-            .spawn(move || queue.into_iter().for_each(|job| job()))
-            .map_err(|e| ServiceError::internal(format!("the thread for {device} did not start: {e}")))?;
+            .name(format!("device-{label}"))
+            .spawn(work)
+            .map_err(|e| ServiceError::internal(format!("the thread for {label} did not start: {e}")))?;
         Ok(Self(Arc::new(Shared {
             jobs,
             budget: Arc::new(budget),
@@ -151,7 +169,7 @@ impl DeviceWorker {
             }
         }
         if new_work && self.0.budget.pressed() && tenants.iter().any(|tenant| tenant.serves()) {
-            let (device, percent) = (self.0.budget.device().name, self.0.budget.pressure_percent());
+            let (device, percent) = (self.0.budget.device().label(), self.0.budget.pressure_percent());
             self.0.budget.refuse();
             tracing::warn!(stage = own, %device, percent, "new work has to wait, as the device is nearly full");
             return Err(ServiceError::ResourceExhausted {

@@ -42,10 +42,14 @@ pub enum ServiceError {
         retry_after: Option<Duration>,
     },
     /// A device's memory does not hold what the request needs.
-    #[error("{stage}: out of device memory: {needed_bytes} bytes needed, {free_bytes} of {budget_bytes} free")]
+    #[error(
+        "{stage}: out of device memory on {device}: {needed_bytes} bytes needed, {free_bytes} of {budget_bytes} free"
+    )]
     DeviceMemory {
         /// Which stage ran out.
         stage: String,
+        /// Which device's budget it is.
+        device: String,
         /// Bytes that were asked for.
         needed_bytes: u64,
         /// Bytes that were free.
@@ -228,17 +232,20 @@ impl ServiceError {
                 Some(delay) => ErrorDetails::with_retry_info(Some(*delay)),
                 None => ErrorDetails::new(),
             },
-            Self::DeviceMemory { stage, needed_bytes, free_bytes, budget_bytes } => ErrorDetails::with_error_info(
-                DEVICE_MEMORY,
-                DOMAIN,
-                [
-                    ("stage", cut(stage, 64)),
-                    ("needed_bytes", needed_bytes.to_string()),
-                    ("free_bytes", free_bytes.to_string()),
-                    ("budget_bytes", budget_bytes.to_string()),
-                ]
-                .map(|(k, v)| (k.to_owned(), v)),
-            ),
+            Self::DeviceMemory { stage, device, needed_bytes, free_bytes, budget_bytes } => {
+                ErrorDetails::with_error_info(
+                    DEVICE_MEMORY,
+                    DOMAIN,
+                    [
+                        ("stage", cut(stage, 64)),
+                        ("device", cut(device, 64)),
+                        ("needed_bytes", needed_bytes.to_string()),
+                        ("free_bytes", free_bytes.to_string()),
+                        ("budget_bytes", budget_bytes.to_string()),
+                    ]
+                    .map(|(k, v)| (k.to_owned(), v)),
+                )
+            }
             Self::Internal { reference: Some(reference), .. } => {
                 let metadata = [("reference".to_owned(), cut(reference, 64))];
                 ErrorDetails::with_error_info(INTERNAL, DOMAIN, metadata)
@@ -312,6 +319,7 @@ fn device_memory(metadata: &HashMap<String, String>) -> Option<ServiceError> {
     let bytes = |key: &str| metadata.get(key)?.parse().ok();
     Some(ServiceError::DeviceMemory {
         stage: metadata.get("stage")?.clone(),
+        device: metadata.get("device")?.clone(),
         needed_bytes: bytes("needed_bytes")?,
         free_bytes: bytes("free_bytes")?,
         budget_bytes: bytes("budget_bytes")?,
@@ -387,7 +395,13 @@ mod tests {
             },
             ServiceError::ResourceExhausted { message: message(), retry_after: second },
             ServiceError::ResourceExhausted { message: message(), retry_after: None },
-            ServiceError::DeviceMemory { stage: "diffusion".into(), needed_bytes: 9, free_bytes: 8, budget_bytes: 10 },
+            ServiceError::DeviceMemory {
+                stage: "diffusion".into(),
+                device: "cpu".into(),
+                needed_bytes: 9,
+                free_bytes: 8,
+                budget_bytes: 10,
+            },
             ServiceError::FailedPrecondition { message: message() },
             ServiceError::NotFound { message: message() },
             ServiceError::OutOfRange { message: message() },

@@ -2,6 +2,7 @@
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
@@ -91,8 +92,30 @@ pub fn reset_peak() {
     PEAK.store(CURRENT.load(Relaxed), Relaxed);
 }
 
+/// What the stages of one device hold of the process's heap.
+#[derive(Debug, Default)]
+struct Share {
+    /// Between their operations, by stage.
+    held: Mutex<BTreeMap<&'static str, u64>>,
+    /// One more than the heap's bytes when the running operation began; 0 where none runs.
+    began: AtomicU64,
+}
+
+impl Share {
+    fn bytes(&self) -> u64 {
+        let held: u64 = self.held.lock().unwrap_or_else(PoisonError::into_inner).values().sum();
+        match self.began.load(Relaxed) {
+            0 => held,
+            began => held.saturating_add(current_bytes().saturating_sub(began - 1)),
+        }
+    }
+}
+
 /// A device's budget. On the processor it bounds the process's whole heap; weights that are mapped from their files
 /// are not on the heap. Where other processes leave less than the budget, that is what there is.
+///
+/// Where the processor is several devices, each has what its stages hold and what the one that works takes meanwhile;
+/// the first has all the rest of the heap too. So together they are the process's heap.
 #[derive(Debug)]
 pub struct Budget {
     config: DeviceConfig,
@@ -101,6 +124,11 @@ pub struct Budget {
     pressures: AtomicU64,
     refusals: AtomicU64,
     unheld: Unheld,
+    own: Arc<Share>,
+    /// Of the first device: the shares of the others.
+    others: Option<Vec<Arc<Share>>>,
+    /// The most bytes that were held on it while a stage worked.
+    peak: AtomicU64,
 }
 
 /// How long what was said of the machine's free memory holds: long enough that asking costs nothing beside a layer.
@@ -134,7 +162,7 @@ impl Unheld {
 }
 
 impl Budget {
-    /// A budget of which nothing is used yet, in this machine's memory.
+    /// The budget of a process with one device, of which nothing is used yet, in this machine's memory.
     #[must_use]
     pub fn new(config: DeviceConfig) -> Self {
         Self::within(config, HOLDS, || host_memory().free_bytes)
@@ -151,7 +179,62 @@ impl Budget {
             pressures: AtomicU64::new(0),
             refusals: AtomicU64::new(0),
             unheld: Unheld { ask: Box::new(unheld), holds, said: Mutex::default() },
+            own: Arc::default(),
+            others: Some(Vec::new()),
+            peak: AtomicU64::new(0),
         }
+    }
+
+    /// The budgets of the devices of one process.
+    #[must_use]
+    pub fn several(configs: &[DeviceConfig]) -> Vec<Self> {
+        let mut budgets: Vec<Self> =
+            configs.iter().map(|config| Self { others: None, ..Self::new(config.clone()) }).collect();
+        let others = budgets.iter().skip(1).map(|budget| budget.own.clone()).collect();
+        if let Some(first) = budgets.first_mut() {
+            first.others = Some(others);
+        }
+        budgets
+    }
+
+    /// Bytes of it that this process holds now.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        match &self.others {
+            Some(others) => current_bytes().saturating_sub(others.iter().map(|share| share.bytes()).sum()),
+            None => self.own.bytes(),
+        }
+    }
+
+    /// The most bytes that this process held of it while a stage worked on it.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        self.peak.load(Relaxed)
+    }
+
+    /// Runs one operation of a stage on the device, which is measured by a [`StageMeter`]: by what the heap grows meanwhile,
+    /// the device holds more.
+    pub(crate) fn working<R>(&self, work: impl FnOnce() -> R) -> R {
+        /// Ends the operation, also after a panic.
+        struct End<'a>(&'a AtomicU64);
+
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.store(0, Relaxed);
+            }
+        }
+
+        let (held, before) = (self.held_bytes(), current_bytes());
+        self.own.began.store(before.saturating_add(1), Relaxed);
+        let _end = End(&self.own.began);
+        let result = work();
+        self.peak.fetch_max(held.saturating_add(peak_bytes().saturating_sub(before)), Relaxed);
+        result
+    }
+
+    /// Says what a stage holds between its operations.
+    pub(crate) fn holds(&self, stage: &'static str, bytes: u64) {
+        self.own.held.lock().unwrap_or_else(PoisonError::into_inner).insert(stage, bytes);
     }
 
     /// The device.
@@ -168,7 +251,7 @@ impl Budget {
 
     /// Bytes of it that are held: by this process, or by others where these leave less than is left of the budget.
     fn used_bytes(&self) -> u64 {
-        current_bytes().max(self.config.budget_bytes.saturating_sub(self.unheld.bytes()))
+        self.held_bytes().max(self.config.budget_bytes.saturating_sub(self.unheld.bytes()))
     }
 
     /// Percent of it above which the device is nearly full.
@@ -180,7 +263,8 @@ impl Budget {
     /// Changes that percentage; to be checked by the caller.
     pub(crate) fn set_pressure_percent(&self, percent: u8) {
         let before = self.percent.swap(percent, Relaxed);
-        tracing::info!(device = %self.config.name, before, percent, "the device counts as nearly full from there on");
+        let device = self.config.label();
+        tracing::info!(%device, before, percent, "the device counts as nearly full from there on");
     }
 
     /// How often the device became nearly full.
@@ -207,7 +291,7 @@ impl Budget {
         let (before, percent) = (self.pressed.load(Relaxed), self.pressure_percent());
         let now = nearly_full(before, used, (budget_bytes, percent));
         if now != before && self.pressed.swap(now, Relaxed) == before {
-            let device = self.config.name;
+            let device = self.config.label();
             if now {
                 self.pressures.fetch_add(1, Relaxed);
                 tracing::warn!(%device, used_bytes = used, budget_bytes, "above {percent} % of the device's memory");
@@ -256,6 +340,7 @@ impl Watch {
             };
             ServiceError::DeviceMemory {
                 stage: (*stage).to_owned(),
+                device: budget.device().label(),
                 needed_bytes: bytes.max(missing),
                 free_bytes: budget.free_bytes(),
                 budget_bytes,
@@ -316,6 +401,12 @@ impl StageMeter {
         self.brought(WeightsReport::default());
     }
 
+    /// Bytes that the stage holds between its operations.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.resident.load(Relaxed) + self.kept.load(Relaxed)
+    }
+
     /// Bytes that the stage keeps between requests besides its weights.
     #[must_use]
     pub fn kept_bytes(&self) -> u64 {
@@ -337,7 +428,7 @@ impl StageMeter {
         let before = current_bytes();
         reset_peak();
         let result = work();
-        let held = self.resident.load(Relaxed) + self.kept.load(Relaxed);
+        let held = self.held_bytes();
         self.peak.fetch_max(held + peak_bytes().saturating_sub(before), Relaxed);
         result
     }

@@ -144,6 +144,7 @@ impl<M: StageModel> StageHost<M> {
             if let Some(model) = host.model.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
                 work(model);
                 host.meter.keep(model.kept_bytes());
+                host.tell();
             }
             Ok(())
         })
@@ -173,14 +174,17 @@ impl<M: StageModel> StageHost<M> {
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
             tracing::info!(stage = M::NAME, models = %self.models.display(), "loading");
-            *slot = Some(self.meter.load(|| M::open(&self.models, self.compute, &self.options))?);
+            let open = || self.meter.load(|| M::open(&self.models, self.compute, &self.options));
+            *slot = Some(self.device.budget().working(open)?);
+            self.tell();
             self.loaded.store(true, Relaxed);
             tracing::info!(stage = M::NAME, resident_bytes = self.meter.report().resident_bytes, "loaded");
         }
         match slot.as_mut() {
             Some(model) => {
-                let result = self.meter.measure(|| work(model));
+                let result = self.device.budget().working(|| self.meter.measure(|| work(model)));
                 self.meter.keep(model.kept_bytes());
+                self.tell();
                 self.meter.brought(model.weights());
                 result
             }
@@ -193,6 +197,12 @@ impl<M: StageModel> StageHost<M> {
         drop(dropped);
         self.loaded.store(false, Relaxed);
         self.meter.unloaded();
+        self.tell();
+    }
+
+    /// Tells the device what the stage holds now.
+    fn tell(&self) {
+        self.device.budget().holds(M::NAME, self.meter.held_bytes());
     }
 
     /// The stage's memory now.
@@ -207,6 +217,8 @@ impl<M: StageModel> StageHost<M> {
             pressure_count: budget.pressures(),
             pressure_refusals: budget.refusals(),
             unloaded_stages: self.device.unloaded(),
+            device_bytes: budget.held_bytes(),
+            device_peak_bytes: budget.peak_bytes(),
             ..self.meter.report()
         }
     }
@@ -241,6 +253,7 @@ impl<M: StageModel> Tenant for StageHost<M> {
         if let Some(model) = self.model.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             model.tidy();
             self.meter.keep(model.kept_bytes());
+            self.tell();
         }
     }
 
@@ -249,6 +262,7 @@ impl<M: StageModel> Tenant for StageHost<M> {
         let Some(model) = slot.as_mut() else { return false };
         model.trim();
         self.meter.keep(model.kept_bytes());
+        self.tell();
         let idle = !self.serves();
         drop(slot);
         if idle {
@@ -274,7 +288,7 @@ impl<M: StageModel> StageService for StageServer<M> {
         Ok(Response::new(DescribeResponse {
             stage: M::STAGE.into(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            device: host.device.budget().device().name.to_string(),
+            device: host.device.budget().device().label(),
             device_id: host.device.id().to_owned(),
             loaded: host.loaded.load(Relaxed),
             checkpoint_digest,

@@ -90,7 +90,7 @@ fn start(mib: usize, pressure_percent: u8) -> (Host<0>, Host<1>) {
 async fn a_request_that_passes_the_budget_fails_with_its_numbers_and_the_next_one_runs() {
     let (host, _) = start(64, 100);
     let error = host.submit(|_, _| hold(100).map(drop)).unwrap().await.unwrap_err();
-    let ServiceError::DeviceMemory { stage, needed_bytes, free_bytes, budget_bytes } = &error else {
+    let ServiceError::DeviceMemory { stage, needed_bytes, free_bytes, budget_bytes, .. } = &error else {
         panic!("{error:?}")
     };
     assert_eq!((stage.as_str(), *needed_bytes), ("diffusion", 100 << 20));
@@ -207,4 +207,65 @@ async fn a_caller_that_is_gone_stops_the_work_at_the_next_layer() {
     begun.await.unwrap();
     drop(pending);
     tokio::time::timeout(std::time::Duration::from_secs(20), tell).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn each_of_two_devices_bounds_what_its_own_stages_hold_and_is_named_where_it_is_full() {
+    let device = |number: usize, budget_bytes: u64| DeviceConfig {
+        number: Some(number),
+        budget_bytes,
+        pressure_percent: 100,
+        ..DeviceConfig::cpu()
+    };
+    // The first one has the rest of the process too.
+    let devices = [device(0, current_bytes() + 64 * MIB as u64), device(1, 128 * MIB as u64)];
+    let workers = DeviceWorker::spawn_several(&devices, 4).unwrap();
+    let config = StageConfig::local("models");
+    let small: Arc<StageHost<Model<0>>> = StageHost::new(&config, (), workers[0].clone(), CancellationToken::new());
+    let large: Arc<StageHost<Model<1>>> = StageHost::new(&config, (), workers[1].clone(), CancellationToken::new());
+
+    assert_eq!(large.submit(|_, _| hold(100).map(|held| held.len())).unwrap().await, Ok(100 << 20));
+    let error = large.submit(|_, _| hold(120).map(drop)).unwrap().await.unwrap_err();
+    let named = |error: &ServiceError, expected: &str| matches!(error, ServiceError::DeviceMemory { device, .. } if device == expected);
+    assert!(named(&error, "cpu.1") && error.to_string().contains("on cpu.1"), "{error}");
+    let error = small.submit(|_, _| hold(60).map(drop)).unwrap().await.unwrap_err();
+    assert!(named(&error, "cpu.0"), "{error}");
+    assert_eq!(small.submit(|_, _| hold(40).map(|held| held.len())).unwrap().await, Ok(40 << 20));
+
+    let near = |bytes: u64, mib: u64| bytes.abs_diff(mib << 20) < 2 << 20;
+    assert!(near(workers[1].budget().held_bytes(), 16), "{}", workers[1].budget().held_bytes());
+    assert!(near(small.memory().free_bytes, 48) && near(large.memory().free_bytes, 112), "{:?}", small.memory());
+    // Together they are the heap.
+    let all: u64 = workers.iter().map(|worker| worker.budget().held_bytes()).sum();
+    assert!(all.abs_diff(current_bytes()) < 1 << 20);
+    assert!(
+        near(large.memory().device_peak_bytes, 116) && near(large.memory().device_bytes, 16),
+        "{:?}",
+        large.memory()
+    );
+}
+
+#[tokio::test]
+async fn a_device_that_is_nearly_full_keeps_new_work_from_itself_alone() {
+    let device = |number: usize, mib: u64| DeviceConfig {
+        number: Some(number),
+        budget_bytes: current_bytes() + (mib << 20),
+        pressure_percent: 60,
+        ..DeviceConfig::cpu()
+    };
+    let workers = DeviceWorker::spawn_several(&[device(0, 64), device(1, 128)], 4).unwrap();
+    let config = StageConfig::local("models");
+    let small: Arc<StageHost<Model<0>>> = StageHost::new(&config, (), workers[0].clone(), CancellationToken::new());
+    let large: Arc<StageHost<Model<1>>> = StageHost::new(&config, (), workers[1].clone(), CancellationToken::new());
+    large.submit(|model, _| hold(80).map(|held| model.kept = held)).unwrap().await.unwrap();
+
+    assert!(large.memory().pressure && !small.memory().pressure, "{:?}", (large.memory(), small.memory()));
+    small.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
+    let error = large.submit_new(|_, _| Ok(())).unwrap().await.unwrap_err();
+    assert!(error.to_string().contains("cpu.1 is above 60 %"), "{error}");
+    assert_eq!((large.memory().pressure_refusals, small.memory().pressure_refusals), (1, 0));
+
+    large.submit(|model, _| hold(0).map(|held| model.kept = held)).unwrap().await.unwrap();
+    assert!(!large.memory().pressure, "{:?}", large.memory());
+    large.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
 }

@@ -124,9 +124,8 @@ async fn make(
 /// Whether a decoder can take a frame without keeping others from their work.
 fn has_room(decoder: &DescribeResponse) -> bool {
     let memory = decoder.memory.unwrap_or_default();
-    let free = memory.budget_bytes.saturating_sub(memory.process_bytes);
     let busy = u64::from(decoder.queued) * 2 > u64::from(decoder.queue_capacity);
-    !busy && !memory.pressure && free >= memory.budget_bytes / FREE_SHARE
+    !busy && !memory.pressure && memory.free_bytes >= memory.budget_bytes / FREE_SHARE
 }
 
 /// Width, height and JPEG file of a picture (H, W, 3), made smaller where it is larger than a preview.
@@ -177,16 +176,16 @@ mod tests {
 
     #[test]
     fn a_decoder_is_left_alone_where_it_is_busy_or_its_device_is_filled() {
-        let decoder = |queued, process_bytes, pressure| DescribeResponse {
+        let decoder = |queued, free_bytes, pressure| DescribeResponse {
             queued,
             queue_capacity: 8,
-            memory: Some(MemoryReport { process_bytes, budget_bytes: 1000, pressure, ..MemoryReport::default() }),
+            memory: Some(MemoryReport { free_bytes, budget_bytes: 1000, pressure, ..MemoryReport::default() }),
             ..DescribeResponse::default()
         };
-        assert!(has_room(&decoder(4, 750, false)));
-        assert!(!has_room(&decoder(5, 0, false)), "its queue is more than half full");
-        assert!(!has_room(&decoder(0, 751, false)), "less than a quarter is free");
-        assert!(!has_room(&decoder(0, 2000, false)));
-        assert!(!has_room(&decoder(0, 0, true)));
+        assert!(has_room(&decoder(4, 250, false)));
+        assert!(!has_room(&decoder(5, 1000, false)), "its queue is more than half full");
+        assert!(!has_room(&decoder(0, 249, false)), "less than a quarter is free");
+        assert!(!has_room(&decoder(0, 0, false)));
+        assert!(!has_room(&decoder(0, 1000, true)));
     }
 }

@@ -116,6 +116,7 @@ impl Run {
             seconds,
             eased: if stage == Stage::Diffusion { self.lock().eased } else { 0 },
             peak_bytes: memory.peak_bytes,
+            device_peak_bytes: memory.device_peak_bytes,
             weight_blocks: memory.weight_blocks,
             resident_weight_blocks: memory.resident_weight_blocks,
             weights_waited_seconds: memory.weights_waited_ms as f64 / 1000.0,
@@ -253,7 +254,8 @@ impl Run {
 
     /// Says that a stage need not be asked, for what it gave before was kept.
     pub(crate) async fn stage_kept(&self, stage: Stage, memory: MemoryReport) {
-        let report = StageReport { stage: stage.into(), peak_bytes: memory.peak_bytes, ..StageReport::default() };
+        let MemoryReport { peak_bytes, device_peak_bytes, .. } = memory;
+        let report = StageReport { stage: stage.into(), peak_bytes, device_peak_bytes, ..StageReport::default() };
         self.lock().reports.insert(stage.into(), report);
         self.note(stage, format!("{}: kept from before", stage_name(stage))).await;
     }
@@ -318,8 +320,8 @@ fn said_of_memory(memory: &MemoryReport) -> Option<String> {
     if memory.budget_bytes == 0 {
         return None;
     }
-    let percent = memory.process_bytes as f64 * 100.0 / memory.budget_bytes as f64;
-    let (now, budget, peak) = (gib(memory.process_bytes), gib(memory.budget_bytes), gib(memory.peak_bytes));
+    let percent = memory.device_bytes as f64 * 100.0 / memory.budget_bytes as f64;
+    let (now, budget, peak) = (gib(memory.device_bytes), gib(memory.budget_bytes), gib(memory.peak_bytes));
     Some(format!("holds {now} of {budget} ({percent:.0} %), its peak {peak}"))
 }
 

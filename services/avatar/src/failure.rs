@@ -74,8 +74,10 @@ impl Failure {
     pub fn sentence(&self) -> String {
         let flag = match self.field.as_deref() {
             Some("picture") => "--image: ".to_owned(),
-            // Several violations name themselves.
-            Some(field) if !self.message.starts_with(field) => format!("--{}: ", field.replace('_', "-")),
+            // Several violations name themselves, and so do mistakes in flags.
+            Some(field) if !self.message.starts_with(field) && !self.message.starts_with("--") => {
+                format!("--{}: ", field.replace('_', "-"))
+            }
             _ => String::new(),
         };
         let advice = self.advice.map(|advice| format!("\n{advice}")).unwrap_or_default();
@@ -92,6 +94,12 @@ mod tests {
         let failure = Failure::of_status(&ServiceError::invalid("min_frames", "401; allowed are 1 to 400").into());
         assert_eq!((failure.exit, failure.field.as_deref()), (WRONG_INPUT, Some("min_frames")));
         assert_eq!(failure.sentence(), "error: --min-frames: 401; allowed are 1 to 400");
+    }
+
+    #[test]
+    fn a_mistake_that_names_its_flag_names_it_once() {
+        let failure = Failure::input("device", "--device \"cpu:1x\": the budget is wrong");
+        assert_eq!(failure.sentence(), "error: --device \"cpu:1x\": the budget is wrong");
     }
 
     #[test]

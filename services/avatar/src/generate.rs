@@ -56,11 +56,11 @@ impl Local {
         let detector =
             Detector::open(flags.face_model.as_deref()).map_err(|e| Failure::input("face_model", e.to_string()))?;
         let mut mistakes = Mistakes::default();
-        let device = flags.device.resolve(&mut mistakes).filter(|_| mistakes.is_empty());
-        let device = device.ok_or_else(|| Failure::input("device", mistakes.to_string().trim_end().to_owned()))?;
+        let devices = flags.device.resolve_all(&mut mistakes).filter(|_| mistakes.is_empty());
+        let devices = devices.ok_or_else(|| Failure::input("device", mistakes.sentences()))?;
         let unused = (flags.face_model.is_none() && finds_faces).then(|| unused_detector(&models)).flatten();
-        let tier = plan::here(plan::tier_options(&flags.tier)?, &device);
-        let setup = Setup { compute: flags.compute, device, weights: flags.weights, detector };
+        let tier = plan::here(plan::tier_options(&flags.tier)?, &devices);
+        let setup = Setup { compute: flags.compute, devices, weights: flags.weights, detector };
         Ok(Self { models, setup, tier, unused })
     }
 
@@ -73,9 +73,8 @@ impl Local {
     }
 
     /// What was to be expected of a generation that has ended; nothing where no plan can be made any more.
-    fn hindsight(&self, request: &planner::Request) -> Option<planner::Plan> {
-        let how = (self.setup.compute, self.setup.weights);
-        plan::hindsight(&self.models, how, self.setup.device.name, (request, &self.tier))
+    fn hindsight(&self, request: &planner::Request, placement: Option<[usize; 5]>) -> Option<planner::Plan> {
+        plan::hindsight(&self.models, (&self.setup, placement), (request, &self.tier))
     }
 }
 
@@ -110,9 +109,9 @@ pub async fn generate(flags: &GenerateFlags, progress: &mut Progress) -> Result<
         () = signals.next() => {}
     }
     let mut done = result?;
-    let request = done.request();
+    let (request, placement) = (done.request(), system.placement());
     // Headers are read, and where it is not known yet, the machine's speed is measured.
-    let expected = tokio::task::spawn_blocking(move || local.hindsight(&request)).await;
+    let expected = tokio::task::spawn_blocking(move || local.hindsight(&request, placement)).await;
     done.expected(expected.ok().flatten().as_ref());
     Ok(done)
 }

@@ -77,12 +77,17 @@ pub struct Completed {
     pub seconds: Map<String, Value>,
     /// Most bytes held at once, by stage; the gateway holds no weights and is not listed.
     pub peak_bytes: Map<String, Value>,
+    /// Most bytes held at once by each device that was used, where a plan tells the stages' devices.
+    pub device_peak_bytes: Map<String, Value>,
     /// What was predicted for the same request, and how far off it was.
     pub predicted: Option<Predicted>,
     /// How the transformer's weights came from their files, where they come block by block.
     pub weights: Option<Brought>,
     /// What the caller should know, in sentences.
     pub warnings: Vec<String>,
+    /// Most bytes that the device of each stage held.
+    #[serde(skip)]
+    pub peaks_of_devices: HashMap<&'static str, u64>,
     /// Guidance branches of a step.
     #[serde(skip)]
     pub branches: u64,
@@ -94,6 +99,12 @@ pub struct Completed {
 /// What the planner expected of a generation.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Predicted {
+    /// The device of each stage.
+    pub placement: Map<String, Value>,
+    /// Most bytes held at once, by device.
+    pub device_peak_bytes: Map<String, Value>,
+    /// Why it was planned so, in sentences.
+    pub reasons: Vec<String>,
     /// Seconds by stage.
     pub seconds: Map<String, Value>,
     /// Most bytes held at once, by stage.
@@ -134,6 +145,7 @@ impl Completed {
             }
             if report.stage() != Stage::Unspecified {
                 self.peak_bytes.insert(name.to_owned(), json!(report.peak_bytes));
+                self.peaks_of_devices.insert(name, report.device_peak_bytes);
             }
         }
         self.warnings.clone_from(&outcome.warnings);
@@ -166,7 +178,11 @@ impl Completed {
     /// Takes what a plan of the same request expected.
     pub fn expected(&mut self, plan: Option<&Plan>) {
         let Some(plan) = plan else { return };
-        let mut predicted = Predicted::default();
+        let mut predicted = Predicted { reasons: plan.reasons.clone(), ..Predicted::default() };
+        for phase in &plan.phases {
+            let before = predicted.device_peak_bytes.get(&phase.device).and_then(Value::as_u64).unwrap_or_default();
+            predicted.device_peak_bytes.insert(phase.device.clone(), json!(phase.peak_bytes.max(before)));
+        }
         let (mut expected, mut most) = (0.0, 0);
         for stage in &plan.stages {
             let name = stage.stage.name();
@@ -176,6 +192,10 @@ impl Completed {
                 most = stage.peak_bytes;
                 predicted.peak_ratio = rounded(measured(&self.peak_bytes) / stage.peak_bytes as f64);
             }
+            let here = self.peaks_of_devices.get(name).copied().unwrap_or_default();
+            let before = self.device_peak_bytes.get(&stage.device).and_then(Value::as_u64).unwrap_or_default();
+            self.device_peak_bytes.insert(stage.device.clone(), json!(here.max(before)));
+            predicted.placement.insert(name.to_owned(), json!(stage.device));
             predicted.seconds.insert(name.to_owned(), json!(rounded(stage.seconds)));
             predicted.peak_bytes.insert(name.to_owned(), json!(stage.peak_bytes));
         }
@@ -469,5 +489,35 @@ mod tests {
         assert_eq!(json!(result.seconds), json!({ "diffusion": 1.235, "gateway": 0.5 }));
         assert_eq!(json!(result.peak_bytes), json!({ "diffusion": 7 }));
         assert_eq!(result.warnings.len(), 1);
+    }
+
+    #[test]
+    fn what_devices_held_stands_beside_what_they_were_planned_to_hold() {
+        let planner = planner::Planner {
+            table: planner::ModelTable::published().unwrap(),
+            tiers: planner::Tiers::default(),
+            devices: vec![planner::Device::card(0, Bytes(24 << 30)), planner::Device::card(1, Bytes(80 << 30))],
+            placement: Some([0, 0, 0, 1, 0]),
+            tier: planner::plan::Choice::Unlimited,
+            precisions: vec![planner::Precision::Bf16],
+            allow_degrade: false,
+        };
+        let plan = planner.plan(&Request { frames: Some(9), ..Request::default() }).unwrap();
+        let report = |stage: Stage, device_peak_bytes| StageReport {
+            stage: stage.into(),
+            device_peak_bytes,
+            ..StageReport::default()
+        };
+        let stages = vec![report(Stage::TextEncoder, 5), report(Stage::Diffusion, 9), report(Stage::VaeDecode, 7)];
+        let mut done = Completed::default().with_outcome(&Outcome { stages, ..Outcome::default() });
+        done.expected(Some(&plan));
+        assert_eq!(json!(done.device_peak_bytes), json!({ "cuda:0": 7, "cuda:1": 9 }));
+        let predicted = done.predicted.unwrap();
+        assert_eq!(
+            (&predicted.placement["diffusion"], &predicted.placement["vae-decode"]),
+            (&json!("cuda:1"), &json!("cuda:0"))
+        );
+        let most = plan.phases.iter().filter(|phase| phase.device == "cuda:1").map(|phase| phase.peak_bytes).max();
+        assert_eq!(predicted.device_peak_bytes["cuda:1"], json!(most));
     }
 }

@@ -77,7 +77,7 @@ impl ServeFlags {
             mistakes.note(format!("--models: {failure}; {advice}"));
         }
         let compute = mistakes.check("--compute", &self.compute, str::parse);
-        let device = self.device.resolve(&mut mistakes);
+        let devices = self.device.resolve_all(&mut mistakes);
         let weights = mistakes.check("--weights", &self.weights, str::parse);
         let detector = Detector::open(self.face_model.as_deref());
         if let Err(error) = &detector {
@@ -87,11 +87,11 @@ impl ServeFlags {
         let http = mistakes.check("--http", &self.http, parse_listen);
         let options = self.options.resolve(&mut mistakes);
         let common = self.common.resolve(&mut mistakes);
-        match (models, compute, device, weights, detector, grpc, http, options, common) {
+        match (models, compute, devices, weights, detector, grpc, http, options, common) {
             (
                 Ok(models),
                 Some(compute),
-                Some(device),
+                Some(devices),
                 Some(weights),
                 Ok(detector),
                 Some(grpc),
@@ -99,8 +99,8 @@ impl ServeFlags {
                 Some(options),
                 Some(common),
             ) if mistakes.is_empty() => {
-                let options = Options { tier: plan::here(options.tier, &device), ..options };
-                let setup = Setup { compute, device, weights, detector };
+                let options = Options { tier: plan::here(options.tier, &devices), ..options };
+                let setup = Setup { compute, devices, weights, detector };
                 Ok(ServeConfig { models, setup, grpc, http, options, common })
             }
             _ => Err(mistakes),

@@ -16,15 +16,15 @@ use service_kit::{
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use crate::{compute::ComputeByStage, failure::Failure};
+use crate::{compute::ComputeByStage, failure::Failure, plan};
 
 /// How the stages of one process compute.
 #[derive(Debug, Clone)]
 pub struct Setup {
     /// Type to compute in, by stage.
     pub compute: ComputeByStage,
-    /// Device of all stages.
-    pub device: DeviceConfig,
+    /// Devices that the stages are placed on; at least one.
+    pub devices: Vec<DeviceConfig>,
     /// The form of the transformer's weights.
     pub weights: Choice,
     /// What finds faces.
@@ -37,49 +37,62 @@ pub struct Setup {
 pub struct InProcess {
     gateway: Gateway,
     channel: Channel,
+    placement: Option<[usize; 5]>,
     shutdown: CancellationToken,
 }
 
-/// Starts the five stages, which share one device, and the gateway before them; `detector` finds the faces.
+/// Starts the five stages on their devices, and the gateway before them.
 ///
-/// Weights are read at the first request that needs them, so a folder that lacks some is noticed then. To be called
+/// Weights are read at the first request that needs them, so a folder that lacks some is noticed then; several devices
+/// are planned for at once, from the checkpoint's headers. To be called
 /// within a tokio runtime, which must live on as long as the system.
 ///
-/// Errors: the device's thread or the gateway's folder cannot be made.
+/// Errors: a device's thread or the gateway's folder cannot be made, or nothing fits on several devices.
 pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Result<InProcess, Failure> {
-    let Setup { compute, device, weights, detector } = setup;
-    let config = StageConfig { device, ..StageConfig::local(models) };
+    let asked = (models.to_owned(), setup.clone(), options.tier.clone());
+    // Headers are read, and where it is not known yet, the machine's speed is measured.
+    let placement = tokio::task::spawn_blocking(move || plan::placement(&asked.0, &asked.1, &asked.2))
+        .await
+        .map_err(|e| Failure::local("cannot place the stages", e))??;
+    let fleet = plan::fleet(models, &setup, placement);
+    let Setup { compute, devices, weights, detector } = setup;
+    let config = StageConfig::local(models);
     let of = |stage| StageConfig { compute: compute.of(stage), ..config.clone() };
-    let device =
-        DeviceWorker::spawn(&config.device, config.queue).map_err(|e| Failure::local("cannot start the device", e))?;
+    let failed = |e| Failure::local("cannot start the devices", e);
+    let workers = DeviceWorker::spawn_several(&devices, config.queue).map_err(failed)?;
+    let places: Option<Vec<DeviceWorker>> =
+        placement.unwrap_or_default().iter().map(|&number| workers.get(number).cloned()).collect();
+    let places = places.and_then(|all| <[_; 5]>::try_from(all).ok());
+    let [audio, text, image, transformer, decoder] =
+        places.ok_or_else(|| Failure::local("cannot start the devices", "there is none"))?;
     let shutdown = CancellationToken::new();
     let stages = Stages {
         audio_encoder: stage("audio-encoder", |incoming| {
-            audio_encoder::serve_on(of("audio-encoder"), device.clone(), incoming, shutdown.clone())
+            audio_encoder::serve_on(of("audio-encoder"), audio, incoming, shutdown.clone())
         }),
         text_encoder: stage("text-encoder", |incoming| {
-            text_encoder::serve_on(of("text-encoder"), device.clone(), incoming, shutdown.clone())
+            text_encoder::serve_on(of("text-encoder"), text, incoming, shutdown.clone())
         }),
         image_encoder: stage("image-encoder", |incoming| {
             let config = image_encoder::config::Config { stage: of("image-encoder"), detector };
-            image_encoder::serve_on(config, device.clone(), incoming, shutdown.clone())
+            image_encoder::serve_on(config, image, incoming, shutdown.clone())
         }),
         diffusion: stage("diffusion", |incoming| {
             let config = diffusion::config::Config { stage: of("diffusion"), weights };
-            diffusion::serve_on(config, device.clone(), incoming, shutdown.clone())
+            diffusion::serve_on(config, transformer, incoming, shutdown.clone())
         }),
         vae_decode: stage("vae-decode", |incoming| {
-            vae_decode::serve_on(of("vae-decode"), device.clone(), incoming, shutdown.clone())
+            vae_decode::serve_on(of("vae-decode"), decoder, incoming, shutdown.clone())
         }),
         spare_decoders: Vec::new(),
     };
     let gateway = Gateway::new(options, stages).await.map_err(|e| Failure::local("cannot start the gateway", e))?;
-    let gateway = gateway.planning_for(crate::plan::fleet(models, (compute, weights), config.device.name));
+    let gateway = gateway.planning_for(fleet);
     let routes = gateway.grpc_routes();
     let lifetime = Lifetime { shutdown: shutdown.clone(), drain: config.common.drain_timeout };
     let channel =
         stage("gateway", |incoming| async move { server::serve(routes, &gateway::SERVICES, incoming, lifetime).await });
-    Ok(InProcess { gateway, channel, shutdown })
+    Ok(InProcess { gateway, channel, placement, shutdown })
 }
 
 /// Runs a server on an in-memory connection, and gives the channel to it.
@@ -102,6 +115,12 @@ impl InProcess {
     #[must_use]
     pub fn gateway(&self) -> &Gateway {
         &self.gateway
+    }
+
+    /// The number of each stage's device, where there are several.
+    #[must_use]
+    pub fn placement(&self) -> Option<[usize; 5]> {
+        self.placement
     }
 
     /// A client of the public service, over the in-memory connection.

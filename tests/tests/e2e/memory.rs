@@ -80,7 +80,7 @@ async fn a_stage_keeps_within_its_budget_or_says_what_is_missing_and_lives_on() 
                 assert_eq!(same, frames, "{percent} %: a budget changes no frame");
                 done += 1;
             }
-            Err(ServiceError::DeviceMemory { stage, needed_bytes, free_bytes, budget_bytes }) => {
+            Err(ServiceError::DeviceMemory { stage, needed_bytes, free_bytes, budget_bytes, .. }) => {
                 assert_eq!((stage.as_str(), budget_bytes), ("vae-decode", budget));
                 assert!(needed_bytes > free_bytes && free_bytes < budget, "{percent} %");
                 failed += 1;

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::{
     inputs::{portrait, tone},
-    stack::{avatar, text, tiny_models},
+    stack::{avatar, text, tiny_models, video_stream},
 };
 
 fn clock() -> std::time::Duration {
@@ -78,6 +78,11 @@ fn blocks_that_come_and_go_take_less_memory_and_give_the_same_bits() {
 }
 
 fn generate(device: &str) -> Value {
+    generate_video(device).0
+}
+
+/// What was told last, and the video stream.
+fn generate_video(device: &str) -> (Value, Vec<u8>) {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (image, audio, out, models) = (path("portrait.png"), path("speech.wav"), path("a.mp4"), tiny_models());
@@ -87,7 +92,46 @@ fn generate(device: &str) -> Value {
     let more = ["--steps", "2", "--models", models.to_str().unwrap(), "--device", device];
     let done = avatar(&[&inputs[..], &more].concat());
     let stdout = text(&done.stdout);
-    serde_json::from_str(stdout.lines().last().unwrap()).unwrap()
+    let told = stdout.lines().last().unwrap_or_else(|| panic!("{}", text(&done.stderr)));
+    (serde_json::from_str(told).unwrap(), video_stream(Path::new(&out)))
+}
+
+#[test]
+fn stages_on_two_devices_make_the_same_video_and_keep_to_both_budgets() {
+    let (one, video) = generate_video("cpu");
+    let (two, same) = generate_video("cpu:640MiB,cpu:512MiB");
+    assert!(video == same, "{one} and {two}");
+    let predicted = &two["predicted"];
+    let placement = predicted["placement"].as_object().unwrap();
+    for (name, budget) in [("cpu.0", 640u64 << 20), ("cpu.1", 512 << 20)] {
+        assert!(placement.values().any(|device| device == name), "{two}");
+        let (measured, expected) = (&two["device_peak_bytes"][name], &predicted["device_peak_bytes"][name]);
+        assert!(measured.as_u64().is_some_and(|most| most > 0 && most <= budget), "{name}: {measured} in {two}");
+        assert!(expected.as_u64().is_some_and(|most| most > 0 && most <= budget), "{name}: {expected} in {two}");
+    }
+}
+
+#[test]
+fn devices_that_hold_no_request_and_devices_that_are_none_are_refused_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (image, audio, out, models) = (path("portrait.png"), path("speech.wav"), path("a.mp4"), tiny_models());
+    fs::write(&image, portrait()).unwrap();
+    fs::write(&audio, tone(0.2, 16_000)).unwrap();
+    let told = |device: &str| {
+        let inputs = ["generate", "--image", &image, "--audio", &audio, "--out", &out, "--size", "64"];
+        let done = avatar(&[&inputs[..], &["--models", models.to_str().unwrap(), "--device", device]].concat());
+        (done.status.code(), text(&done.stderr))
+    };
+    let (code, said) = told("cpu:1MiB,cpu:1MiB");
+    assert!(code == Some(1) && said.contains(" on cpu.") && said.contains("needs at least"), "{said}");
+    for wrong in ["cpu:1x", "cpu:1GiB,cpu:1x"] {
+        let (code, said) = told(wrong);
+        assert_eq!((code, said.matches("--device").count(), said.matches("1x").count()), (Some(2), 1, 1), "{said}");
+    }
+    let (code, said) = told("cpu:1GiB,cpu");
+    assert!(code == Some(2) && said.contains("each of several devices needs its bytes"), "{said}");
+    assert!(!Path::new(&out).exists());
 }
 
 /// The heap needs less for the transformer than for the decoder, so a budget that is just enough for that leaves room

@@ -115,7 +115,7 @@ impl Planner {
         for (number, devices) in self.placements().into_iter().enumerate() {
             match self.place(job, devices) {
                 Ok(mut chosen) => {
-                    chosen.rank[3] = number;
+                    chosen.rank[3] = self.fullest(&chosen).unwrap_or(number);
                     if best.as_ref().is_none_or(|best| chosen.rank < best.rank) {
                         best = Some(chosen);
                     }
@@ -139,6 +139,19 @@ impl Planner {
         })
     }
 
+    /// How full the fullest device is, in thousandths of what may be used, where all are this machine's CPU.
+    fn fullest(&self, chosen: &Chosen) -> Option<usize> {
+        let full = |(number, device): (usize, &Device)| {
+            let DeviceKind::Cpu(_) = device.kind else { return None };
+            let here = || chosen.stages.iter().zip(chosen.devices).filter(move |(_, at)| *at == number).map(|(s, _)| s);
+            let resident = here().map(|stage| stage.resident).fold(0, u64::saturating_add);
+            let most = here().map(|stage| stage.kept.saturating_add(stage.work)).max().unwrap_or(0);
+            let parts = u128::from(resident.saturating_add(most)) * 1000 / u128::from(device.usable().max(1));
+            usize::try_from(parts).ok()
+        };
+        self.devices.iter().enumerate().map(full).collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
+
     /// The precisions that a stage may have, the largest first: that of its files, or where there are none, those that
     /// are allowed.
     pub(super) fn precisions_of(&self, stage: Stage) -> Vec<Precision> {
@@ -149,11 +162,25 @@ impl Planner {
     }
 
     /// Device numbers by stage: all on the roomiest; the transformer there and the others on the next; the text encoder
-    /// on the next and the rest on the third.
+    /// on the next and the rest on the third. Where all are this machine's CPU, nothing has to be moved between them:
+    /// then encoders, transformer and decoder are on any of the three roomiest.
     fn placements(&self) -> Vec<[usize; 5]> {
+        if let Some(placement) = self.placement {
+            return vec![placement];
+        }
         let mut order: Vec<usize> = (0..self.devices.len()).collect();
         order.sort_by_key(|&i| std::cmp::Reverse(self.devices[i].usable()));
         let at = |n: usize| order.get(n).copied();
+        if self.devices.iter().all(|device| matches!(device.kind, DeviceKind::Cpu(_))) {
+            order.truncate(3);
+            let mut all = Vec::new();
+            for &encoders in &order {
+                for &transformer in &order {
+                    all.extend(order.iter().map(|&decoder| [encoders, encoders, encoders, transformer, decoder]));
+                }
+            }
+            return all;
+        }
         let mut all = Vec::new();
         if let Some(first) = at(0) {
             all.push([first; 5]);
@@ -183,8 +210,12 @@ impl Planner {
             in_turn[number] = turns;
             rank[2] += usize::from(turns);
             for (stage, placed) in here.iter().zip(placed) {
-                match stage {
-                    Stage::Diffusion => rank[0] = placed.rung,
+                match (stage, placed.fit) {
+                    // Blocks that do not stay are a sacrifice too.
+                    (Stage::Diffusion, Fit::Cpu(fit)) => {
+                        rank[0] = usize::try_from(fit.blocks - fit.resident_blocks).unwrap_or(usize::MAX);
+                    }
+                    (Stage::Diffusion, Fit::Cuda(_)) => rank[0] = placed.rung,
                     _ => rank[1] += placed.rung,
                 }
                 stages[index(*stage)] = Some(placed);

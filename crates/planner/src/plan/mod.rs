@@ -108,6 +108,8 @@ pub struct Planner {
     pub tiers: Tiers,
     /// The devices that there are.
     pub devices: Vec<Device>,
+    /// The number of each stage's device, where the stages have their places already.
+    pub placement: Option<[usize; 5]>,
     /// Which tier's limits hold.
     pub tier: Choice,
     /// What the large layers of transformer and Llama may be in.

@@ -9,6 +9,7 @@ fn planner(cards: &[&str]) -> Planner {
         table: ModelTable::published().unwrap(),
         tiers: Tiers::default(),
         devices,
+        placement: None,
         tier: Choice::Unlimited,
         precisions: vec![Precision::Bf16, Precision::Fp8, Precision::Q4K],
         allow_degrade: false,
@@ -172,6 +173,31 @@ fn requests() -> impl Strategy<Value = Request> {
 
 fn gib(at: f64) -> Bytes {
     Bytes((at * (1u64 << 30) as f64) as u64)
+}
+
+#[test]
+fn stages_spread_over_parts_of_a_cpu_that_do_not_hold_them_together() {
+    let cpu = crate::cost::cpu::Cpu { threads: 2, packs: true, value_bytes: 4 };
+    let part = |number: usize, free: Bytes| Device {
+        name: format!("cpu.{number}"),
+        kind: DeviceKind::Cpu([cpu; 5]),
+        total: free,
+        free,
+        rates: work::Rates::of_cores(2),
+    };
+    let on = |parts: &[Bytes], placement: Option<[usize; 5]>| {
+        let devices = parts.iter().enumerate().map(|(i, free)| part(i, *free)).collect();
+        Planner { devices, placement, ..planner(&[]) }.plan(&request(128, 128, 9, 10))
+    };
+    let whole = on(&[gib(1024.0)], None).unwrap();
+    let less = Bytes(whole.peak_bytes - 1);
+    assert!(matches!(on(&[less], None), Err(Refusal::Memory(_))), "{less:?} holds all stages");
+    let spread = on(&[less, less], None).unwrap();
+    assert!(spread.phases.iter().all(|phase| phase.peak_bytes <= less.0), "{:?}", spread.phases);
+    assert!(["cpu.0", "cpu.1"].iter().all(|name| spread.stages.iter().any(|stage| stage.device == *name)));
+    let placed = on(&[gib(1024.0), gib(1024.0)], Some([1, 0, 1, 0, 1])).unwrap();
+    let names: Vec<&str> = placed.stages.iter().map(|stage| stage.device.as_str()).collect();
+    assert_eq!(names, ["cpu.1", "cpu.0", "cpu.1", "cpu.0", "cpu.1"]);
 }
 
 proptest! {

@@ -32,10 +32,8 @@ pub enum DeviceError {
     #[error("not a device; accepted are cpu, cpu:BYTES as in cpu:4GiB, and cuda:N where the build has CUDA")]
     Unknown,
     /// The budget is no number of bytes.
-    #[error("the budget {text:?} is {reason}")]
+    #[error("the budget is {reason}")]
     Budget {
-        /// What stands after `cpu:`.
-        text: String,
         /// What is wrong with it.
         reason: String,
     },
@@ -55,7 +53,7 @@ impl FromStr for DeviceName {
             None if text == "cpu" => Ok(Self::Cpu { budget_bytes: None }),
             Some(("cpu", budget)) => match parse_bytes(budget) {
                 Ok(bytes) => Ok(Self::Cpu { budget_bytes: Some(bytes) }),
-                Err(reason) => Err(DeviceError::Budget { text: budget.to_owned(), reason }),
+                Err(reason) => Err(DeviceError::Budget { reason }),
             },
             Some(("cuda", index)) => index.parse().map(|index| Self::Cuda { index }).map_err(|_| DeviceError::Unknown),
             _ => Err(DeviceError::Unknown),
@@ -78,6 +76,8 @@ impl fmt::Display for DeviceName {
 pub struct DeviceConfig {
     /// As the command line named it.
     pub name: DeviceName,
+    /// Which of the process's devices it is, from 0, where there are several.
+    pub number: Option<usize>,
     /// Most bytes that may be held on it.
     pub budget_bytes: u64,
     /// Percent of the budget above which memory is freed and no new work is taken; ten less ends that.
@@ -97,7 +97,7 @@ impl DeviceConfig {
         match name {
             DeviceName::Cpu { budget_bytes } => {
                 let budget_bytes = budget_bytes.unwrap_or_else(|| host_memory().total_bytes);
-                Ok(Self { name, budget_bytes, pressure_percent })
+                Ok(Self { name, number: None, budget_bytes, pressure_percent })
             }
             DeviceName::Cuda { index } => Err(DeviceError::NoCuda { index }),
         }
@@ -107,7 +107,17 @@ impl DeviceConfig {
     #[must_use]
     pub fn cpu() -> Self {
         let budget_bytes = host_memory().total_bytes;
-        Self { name: DeviceName::Cpu { budget_bytes: None }, budget_bytes, pressure_percent: PRESSURE_PERCENT }
+        let name = DeviceName::Cpu { budget_bytes: None };
+        Self { name, number: None, budget_bytes, pressure_percent: PRESSURE_PERCENT }
+    }
+
+    /// What tells it from the process's other devices: its name, or `cpu.1` for the second of several.
+    #[must_use]
+    pub fn label(&self) -> String {
+        match self.number {
+            None => self.name.to_string(),
+            Some(number) => format!("cpu.{number}"),
+        }
     }
 }
 
@@ -125,7 +135,7 @@ mod tests {
         }
         for wrong in ["cpu:", "cpu:0", "cpu:lots", "cpu:4 GB", "cpu:99999999999GiB"] {
             let error = wrong.parse::<DeviceName>().unwrap_err();
-            assert!(matches!(&error, DeviceError::Budget { text, .. } if wrong.ends_with(text.as_str())), "{error:?}");
+            assert!(matches!(&error, DeviceError::Budget { .. }), "{error:?}");
         }
     }
 

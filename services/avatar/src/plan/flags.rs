@@ -27,9 +27,10 @@ pub struct PlanFlags {
     /// Plan for cards of so much memory that need not be here, such as `8GiB` or `8GiB,12GiB`, instead of --device.
     #[arg(long, value_name = "BYTES,..", value_delimiter = ',')]
     pub vram: Vec<Bytes>,
-    /// Plan for a device of this machine: `cpu`, `cpu:4GiB` for so much of its memory, or a card as in `cuda:0`.
-    #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE", default_value = "cpu")]
-    pub device: DeviceName,
+    /// Plan for devices of this machine: `cpu`, `cpu:4GiB` for so much of its memory, or a card as in `cuda:0`; several
+    /// with commas between, as in `cpu:2GiB,cpu:3GiB`.
+    #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE,..", value_delimiter = ',', default_value = "cpu")]
+    pub device: Vec<DeviceName>,
     /// Plan for the checkpoint in this folder, of which only headers are read. Default: the published model.
     #[arg(long, env = "AVATAR_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,

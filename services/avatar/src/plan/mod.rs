@@ -13,12 +13,13 @@ use gateway::{
     planning::{Fleet, FleetSource},
 };
 use model::checkpoint::Choice as Form;
-use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request};
+use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request, plan::StagePlan};
 use serde_json::json;
-use service_kit::hardware::{DeviceConfig, DeviceName, Driver, Nvml, cards, host_memory};
+use service_kit::hardware::{DeviceConfig, DeviceName, Driver, Nvml, cards};
 
 use self::flags::{PlanFlags, TiersFlags};
 use crate::{
+    Setup,
     compute::ComputeByStage,
     failure::{FAILED, Failure},
     progress::{print_line, print_text},
@@ -45,6 +46,7 @@ pub fn plan(flags: &PlanFlags) -> Result<(), Failure> {
         table: table(flags.models.as_deref(), flags.weights)?,
         tiers,
         devices: devices(flags)?,
+        placement: None,
         tier,
         precisions: flags.precision.clone(),
         allow_degrade,
@@ -77,36 +79,64 @@ pub fn tier_options(flags: &TierFlags) -> Result<TierOptions, Failure> {
     flags.resolve().map_err(|(flag, told)| Failure::input(flag, told))
 }
 
-/// The options with the tier of the device instead of `auto`.
+/// The options with the tier of the largest device instead of `auto`.
 #[must_use]
-pub fn here(options: TierOptions, device: &DeviceConfig) -> TierOptions {
-    options.on_device(Bytes(device.budget_bytes))
+pub fn here(options: TierOptions, devices: &[DeviceConfig]) -> TierOptions {
+    options.on_device(Bytes(devices.iter().map(|device| device.budget_bytes).max().unwrap_or_default()))
 }
 
-/// What a gateway in this process plans for: the checkpoint below `models`, and the device of its stages.
+/// What a gateway in this process plans for: the checkpoint below `models`, and the devices of its stages.
 #[must_use]
-pub fn fleet(models: &Path, (compute, weights): (ComputeByStage, Form), device: DeviceName) -> FleetSource {
-    let models = models.to_owned();
+pub fn fleet(models: &Path, setup: &Setup, placement: Option<[usize; 5]>) -> FleetSource {
+    let (models, setup) = (models.to_owned(), setup.clone());
     FleetSource::new(move || {
         let told = |failure: Failure| failure.to_string();
-        let table = table(Some(&models), weights).map_err(told)?;
-        Ok(Fleet { table, devices: vec![local(device, compute).map_err(told)?] })
+        let table = table(Some(&models), setup.weights).map_err(told)?;
+        Ok(Fleet { table, devices: all_local(&setup.devices, setup.compute).map_err(told)?, placement })
     })
+}
+
+/// The device of each stage, by number, where a process has several: the placement of the largest request, from what
+/// the tier leaves open on downwards, that fits.
+///
+/// Errors: the checkpoint's headers cannot be read, or no request fits.
+pub fn placement(models: &Path, setup: &Setup, tier: &TierOptions) -> Result<Option<[usize; 5]>, Failure> {
+    if setup.devices.len() < 2 {
+        return Ok(None);
+    }
+    let devices = all_local(&setup.devices, setup.compute)?;
+    let planner = Planner {
+        table: table(Some(models), setup.weights)?,
+        tiers: tier.tiers.clone(),
+        devices,
+        placement: None,
+        tier: tier.choice.clone(),
+        precisions: vec![Precision::Bf16],
+        allow_degrade: true,
+    };
+    // The smallest request was tried too, so there is nothing to lower.
+    let refused = |refusal| Failure { advice: None, ..failure(&refusal) };
+    let plan = planner.plan(&Request::default()).map_err(refused)?;
+    let number = |stage: &StagePlan| planner.devices.iter().position(|device| device.name == stage.device);
+    let numbers: Option<Vec<usize>> = plan.stages.iter().map(number).collect();
+    for stage in &plan.stages {
+        tracing::info!(stage = stage.stage.name(), device = stage.device, "placed");
+    }
+    Ok(numbers.and_then(|numbers| numbers.try_into().ok()))
 }
 
 /// What was to be expected of a generation that has ended, by its tier; nothing where no plan can be made any more.
 #[must_use]
 pub fn hindsight(
     models: &Path,
-    how: (ComputeByStage, Form),
-    device: DeviceName,
+    (setup, placement): (&Setup, Option<[usize; 5]>),
     (request, tier): (&Request, &TierOptions),
 ) -> Option<Plan> {
-    let (compute, weights) = how;
     let planner = Planner {
-        table: table(Some(models), weights).ok()?,
+        table: table(Some(models), setup.weights).ok()?,
         tiers: tier.tiers.clone(),
-        devices: vec![local(device, compute).ok()?],
+        devices: all_local(&setup.devices, setup.compute).ok()?,
+        placement,
         tier: tier.choice.clone(),
         precisions: vec![Precision::Bf16],
         allow_degrade: false,
@@ -130,21 +160,35 @@ fn table(models: Option<&Path>, weights: Form) -> Result<ModelTable, Failure> {
 
 fn devices(flags: &PlanFlags) -> Result<Vec<Device>, Failure> {
     if flags.vram.is_empty() {
-        return Ok(vec![local(flags.device, flags.compute)?]);
+        if let [only] = flags.device[..] {
+            return Ok(vec![local(only, None, flags.compute)?]);
+        }
+        let unbound = DeviceName::Cpu { budget_bytes: None };
+        if flags.device.contains(&unbound) {
+            let told = "each of several devices needs its bytes, as in cpu:2GiB,cpu:3GiB";
+            return Err(Failure::input("device", told.to_owned()));
+        }
+        let numbered = flags.device.iter().enumerate();
+        return numbered.map(|(number, name)| local(*name, Some(number), flags.compute)).collect();
     }
     Ok(flags.vram.iter().enumerate().map(|(i, total)| Device::card(i, *total)).collect())
 }
 
-/// A device of this machine: the CPU with a budget or with what is free of its memory, or a card as its driver says.
-fn local(name: DeviceName, compute: ComputeByStage) -> Result<Device, Failure> {
+/// The devices of a process's stages.
+fn all_local(devices: &[DeviceConfig], compute: ComputeByStage) -> Result<Vec<Device>, Failure> {
+    devices.iter().map(|device| local(device.name, device.number, compute)).collect()
+}
+
+/// A device of this machine: the CPU with the budget that a stage has there, or a card as its driver says.
+fn local(name: DeviceName, number: Option<usize>, compute: ComputeByStage) -> Result<Device, Failure> {
     match name {
         DeviceName::Cpu { budget_bytes } => {
-            let host = host_memory();
+            let budget = Bytes(budget_bytes.unwrap_or_else(|| DeviceConfig::cpu().budget_bytes));
             Ok(Device {
-                name: "cpu".to_owned(),
+                name: number.map_or_else(|| "cpu".to_owned(), |number| format!("cpu.{number}")),
                 kind: DeviceKind::Cpu(machine::cpus(compute)),
-                total: Bytes(budget_bytes.unwrap_or(host.total_bytes)),
-                free: Bytes(budget_bytes.unwrap_or(host.free_bytes)),
+                total: budget,
+                free: budget,
                 rates: rates::of_this_machine(),
             })
         }
