@@ -27,6 +27,8 @@ use serde::de::DeserializeOwned;
 
 use self::files::Entry;
 pub(crate) use self::files::Extent;
+#[cfg(feature = "cuda")]
+use self::values::Scale;
 pub use self::{
     matrix::Matrix,
     raw::{Raw, Scales},
@@ -244,14 +246,14 @@ impl Weights {
         Ok(tensor.to_dtype(dtype)?)
     }
 
-    /// The weight `(rows, columns)`; on a CPU it stays in its file. Its values are those of the compute type.
+    /// The weight `(rows, columns)`; on a CPU it stays in its file, on a card packed weights stay packed. Its values are
+    /// those of the compute type.
     ///
     /// Errors: as [`get`](Self::get).
     pub fn matrix(&self, rows: usize, columns: usize, name: impl Display) -> Result<Matrix> {
         let full = self.full(&name);
-        let device = matches!(self.shared.device, Device::Cpu);
         match &self.shared.store {
-            Store::Files { entries, .. } if device && entries.contains_key(&full) => {
+            Store::Files { entries, .. } if entries.get(&full).is_some_and(|e| self.stays_packed(e)) => {
                 self.check_shape(&full, &[rows, columns])?;
                 let entry = &entries[&full];
                 self.checked(&full, entry)?;
@@ -259,6 +261,22 @@ impl Weights {
                 if !columns.is_multiple_of(each) {
                     let reason = format!("rows of {columns} values are no whole blocks of {each}");
                     return Err(self.error(&full, reason));
+                }
+                #[cfg(feature = "cuda")]
+                if !matches!(self.shared.device, Device::Cpu) {
+                    let (device, bytes) = (&self.shared.device, &entry.file.bytes()[entry.bytes.clone()]);
+                    memory::room(bytes.len())?;
+                    let packed = matrix::Packed {
+                        bytes: Tensor::from_slice(bytes, bytes.len(), device)?,
+                        encoding: entry.encoding,
+                        scales: match &entry.scale {
+                            Scale::None => Tensor::new(&[1f32], device)?,
+                            Scale::Tensor(scale) => Tensor::new(&[*scale], device)?,
+                            Scale::Rows(scales) => Tensor::new(&**scales, device)?,
+                        },
+                    };
+                    self.use_up(full);
+                    return Ok(Matrix::packed(packed, rows, columns, self.shared.dtype));
                 }
                 let stored = matrix::Stored {
                     file: entry.file.clone(),
@@ -270,6 +288,17 @@ impl Weights {
                 Ok(Matrix::stored(stored, rows, columns, self.shared.dtype))
             }
             _ => Ok(Matrix::new(&self.get(&[rows, columns], name)?)?),
+        }
+    }
+
+    /// Whether a matrix is kept as its file has it: on a CPU always, elsewhere where it takes less room so.
+    fn stays_packed(&self, entry: &Entry) -> bool {
+        match self.shared.device {
+            Device::Cpu => true,
+            _ => {
+                let plain = matches!(entry.encoding, Encoding::F32 | Encoding::F16 | Encoding::Bf16);
+                cfg!(feature = "cuda") && !plain
+            }
         }
     }
 
