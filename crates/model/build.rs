@@ -33,6 +33,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 #[allow(clippy::disallowed_methods)]
 fn compile_kernels(out: &Path) -> Result<(), Box<dyn Error>> {
     const FOLDER: &str = "src/cuda/kernels";
+    /// What only cards understand; the emulation has its own.
+    const CARD: &str = "src/cuda/kernels/card";
     for name in ["CUDA_CAPS", "NVCC"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
@@ -51,7 +53,7 @@ fn compile_kernels(out: &Path) -> Result<(), Box<dyn Error>> {
         }
         let image = out.join(file.with_extension("fatbin").file_name().ok_or("a file without a name")?);
         let compiled = Command::new(&nvcc)
-            .args(["-fatbin", "-std=c++17", "-O3"])
+            .args(["-fatbin", "-std=c++17", "-O3", "-I", CARD])
             .args(&codes)
             .arg("-o")
             .arg(&image)

@@ -8,8 +8,8 @@ pub mod audio;
 pub mod blueprint;
 pub mod checkpoint;
 pub mod convert;
-#[cfg(feature = "cuda")]
-mod cuda;
+#[cfg(any(feature = "cuda", test))]
+pub mod cuda;
 pub mod diffusion;
 pub mod image;
 pub mod inspect;

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::launch::{File, Launch, Number, card, int, long, ready, suffix};
+use super::launch::{File, Launch, Number, int, long, ready, suffix};
 use crate::ops::attention_clear;
 
 /// Queries of a block of the kernel on tensor cores, and its threads.
@@ -50,7 +50,7 @@ fn flash(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
         threads: THREADS,
         shared: ((QUERIES + 2 * tile) * d * 2) as u32,
     }
-    .run(card(&q)?, &[batch, queries, heads, d], q.dtype())?
+    .run(&[batch, queries, heads, d], q.dtype())?
     .transpose(1, 2)
 }
 
@@ -78,6 +78,6 @@ fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: Option<&Tensor>) 
         threads: PLAIN_THREADS,
         shared: 0,
     }
-    .run(card(&q)?, &[batch, queries, heads, d], q.dtype())?
+    .run(&[batch, queries, heads, d], q.dtype())?
     .transpose(1, 2)
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::launch::{File, Launch, Number, card, int, long, ready, suffix};
+use super::launch::{File, Launch, Number, int, long, ready, suffix};
 use crate::weights::Encoding;
 
 const THREADS: u32 = 256;
@@ -53,5 +53,5 @@ pub(crate) fn decode(
             candle_core::bail!("values in {} are no packed ones", encoding.name())
         }
     };
-    launch.run(card(&bytes)?, &[rows, columns], dtype)
+    launch.run(&[rows, columns], dtype)
 }

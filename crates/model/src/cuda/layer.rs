@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::launch::{File, Launch, Number, card, int, long, ready, suffix, wide};
+use super::launch::{File, Launch, Number, int, long, ready, suffix, wide};
 use crate::{
     ops::{Activation, Gate, QkvHeads},
     weights::Matrix,
@@ -52,7 +52,7 @@ pub(crate) fn linear(
         threads: THREADS,
         shared: 0,
     }
-    .run(card(&y)?, &[rows, out], y.dtype())
+    .run(&[rows, out], y.dtype())
 }
 
 fn thin(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
@@ -67,7 +67,7 @@ fn thin(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, activation: Activati
         threads: THREADS,
         shared: 0,
     }
-    .run(card(&x)?, &[rows, out], DType::F32)
+    .run(&[rows, out], DType::F32)
 }
 
 /// As the kernels number them.
@@ -101,7 +101,7 @@ pub(crate) fn heads(qkv: &Tensor, norms: [&Tensor; 2], eps: f32, turn: Option<(&
         threads: THREADS,
         shared: 0,
     }
-    .run(card(&qkv)?, &[3, count, length, d], qkv.dtype())?;
+    .run(&[3, count, length, d], qkv.dtype())?;
     Ok(QkvHeads { q: all.get(0)?, k: all.get(1)?, v: all.get(2)? })
 }
 
@@ -118,7 +118,7 @@ pub(crate) fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         threads: THREADS,
         shared: 0,
     }
-    .run(card(&x)?, x.dims(), x.dtype())
+    .run(x.dims(), x.dtype())
 }
 
 /// Tables of angles that fit `length` tokens of heads of `d`, ready.

@@ -2,7 +2,7 @@
 
 use candle_core::{D, Result, Tensor};
 
-use super::launch::{File, Launch, Number, card, int, ready, suffix, wide};
+use super::launch::{File, Launch, Number, int, ready, suffix, wide};
 
 const THREADS: u32 = 256;
 
@@ -30,5 +30,5 @@ fn by_line(kernel: &str, x: &Tensor, affine: &[&Tensor], eps: f32) -> Result<Ten
         threads: THREADS,
         shared: 0,
     }
-    .run(card(&x)?, x.dims(), x.dtype())
+    .run(x.dims(), x.dtype())
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::launch::{File, Launch, Number, card, int, long, ready, suffix, wide};
+use super::launch::{File, Launch, Number, int, long, ready, suffix, wide};
 
 const THREADS: u32 = 256;
 
@@ -44,7 +44,7 @@ pub(crate) fn convolve(x: &Tensor, given: &Convolution<'_>) -> Result<Tensor> {
         threads: THREADS,
         shared: 0,
     }
-    .run(card(&x)?, &[batch, outputs, to, ho, wo], dtype)
+    .run(&[batch, outputs, to, ho, wo], dtype)
 }
 
 /// Group normalisation of `(B, C, ..)`, with `x·σ(x)` behind it where that is wanted.
@@ -62,7 +62,7 @@ pub(crate) fn group_norm(
     let count = channels / groups * positions;
     let slices = count.div_ceil(SLICE);
     let (x, weight, bias) = (ready(x)?, wide(weight)?, wide(bias)?);
-    let (device, suffix) = (card(&x)?, suffix(x.dtype())?);
+    let suffix = suffix(x.dtype())?;
     let parts = Launch {
         file: File::Group,
         kernel: format!("group_slices_{suffix}"),
@@ -72,7 +72,7 @@ pub(crate) fn group_norm(
         threads: THREADS,
         shared: 0,
     }
-    .run(device, &[batch * groups, slices, 2], DType::F32)?;
+    .run(&[batch * groups, slices, 2], DType::F32)?;
     let statistics = Launch {
         file: File::Group,
         kernel: "group_merge".to_owned(),
@@ -82,7 +82,7 @@ pub(crate) fn group_norm(
         threads: 32,
         shared: 0,
     }
-    .run(device, &[batch * groups, 2], DType::F32)?;
+    .run(&[batch * groups, 2], DType::F32)?;
     Launch {
         file: File::Group,
         kernel: format!("group_apply_{suffix}"),
@@ -92,5 +92,5 @@ pub(crate) fn group_norm(
         threads: THREADS,
         shared: 0,
     }
-    .run(device, x.dims(), x.dtype())
+    .run(x.dims(), x.dtype())
 }

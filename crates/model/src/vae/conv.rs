@@ -1,7 +1,7 @@
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", test))]
 use crate::cuda;
 use crate::{
     Error, Result, memory,
@@ -90,15 +90,7 @@ impl CausalConv3d {
         if !host::here(x) {
             #[cfg(feature = "cuda")]
             if cuda::here(x) {
-                let given = cuda::Convolution {
-                    weight: &self.weight.reshape((self.out, self.kernel.pow(3), self.inp))?,
-                    bias: &self.bias,
-                    residual: step.residual,
-                    kernel: self.kernel,
-                    sources: &axes.sources.iter().flatten().map(|&at| at as u32).collect::<Vec<_>>(),
-                    out: axes.out,
-                };
-                return Ok(cuda::convolve(x, &given)?);
+                return self.forward_on_card(x, step);
             }
             return self.forward_portable(x, step);
         }
@@ -116,6 +108,27 @@ impl CausalConv3d {
             }
         }
         Ok(host::tensor(y, &[batch, self.out, to, ho, wo], x.dtype())?)
+    }
+
+    /// The same by a kernel of a card.
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn forward_on_card(&self, x: &Tensor, step: Step<'_>) -> Result<Tensor> {
+        let (_, _, t, h, w) = x.dims5()?;
+        let axes = Axes::new([t, h, w], self.kernel, self.stride, step.upsample);
+        let taps = self.kernel.pow(3);
+        let weight = match on_card(&self.weight) {
+            true => self.weight.reshape((self.out, taps, self.inp))?,
+            false => self.weight.reshape((self.out, self.inp, taps))?.transpose(1, 2)?,
+        };
+        let given = cuda::Convolution {
+            weight: &weight,
+            bias: &self.bias,
+            residual: step.residual,
+            kernel: self.kernel,
+            sources: &axes.sources.iter().flatten().map(|&at| at as u32).collect::<Vec<_>>(),
+            out: axes.out,
+        };
+        Ok(cuda::convolve(x, &given)?)
     }
 
     /// Unfolds the input some positions at a time while it is multiplied: `x` `(C, T, H, W)` to `y` `(O, T', H', W')`.

@@ -2,7 +2,7 @@
 //
 // `flash_*`: tensor cores, 16-bit values, heads of 64 or 128, no mask. `plain_*`: any type, a mask, heads of 32 to
 // 1024, for few keys. Both keep a running maximum and sum for each query.
-#include "tensor_core.cuh"
+#include <tensor_core.cuh> // of `card`, or of the emulation
 
 namespace {
 
@@ -42,7 +42,7 @@ template <typename T, int D>
 __device__ __forceinline__ void flash(const T *q, const T *k, const T *v, T *out, int queries, int keys, int heads,
                                       float scale) {
     constexpr int KEYS = TILE_KEYS<D>;
-    extern __shared__ __align__(128) unsigned char memory[];
+    DYNAMIC_SHARED(memory);
     const uint32_t q_at = shared_address(memory), k_at = q_at + QUERIES * D * 2, v_at = k_at + KEYS * D * 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first = blockIdx.x * QUERIES;

@@ -38,7 +38,7 @@ __device__ __forceinline__ float block_sum(float v, float *room) {
     if (threadIdx.x % 32 == 0) room[warp] = v;
     __syncthreads();
     if (warp == 0) {
-        float all = threadIdx.x < warps ? room[threadIdx.x] : 0.f;
+        float all = int(threadIdx.x) < warps ? room[threadIdx.x] : 0.f;
         all = warp_sum(all);
         if (threadIdx.x == 0) room[32] = all;
     }

@@ -1,7 +1,7 @@
 // Causal convolution over time, rows and columns: a product of the weights with the unfolded input, which is never
 // made. Edges are repeated and the input is upsampled by looking up where a position reads from, so there is no padded
 // copy either.
-#include "tensor_core.cuh"
+#include <tensor_core.cuh> // of `card`, or of the emulation
 
 namespace {
 

@@ -1,7 +1,10 @@
 // Products of 16-bit values on tensor cores, sums in f32, and what brings operands there. Compute capability 8.0 and newer.
 #pragma once
 
-#include "common.cuh"
+#include "../common.cuh"
+
+// The shared memory that a launch asks for, as bytes.
+#define DYNAMIC_SHARED(NAME) extern __shared__ __align__(128) unsigned char NAME[]
 
 __device__ __forceinline__ uint32_t shared_address(const void *at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
