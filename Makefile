@@ -11,7 +11,8 @@ DEMO_MODELS := models/demo/weights
 ROUNDS := 200
 PROMPT := A person speaks calmly to the camera.
 
-.PHONY: help demo demo-picture quality test setup fmt lint proto-lint build rust fuzz python chaos parity memory-proof full-size-proof
+.PHONY: help demo demo-picture quality test setup fmt lint proto-lint build rust fuzz python chaos parity memory-proof \
+  seconds-proof full-size-proof
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -65,6 +66,10 @@ chaos: build ## Kills processes at random moments, ROUNDS times on each database
 memory-proof: ## Generates at full width and reduced depth within 4, 6, 8 and 12 GiB in proportion (6 GB of disk)
 	cargo build --release --locked -p avatar -p e2e --bins
 	target/release/proof
+
+seconds-proof: ## Holds predicted seconds against measured ones at three sizes, on a quiet machine
+	cargo build --release --locked -p avatar -p e2e --bins
+	target/release/proof --seconds
 
 full-size-proof: ## Generates with all 13 billion weights within 4 GiB (16 GB of disk, hours)
 	cargo build --release --locked -p avatar -p e2e --bins

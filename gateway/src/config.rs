@@ -14,7 +14,10 @@ use service_kit::config::{CommonConfig, CommonFlags, Mistakes, Settings, parse_l
 
 use crate::{
     stages::StageUris,
-    store::{Database, Records, Retention},
+    store::{
+        Database, Records, Retention,
+        artifacts::place::{Access, Place},
+    },
     validate::MOST_AUDIO_SECONDS,
     webhook::{self, Secret, WebhookOptions},
 };
@@ -41,8 +44,9 @@ pub struct Flags {
     /// Where the transformer is.
     #[arg(long, env = "AVATAR_DIFFUSION", value_name = "URL", default_value = "http://127.0.0.1:50054")]
     diffusion: String,
-    /// Where the decoder is.
-    #[arg(long, env = "AVATAR_VAE_DECODE", value_name = "URL", default_value = "http://127.0.0.1:50055")]
+    /// Where the decoder is; or several, with commas between: one that cannot be reached, has no room or runs out of
+    /// memory is left for the next.
+    #[arg(long, env = "AVATAR_VAE_DECODE", value_name = "URL,..", default_value = "http://127.0.0.1:50055")]
     vae_decode: String,
     #[allow(missing_docs)] // A doc comment would replace the description of the program in --help.
     #[command(flatten)]
@@ -56,7 +60,8 @@ pub struct Flags {
 #[derive(Debug, Clone, Args)]
 pub struct OptionFlags {
     /// Folder for records, inputs, work in progress and videos, made if missing; a restart goes on from there. One
-    /// gateway at a time uses it, or all that share a --database.
+    /// gateway at a time uses it, or all that share a --database. With --database and --artifacts only what is being
+    /// written lies there.
     #[arg(long, env = "AVATAR_DATA_DIR", value_name = "DIR", default_value = "avatar-data")]
     pub data_dir: PathBuf,
     #[allow(missing_docs)]
@@ -91,6 +96,10 @@ pub struct OptionFlags {
     /// what is predicted of it; then its worker is suspected, and the step is begun again.
     #[arg(long, env = "AVATAR_STUCK_AFTER", value_name = "SECONDS", default_value = "60")]
     pub stuck_after: String,
+    /// Small pictures (0 to 100) of how far each generation is, evenly spread over its steps; 0 makes none. The decoder
+    /// makes them beside the steps where its device has room to spare.
+    #[arg(long, env = "AVATAR_PREVIEWS", value_name = "N", default_value = "5")]
+    pub previews: String,
     /// Longest recording in seconds (1 to 600).
     #[arg(long, env = "AVATAR_MAX_AUDIO_SECONDS", value_name = "SECONDS", default_value = "600")]
     pub max_audio_seconds: String,
@@ -114,13 +123,28 @@ pub struct OptionFlags {
 #[derive(Clone, Args)]
 pub struct RecordFlags {
     /// PostgreSQL database for the records, as in postgres://USER@HOST:PORT/NAME, instead of a file in --data-dir.
-    /// Several gateways may share it, with one --data-dir that all of them see. Other users of the machine can read
-    /// flags: give the password in a file, or the URL in the environment.
+    /// Several gateways may share it, with the same --artifacts or one --data-dir that all of them see. Other users of
+    /// the machine can read flags: give the password in a file, or the URL in the environment.
     #[arg(long, env = "AVATAR_DATABASE", value_name = "URL", hide_env_values = true)]
     pub database: Option<String>,
     /// File whose first line is the password for --database.
     #[arg(long, env = "AVATAR_DATABASE_PASSWORD_FILE", value_name = "FILE")]
     pub database_password_file: Option<PathBuf>,
+    /// Bucket for inputs, latents, encoders' answers and videos, instead of a folder in --data-dir: s3://BUCKET/PREFIX,
+    /// gs://BUCKET/PREFIX or az://CONTAINER/PREFIX. Gateways that share a --database share it too; no others may.
+    #[arg(long, env = "AVATAR_ARTIFACTS", value_name = "URL")]
+    pub artifacts: Option<String>,
+    /// Where the --artifacts are served, if not by the service's maker, as in https://s3.example.com.
+    #[arg(long, env = "AVATAR_ARTIFACTS_ENDPOINT", value_name = "URL")]
+    pub artifacts_endpoint: Option<String>,
+    /// Speak to --artifacts-endpoint without TLS even if it is not on this machine.
+    #[arg(long, env = "AVATAR_ARTIFACTS_PLAIN_HTTP")]
+    pub artifacts_plain_http: bool,
+    /// File with the credentials for --artifacts: for s3 and az lines as in the environment (AWS_ACCESS_KEY_ID=…,
+    /// AZURE_STORAGE_ACCOUNT_KEY=…) or an AWS credentials file, for gs a service account's key. Default: the environment,
+    /// or the machine's or pod's own identity.
+    #[arg(long, env = "AVATAR_ARTIFACTS_CREDENTIALS_FILE", value_name = "FILE")]
+    pub artifacts_credentials_file: Option<PathBuf>,
     /// Seconds (1 to 3600) after the last sign of life of a gateway after which another one that shares the --database
     /// goes on with its generations.
     #[arg(long, env = "AVATAR_LEASE", value_name = "SECONDS", default_value = "15")]
@@ -151,8 +175,18 @@ impl RecordFlags {
         let password = password.ok()?;
         // The URL is not repeated in the message.
         let database = self.database.map(|url| Database::new(&url, password)).transpose();
-        let database = database.map_err(|told| mistakes.note(format!("--database: {told}"))).ok()?;
-        Some(Records { database, lease: Duration::from_secs(lease? as u64) })
+        let database = database.map_err(|told| mistakes.note(format!("--database: {told}"))).ok();
+        let access = Access {
+            endpoint: self.artifacts_endpoint.as_deref(),
+            plain: self.artifacts_plain_http,
+            credentials: self.artifacts_credentials_file.as_deref(),
+        };
+        if self.artifacts.is_none() && access != Access::default() {
+            mistakes.note("--artifacts-endpoint and the like: there are no --artifacts that they are for");
+        }
+        let artifacts = self.artifacts.map(|url| Place::new(&url, &access)).transpose();
+        let artifacts = artifacts.map_err(|(flag, told)| mistakes.note(format!("{flag}: {told}"))).ok();
+        Some(Records { database: database?, artifacts: artifacts?, lease: Duration::from_secs(lease? as u64) })
     }
 }
 
@@ -271,6 +305,8 @@ pub struct Options {
     pub stage_patience: Duration,
     /// The shortest time after which a call is taken for stuck.
     pub stuck_after: Duration,
+    /// Small pictures of how far each generation is; by default none, as nobody may be watching.
+    pub previews: usize,
     /// Longest recording in seconds.
     pub max_audio_seconds: u32,
     /// The program that writes the video.
@@ -293,6 +329,7 @@ impl Default for Options {
             retention: Retention::default(),
             stage_patience: Duration::from_secs(600),
             stuck_after: Duration::from_secs(60),
+            previews: 0,
             max_audio_seconds: MOST_AUDIO_SECONDS,
             ffmpeg: "ffmpeg".into(),
             tier: TierOptions::default(),
@@ -319,6 +356,7 @@ impl OptionFlags {
         let stage_patience =
             mistakes.check("--stage-patience", &self.stage_patience, |text| parse_number(text, 0, 86_400));
         let stuck_after = mistakes.check("--stuck-after", &self.stuck_after, |text| parse_number(text, 1, 86_400));
+        let previews = mistakes.check("--previews", &self.previews, |text| parse_number(text, 0, 100));
         let max_audio_seconds = mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| {
             parse_number(text, 1, MOST_AUDIO_SECONDS as usize)
         });
@@ -347,6 +385,7 @@ impl OptionFlags {
             },
             stage_patience: Duration::from_secs(stage_patience? as u64),
             stuck_after: Duration::from_secs(stuck_after? as u64),
+            previews: previews?,
             max_audio_seconds: max_audio_seconds? as u32,
             ffmpeg: self.ffmpeg,
             webhooks: WebhookOptions {
@@ -382,18 +421,20 @@ impl Settings for Flags {
         let text_encoder = mistakes.check("--text-encoder", &self.text_encoder, parse_url);
         let image_encoder = mistakes.check("--image-encoder", &self.image_encoder, parse_url);
         let diffusion = mistakes.check("--diffusion", &self.diffusion, parse_url);
-        let vae_decode = mistakes.check("--vae-decode", &self.vae_decode, parse_url);
+        let vae_decode = mistakes.check("--vae-decode", &self.vae_decode, parse_urls);
         let options = self.options.resolve(mistakes);
         let common = self.common.resolve(mistakes);
         if options.as_ref().is_some_and(|options| options.tier.choice == Choice::Auto) {
             mistakes.note("--tier: auto needs to know the devices, which this process does not; name a tier");
         }
+        let (vae_decode, spare_decoders) = vae_decode?;
         let stages = StageUris {
             audio_encoder: audio_encoder?,
             text_encoder: text_encoder?,
             image_encoder: image_encoder?,
             diffusion: diffusion?,
-            vae_decode: vae_decode?,
+            vae_decode,
+            spare_decoders,
         };
         Some(Config { grpc: grpc?, http: http?, stages, options: options?, common: common? })
     }
@@ -406,6 +447,13 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 
 fn parse_url(text: &str) -> Result<Uri, String> {
     service_kit::client::address_uri(text).map_err(|_| "not a URL such as http://127.0.0.1:50051".to_owned())
+}
+
+/// The first URL, and those after it.
+fn parse_urls(text: &str) -> Result<(Uri, Vec<Uri>), String> {
+    let mut urls = text.split(',').map(|url| parse_url(url.trim()));
+    let first = urls.next().unwrap_or_else(|| parse_url(text))?;
+    Ok((first, urls.collect::<Result<_, _>>()?))
 }
 
 #[cfg(test)]
@@ -424,7 +472,11 @@ mod tests {
         assert_eq!(config.grpc.to_string(), "127.0.0.1:50050");
         assert_eq!(config.stages.audio_encoder, "http://127.0.0.1:50051");
         assert_eq!(config.stages.vae_decode, "http://127.0.0.1:50055");
-        assert_eq!(config.options, Options::default());
+        assert!(config.stages.spare_decoders.is_empty());
+        let several = parse(&["--vae-decode", "http://a:1, http://b:2,http://c:3"]).unwrap().stages;
+        assert_eq!((several.vae_decode, several.spare_decoders.len()), ("http://a:1".parse().unwrap(), 2));
+        assert!(parse(&["--vae-decode", "http://a:1,"]).is_err());
+        assert_eq!(config.options, Options { previews: 5, ..Options::default() });
     }
 
     #[test]
@@ -462,6 +514,28 @@ mod tests {
             let Err(ConfigError::Mistakes(mistakes)) = parse(&arguments) else { panic!("{arguments:?}") };
             let told = mistakes.to_string();
             assert!(told.contains(part) && !told.contains("first@"), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_bucket_is_taken_with_the_credentials_of_a_file_and_none_are_shown() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "aws_access_key_id=me\naws_secret_access_key=hidden\n").unwrap();
+        let credentials = ["--artifacts-credentials-file", file.path().to_str().unwrap()];
+        let config = parse(&[&["--artifacts", "s3://films/avatar"][..], &credentials].concat()).unwrap();
+        let shown = format!("{:?}", config.options.records);
+        assert!(shown.contains("s3://films/avatar") && !shown.contains("hidden"), "{shown}");
+        for (arguments, part) in [
+            (&credentials[..], "there are no --artifacts"),
+            (&["--artifacts", "films"], "--artifacts: it does not begin with s3://"),
+            (
+                &["--artifacts", "s3://films", "--artifacts-endpoint", "http://store"],
+                "--artifacts-endpoint: without TLS",
+            ),
+            (&["--artifacts", "s3://films", "--artifacts-plain-http"], "--artifacts-plain-http: there is no"),
+        ] {
+            let Err(ConfigError::Mistakes(mistakes)) = parse(arguments) else { panic!("{arguments:?}") };
+            assert!(mistakes.to_string().contains(part), "{mistakes}");
         }
     }
 

@@ -67,10 +67,18 @@ pub(crate) struct Script {
     pub(crate) decoded: Mutex<Vec<Vec<f32>>>,
     /// Calls that find their device out of memory: stage, and call of that stage, from 0.
     pub(crate) out_of_memory: Vec<(v1::Stage, usize)>,
+    /// The decoder has memory only for tiles that are so many times shorter.
+    pub(crate) tiles_that_fit: u32,
     /// Calls by stage so far.
     pub(crate) calls: Mutex<HashMap<v1::Stage, usize>>,
     /// Stages that were unloaded.
     pub(crate) unloads: AtomicUsize,
+    /// Generations have sessions on all stages.
+    pub(crate) busy: bool,
+    /// Predict calls after which the device is nearly full.
+    pub(crate) pressed: Vec<usize>,
+    /// Decode calls that run out of memory when frames have left already.
+    pub(crate) out_of_memory_late: AtomicUsize,
     /// Headers of every call of the decoder.
     pub(crate) decodes: Mutex<Vec<v1::DecodeLatentsHeader>>,
     /// Predict call that never answers.
@@ -95,9 +103,13 @@ impl Fake {
         if !self.0.out_of_memory.contains(&(stage, *call - 1)) {
             return Ok(());
         }
-        let stage = crate::fault::stage_name(stage).to_owned();
-        Err(ServiceError::DeviceMemory { stage, needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 })
+        Err(out_of_memory(stage))
     }
+}
+
+fn out_of_memory(stage: v1::Stage) -> ServiceError {
+    let stage = crate::fault::stage_name(stage).to_owned();
+    ServiceError::DeviceMemory { stage, needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 }
 }
 
 #[tonic::async_trait]
@@ -107,7 +119,9 @@ impl v1::stage_service_server::StageService for Fake {
     async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
         let checkpoint_digest = self.0.identity.lock().unwrap().clone();
         let device_id = "one device".to_owned();
-        let said = v1::DescribeResponse { checkpoint_digest, device_id, loaded: true, ..Default::default() };
+        // Four of them share the device with whoever asks.
+        let loaded = self.0.unloads.load(Ordering::SeqCst) < 4;
+        let said = v1::DescribeResponse { checkpoint_digest, device_id, loaded, ..Default::default() };
         Ok(Response::new(said))
     }
 
@@ -115,12 +129,20 @@ impl v1::stage_service_server::StageService for Fake {
         Ok(Response::new(v1::LoadResponse::default()))
     }
 
-    async fn unload(&self, _: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
+    async fn unload(&self, request: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
         if self.0.unload_hangs {
             return std::future::pending().await;
         }
-        self.0.unloads.fetch_add(1, Ordering::SeqCst);
-        Ok(Response::new(v1::UnloadResponse::default()))
+        let busy = self.0.busy && request.into_inner().idle_only;
+        self.0.unloads.fetch_add(usize::from(!busy), Ordering::SeqCst);
+        Ok(Response::new(v1::UnloadResponse { busy, ..Default::default() }))
+    }
+
+    async fn set_pressure(
+        &self,
+        _: Request<v1::SetPressureRequest>,
+    ) -> Result<Response<v1::SetPressureResponse>, Status> {
+        Ok(Response::new(v1::SetPressureResponse::default()))
     }
 
     async fn watch_memory(
@@ -150,6 +172,7 @@ pub(crate) fn start(script: &Arc<Script>) -> Stages {
         image_encoder: channel.clone(),
         diffusion: channel.clone(),
         vae_decode: channel,
+        spare_decoders: Vec::new(),
     }
 }
 
@@ -307,7 +330,9 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         };
         let velocities = tensors.iter().enumerate().map(velocity).collect();
         let message = |body| v1::PredictResponse { body: Some(body) };
-        let summary = message(Out::Summary(v1::PredictSummary::default()));
+        let pressure = self.0.pressed.contains(&call);
+        let memory = Some(v1::MemoryReport { pressure, ..Default::default() });
+        let summary = message(Out::Summary(v1::PredictSummary { memory, ..Default::default() }));
         Ok(answer(velocities, move |part| message(Out::Part(part)), summary))
     }
 
@@ -340,6 +365,9 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
         }
         self.0.decodes.lock().unwrap().push(header.clone());
         self.count(v1::Stage::VaeDecode)?;
+        if header.tile_divisor < self.0.tiles_that_fit {
+            return Err(out_of_memory(v1::Stage::VaeDecode).into());
+        }
         self.0.decoded.lock().unwrap().push(tensors[0].to_f32().unwrap());
         let (n, h, w) = (header.frame_limit as usize, 8 * tensors[0].shape()[2], 8 * tensors[0].shape()[3]);
         // A moving stripe, so that it is a video.
@@ -347,6 +375,12 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
         let values = (0..n * h * w * 3).map(|i| self.0.flat_frames.unwrap_or_else(|| stripe(i))).collect();
         let frames = HostTensor::from_u8("frames", &[n, h, w, 3], values).unwrap();
         let message = |body| v1::DecodeLatentsResponse { body: Some(body) };
+        if self.0.out_of_memory_late.fetch_update(Ordering::SeqCst, Ordering::SeqCst, away).is_ok() {
+            let stage = "vae-decode".to_owned();
+            let full = ServiceError::DeviceMemory { stage, needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 };
+            let parts: Vec<Result<_, Status>> = frames.parts().map(|part| Ok(message(Out::Part(part)))).collect();
+            return Ok(Response::new(Box::pin(stream::iter(parts.into_iter().chain([Err(full.into())])))));
+        }
         let summary = message(Out::Summary(v1::DecodeLatentsSummary { frames: n as u32, memory: None }));
         Ok(answer(vec![frames], move |part| message(Out::Part(part)), summary))
     }

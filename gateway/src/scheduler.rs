@@ -15,7 +15,7 @@ use crate::{
     fault::{Fault, Kind},
     intake::{Order, Upload},
     planning::FleetSource,
-    runner::{self, Pace, Workshop, prepare::Prepared},
+    runner::{self, Pace, Previews, Workshop, prepare::Prepared},
     stages::Stages,
     store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
     validate, webhook,
@@ -59,6 +59,8 @@ struct Inner {
     closing: CancellationToken,
     /// What runs is let go as it is.
     stopping: CancellationToken,
+    /// How denoises are shown while they last.
+    previews: Previews,
     /// What the diffusion stage said last, for when it does not answer.
     defaults: Mutex<Option<GenerationDefaults>>,
     /// Who knows the checkpoint and the devices, if anybody does.
@@ -99,6 +101,7 @@ impl Gateway {
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             stopping: CancellationToken::new(),
+            previews: Previews::new(options.previews),
             defaults: Mutex::new(None),
             fleet: OnceLock::new(),
         };
@@ -158,7 +161,7 @@ impl Gateway {
     /// Takes a place in the queue. Ask for it before a request's bytes are read: the places bound the memory. A request
     /// that was accepted before, which its key tells, needs none.
     ///
-    /// Errors: the queue or the disk is full, or the gateway is shutting down.
+    /// Errors: the queue or the disk is full, the object store fails, or the gateway is shutting down.
     pub async fn admit(&self, order: &Order) -> Result<Place, Fault> {
         if self.inner.closing.is_cancelled() {
             return Err(shutting_down());
@@ -302,8 +305,9 @@ impl Gateway {
         closing.run_until_cancelled(watching).await;
     }
 
-    /// Refuses while the disk is nearly full, so that what runs can end.
+    /// Refuses while the disk is nearly full or the object store fails, so that what runs can end.
     async fn check_space(&self) -> Result<(), Fault> {
+        self.inner.store.check_files().await?;
         let (free, wanted) = (self.inner.store.free_bytes().await?, self.inner.options.min_free_bytes);
         if free >= wanted {
             return Ok(());
@@ -320,6 +324,7 @@ impl Gateway {
             directory: self.inner.store.work_dir(),
             patience: self.inner.options.stage_patience,
             pace: Pace::new(self.inner.options.concurrent, self.inner.options.stuck_after),
+            previews: self.inner.previews.clone(),
             stopping: self.inner.stopping.clone(),
         };
         let closing = self.inner.closing.clone();

@@ -8,8 +8,6 @@ use proto::v1::{
     self, CreateGenerationRequest, GenerateRequest, GenerateResponse, GenerationSpec, GenerationState,
     avatar_service_server::{AvatarService, AvatarServiceServer},
 };
-use tokio::io::AsyncSeekExt as _;
-use tokio_util::io::ReaderStream;
 use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataMap};
 use uuid::Uuid;
 
@@ -18,13 +16,14 @@ use crate::{
     intake::{File, Intake, Order, Upload},
     planning,
     scheduler::{Gateway, Place},
-    store::{Listing, Store, artifacts::Artifact},
+    store::{
+        Listing, Store,
+        artifacts::{Artifact, Content},
+    },
 };
 
 /// Most bytes of one message that comes in: more than any allowed one, so that the refusal can name the field.
 const MESSAGE_BYTES: usize = 16 << 20;
-/// Bytes of video in one message.
-const VIDEO_CHUNK: usize = 256 << 10;
 /// How long a watcher hears nothing at most.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 /// Generations of a page, unless the caller says how many.
@@ -204,7 +203,7 @@ fn answers(owned: Owned, until: Option<tokio::time::Instant>) -> Answers<Generat
             _ => Err(Fault::new(Kind::Cancelled, "the generation was cancelled").to_status()),
         }
     })
-    .map_ok(|(file, _)| video_chunks(file))
+    .map_ok(|video| video_chunks(video, 0))
     .try_flatten()
     .map_ok(|data| GenerateResponse { body: Some(Body::VideoChunk(data.to_vec())) });
     let all = Box::pin(events.chain(video));
@@ -231,22 +230,18 @@ fn answers(owned: Owned, until: Option<tokio::time::Instant>) -> Answers<Generat
     }))
 }
 
-/// A completed generation's video from an offset on, and what the whole file is.
-async fn open_video(store: &Store, id: &str, offset: u64) -> Result<(tokio::fs::File, Artifact), Status> {
-    let (video, file) = store.video(id).await.map_err(|fault| fault.to_status())?;
-    if offset > video.bytes {
-        let message = format!("offset {offset} is past the end; the video has {} bytes", video.bytes);
+/// A completed generation's video, of which an offset is no more than the end.
+async fn open_video(store: &Store, id: &str, offset: u64) -> Result<Content, Status> {
+    let video = store.video(id).await.map_err(|fault| fault.to_status())?;
+    if offset > video.artifact.bytes {
+        let message = format!("offset {offset} is past the end; the video has {} bytes", video.artifact.bytes);
         return Err(Fault::new(Kind::OutOfRange, message).to_status());
     }
-    let mut file = tokio::fs::File::from_std(file);
-    let sought = file.seek(std::io::SeekFrom::Start(offset)).await;
-    sought.map_err(|error| Fault::internal("the video cannot be read", &error).to_status())?;
-    Ok((file, video))
+    Ok(video)
 }
 
-fn video_chunks(file: tokio::fs::File) -> impl Stream<Item = Result<Bytes, Status>> + Send {
-    ReaderStream::with_capacity(file, VIDEO_CHUNK)
-        .map_err(|error| Fault::internal("the video cannot be read", &error).to_status())
+fn video_chunks(video: Content, offset: u64) -> impl Stream<Item = Result<Bytes, Status>> + Send {
+    video.stream(offset..u64::MAX).map_err(|error| Fault::from(error).to_status())
 }
 
 #[tonic::async_trait]
@@ -372,6 +367,16 @@ impl AvatarService for Service {
         Ok(Response::new(v1::PlanGenerationResponse { plan: Some(planning::message(&plan)) }))
     }
 
+    async fn get_preview(
+        &self,
+        request: Request<v1::GetPreviewRequest>,
+    ) -> Result<Response<v1::GetPreviewResponse>, Status> {
+        let v1::GetPreviewRequest { generation_id, step } = request.into_inner();
+        let preview = self.gateway.store().preview(&generation_id, step).await;
+        let (Artifact { hash: sha256, .. }, data) = preview.map_err(|fault| fault.to_status())?;
+        Ok(Response::new(v1::GetPreviewResponse { data, sha256 }))
+    }
+
     async fn list_tiers(&self, _: Request<v1::ListTiersRequest>) -> Result<Response<v1::ListTiersResponse>, Status> {
         Ok(Response::new(planning::list(self.gateway.tiers())))
     }
@@ -381,9 +386,10 @@ impl AvatarService for Service {
         request: Request<v1::DownloadVideoRequest>,
     ) -> Result<Response<Self::DownloadVideoStream>, Status> {
         let request = request.into_inner();
-        let (file, video) = open_video(self.gateway.store(), &request.generation_id, request.offset).await?;
-        let first = v1::DownloadVideoResponse { data: Vec::new(), total_bytes: video.bytes, sha256: video.hash };
-        let rest = video_chunks(file)
+        let video = open_video(self.gateway.store(), &request.generation_id, request.offset).await?;
+        let Artifact { hash, bytes } = video.artifact.clone();
+        let first = v1::DownloadVideoResponse { data: Vec::new(), total_bytes: bytes, sha256: hash };
+        let rest = video_chunks(video, request.offset)
             .map_ok(|data| v1::DownloadVideoResponse { data: data.to_vec(), ..v1::DownloadVideoResponse::default() });
         Ok(Response::new(Box::pin(stream::once(async { Ok(first) }).chain(rest))))
     }

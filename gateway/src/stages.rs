@@ -27,6 +27,15 @@ const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// not the one whose memory helps now.
 const UNLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Which stages may be unloaded for another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// Those that no generation has a session on.
+    Nobodys,
+    /// All; generations open their sessions again and compute again what these kept.
+    Anybodys,
+}
+
 /// Connections to the five stages.
 #[derive(Debug, Clone)]
 pub struct Stages {
@@ -40,6 +49,8 @@ pub struct Stages {
     pub diffusion: Channel,
     /// Latents to frames.
     pub vae_decode: Channel,
+    /// More of these, tried in this order where it cannot be reached, has no room or runs out of memory.
+    pub spare_decoders: Vec<Channel>,
 }
 
 /// Where the five stages are.
@@ -55,6 +66,8 @@ pub struct StageUris {
     pub diffusion: Uri,
     /// Latents to frames.
     pub vae_decode: Uri,
+    /// More of these, in the order in which they are tried.
+    pub spare_decoders: Vec<Uri>,
 }
 
 impl Stages {
@@ -69,6 +82,7 @@ impl Stages {
             image_encoder: channel(&uris.image_encoder)?,
             diffusion: channel(&uris.diffusion)?,
             vae_decode: channel(&uris.vae_decode)?,
+            spare_decoders: uris.spare_decoders.iter().map(channel).collect::<Result<_, _>>()?,
         })
     }
 
@@ -86,12 +100,17 @@ impl Stages {
     /// What decides a stage's answers besides its inputs: its checkpoint and how it computes. Empty where the stage
     /// cannot say it.
     pub async fn identity(&self, stage: Stage) -> Result<String, Fault> {
-        let answer = describe(self.channel(stage), stage).await?;
+        let answer = self.describe(stage).await?;
         if answer.checkpoint_digest.is_empty() {
             return Ok(String::new());
         }
         let device = kind_of_device(&answer.device);
         Ok(format!("{} {} {device} {}", answer.checkpoint_digest, answer.version, answer.compute))
+    }
+
+    /// What a stage says of itself.
+    pub(crate) async fn describe(&self, stage: Stage) -> Result<v1::DescribeResponse, Fault> {
+        describe(self.channel(stage), stage).await
     }
 
     fn channel(&self, stage: Stage) -> &Channel {
@@ -104,23 +123,36 @@ impl Stages {
         }
     }
 
-    /// Unloads the stages that share a device with `stage` and are loaded; gives their names.
+    /// The same stages with each decoder as the first one, in the order in which they are tried.
+    pub(crate) fn by_decoder(&self) -> Vec<Self> {
+        let all: Vec<Channel> = std::iter::once(&self.vae_decode).chain(&self.spare_decoders).cloned().collect();
+        let with_first = |first: usize| {
+            let mut others = all.clone();
+            let vae_decode = others.remove(first);
+            Self { vae_decode, spare_decoders: others, ..self.clone() }
+        };
+        (0..all.len()).map(with_first).collect()
+    }
+
+    /// Unloads the stages that share a device with `stage`, are loaded and may go; gives their names.
     ///
     /// One that does not answer keeps what it has: nothing is lost by trying.
-    pub async fn unload_beside(&self, stage: Stage) -> Vec<&'static str> {
+    pub async fn unload_beside(&self, stage: Stage, whose: Whose) -> Vec<&'static str> {
         let all = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode];
-        let own = describe(self.channel(stage), stage).await.ok();
+        let own = self.describe(stage).await.ok();
         let Some(device) = own.map(|said| said.device_id).filter(|id| !id.is_empty()) else { return Vec::new() };
         let mut unloaded = Vec::new();
-        for other in all.into_iter().filter(|other| *other != stage) {
-            let channel = self.channel(other);
+        let others = all.into_iter().filter(|other| *other != stage).map(|other| (other, self.channel(other)));
+        let spare = self.spare_decoders.iter().map(|decoder| (Stage::VaeDecode, decoder));
+        for (other, channel) in others.chain(spare) {
             let beside = describe(channel, other).await.is_ok_and(|said| said.loaded && said.device_id == device);
             if !beside {
                 continue;
             }
             let name = crate::fault::stage_name(other);
-            match unload(channel, other, UNLOAD_TIMEOUT).await {
-                Ok(()) => unloaded.push(name),
+            match unload(channel, other, (whose, UNLOAD_TIMEOUT)).await {
+                Ok(true) => unloaded.push(name),
+                Ok(false) => tracing::info!(stage = name, "it was not unloaded, as a generation has a session there"),
                 Err(fault) => tracing::warn!(stage = name, %fault, "it was not unloaded"),
             }
         }
@@ -238,10 +270,12 @@ async fn describe(channel: &Channel, stage: Stage) -> Result<v1::DescribeRespons
 }
 
 /// Makes a stage give its memory back, in `patience` at most.
-async fn unload(channel: &Channel, stage: Stage, patience: Duration) -> Result<(), Fault> {
+/// Unloads a stage, and says whether it went.
+async fn unload(channel: &Channel, stage: Stage, (whose, patience): (Whose, Duration)) -> Result<bool, Fault> {
     let mut client = StageServiceClient::new(channel.clone());
-    match tokio::time::timeout(patience, client.unload(v1::UnloadRequest {})).await {
-        Ok(Ok(_)) => Ok(()),
+    let request = v1::UnloadRequest { idle_only: whose == Whose::Nobodys };
+    match tokio::time::timeout(patience, client.unload(request)).await {
+        Ok(Ok(answer)) => Ok(!answer.into_inner().busy),
         Ok(Err(status)) => Err(fault(&status, stage)),
         Err(_) => {
             let name = crate::fault::stage_name(stage);
@@ -394,7 +428,8 @@ mod tests {
     #[tokio::test]
     async fn a_stage_that_does_not_unload_is_not_waited_for_without_end() {
         let stages = fakes::start(&Arc::new(Script { unload_hangs: true, ..Script::default() }));
-        let fault = unload(&stages.vae_decode, Stage::VaeDecode, Duration::from_millis(50)).await.unwrap_err();
+        let fault = unload(&stages.vae_decode, Stage::VaeDecode, (Whose::Anybodys, Duration::from_millis(50))).await;
+        let fault = fault.unwrap_err();
         assert_eq!((fault.kind, fault.stage), (Kind::Unavailable, Stage::VaeDecode));
         assert!(fault.message.starts_with("vae-decode: not unloaded"), "{fault}");
     }

@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashSet,
-    io::Read as _,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -13,7 +12,8 @@ use std::{
 use futures::StreamExt as _;
 use planner::plan::Choice;
 use proto::v1::{
-    FaceBox, Generation, GenerationDefaults, GenerationEvent, GenerationSpec, GenerationState, Parity, PassMode, Stage,
+    DecodeLatentsHeader, FaceBox, Generation, GenerationDefaults, GenerationEvent, GenerationSpec, GenerationState,
+    Parity, PassMode, PredictHeader, Stage,
 };
 use tower::ServiceExt as _;
 use uuid::Uuid;
@@ -25,7 +25,7 @@ use crate::{
     fault::{Fault, Kind},
     intake::{Order, Upload},
     runner::prepare::Prepared,
-    store::life,
+    store::{artifacts::Artifact, life},
     validate,
     webhook::{self, WebhookOptions},
 };
@@ -73,6 +73,14 @@ impl Desk {
 
     async fn ended(&self, id: Uuid) -> Generation {
         tokio::time::timeout(Duration::from_secs(120), self.gateway.store().wait_end(id)).await.unwrap().unwrap()
+    }
+
+    /// A completed video.
+    async fn video(&self, id: Uuid) -> (Artifact, Vec<u8>) {
+        let content = self.gateway.store().video(&id.to_string()).await.unwrap();
+        let artifact = content.artifact.clone();
+        let read: Vec<bytes::Bytes> = content.stream(0..u64::MAX).map(Result::unwrap).collect().await;
+        (artifact, read.concat())
     }
 
     async fn events(&self, id: Uuid) -> Vec<GenerationEvent> {
@@ -137,9 +145,7 @@ async fn quirk_fixed_k_makes_a_video_with_a_warning_about_the_missing_face() {
     let outcome = generation.outcome.unwrap();
     assert_eq!(outcome.stages.len(), 5);
     assert!(outcome.warnings[0].contains("No face was found"));
-    let (kept, mut file) = desk.gateway.store().video(&id.to_string()).await.unwrap();
-    let mut video = Vec::new();
-    file.read_to_end(&mut video).unwrap();
+    let (kept, video) = desk.video(id).await;
     assert_eq!((video.len() as u64, crc32c::crc32c(&video)), (outcome.video_bytes, outcome.video_crc32c));
     assert_eq!(kept.bytes, outcome.video_bytes);
     assert!(script.sessions.lock().unwrap().is_empty());
@@ -192,10 +198,11 @@ async fn by_the_references_rules_long_speech_is_cut_and_it_is_said_before_the_fi
     let warned = events.iter().position(|event| event.warning && event.message.starts_with(said)).unwrap();
     let denoised = events.iter().position(|event| event.state() == GenerationState::Denoising).unwrap();
     assert!(warned < denoised);
+    let video = desk.folder.path().join("video.mp4");
+    std::fs::write(&video, desk.video(id).await.1).unwrap();
     let shown = std::process::Command::new("ffprobe")
         .args(["-v", "error", "-show_entries", "stream=duration", "-of", "csv=p=0"])
-        .arg("-")
-        .stdin(desk.gateway.store().video(&id.to_string()).await.unwrap().1)
+        .arg(&video)
         .output()
         .unwrap();
     let shown = String::from_utf8(shown.stdout).unwrap();
@@ -356,6 +363,258 @@ async fn a_decoder_without_memory_takes_smaller_tiles_and_never_repeats_a_step()
     assert_eq!((failure.code.as_str(), failure.stage()), ("RESOURCE_EXHAUSTED", Stage::VaeDecode));
     assert!(failure.message.contains("tiles 2 times shorter; tiles 4 times shorter"), "{failure:?}");
     assert_eq!((script.passes.lock().unwrap().len(), script.decodes.lock().unwrap().len()), (2, 4));
+}
+
+/// At the first call of every stage while others are busy, at every step, and in the decoder after frames have left:
+/// nothing but the call that failed is made again.
+#[tokio::test]
+async fn memory_that_ends_anywhere_costs_no_more_than_the_call_it_ended_in() {
+    let plain = Arc::new(Script::default());
+    let (desk, id) = start(&plain, 3).await;
+    desk.ended(id).await;
+    let latents = plain.decoded.lock().unwrap().clone();
+    let encoders = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder];
+    let first = encoders.map(|stage| Script { busy: true, out_of_memory: vec![(stage, 0)], ..Script::default() });
+    let steps = (0..=3).map(|call| Script { out_of_memory: vec![(Stage::Diffusion, call)], ..Script::default() });
+    let late = (1..=3).map(|times| Script { out_of_memory_late: AtomicUsize::new(times), ..Script::default() });
+    for script in first.into_iter().chain(steps).chain(late) {
+        let script = Arc::new(script);
+        let (desk, id) = start(&script, 3).await;
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+        assert_eq!(script.passes.lock().unwrap().len(), 3, "no step is repeated");
+        assert_eq!(script.decoded.lock().unwrap().last(), latents.last(), "the latents are those without a fault");
+        let events = desk.events(id).await;
+        assert!(events.iter().any(|event| event.message.contains("ran out of memory")), "{events:?}");
+    }
+}
+
+/// While generations have sessions on the other stages, what costs nobody anything comes first: a call with one pass.
+#[tokio::test]
+async fn other_generations_sessions_go_only_when_one_pass_a_call_does_not_help() {
+    for (calls, unloads) in [(vec![3], 0), (vec![3, 4], 4)] {
+        let out_of_memory = calls.into_iter().map(|call| (Stage::Diffusion, call)).collect();
+        let script = Arc::new(Script { busy: true, out_of_memory, ..Script::default() });
+        let (desk, id) = start(&script, 4).await;
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+        assert_eq!(script.unloads.load(Ordering::SeqCst), unloads);
+        let late = |(header, _): &&(PredictHeader, Vec<Vec<f32>>)| header.step >= 2;
+        assert!(script.passes.lock().unwrap().iter().filter(late).all(|(header, _)| header.items.len() == 1));
+    }
+}
+
+#[tokio::test]
+async fn while_its_device_is_nearly_full_a_denoise_takes_one_pass_a_call_and_says_so() {
+    let plain = Arc::new(Script::default());
+    let (desk, id) = start(&plain, 5).await;
+    desk.ended(id).await;
+    // Full after the first step, and with room again after the last pass of the third.
+    let script = Arc::new(Script { pressed: vec![0, 1, 2, 3], ..Script::default() });
+    let (desk, id) = start(&script, 5).await;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let size = |(header, _): &(PredictHeader, _)| (header.step, header.items.len());
+    let seen: Vec<_> = script.passes.lock().unwrap().iter().map(size).collect();
+    assert_eq!(seen, [(0, 2), (1, 1), (1, 1), (2, 1), (2, 1), (3, 2), (4, 2)]);
+    assert_eq!(*script.decoded.lock().unwrap(), *plain.decoded.lock().unwrap(), "the result is the same");
+    let events = desk.events(id).await;
+    for part in ["from step 2 on each call holds one pass", "from step 4 on calls hold all passes"] {
+        assert_eq!(events.iter().filter(|event| event.message.contains(part)).count(), 1, "{part}");
+    }
+    let reports = generation.outcome.unwrap().stages;
+    let report = reports.iter().find(|report| report.stage() == Stage::Diffusion).unwrap();
+    assert_eq!(report.eased, 1, "{report:?}");
+}
+
+/// Tile divisors of calls, each as often as it was changed to: calls that unload other stages keep it.
+fn rungs<'a>(decodes: impl Iterator<Item = &'a DecodeLatentsHeader>) -> Vec<u32> {
+    let mut divisors: Vec<u32> = decodes.map(|header| header.tile_divisor).collect();
+    divisors.dedup();
+    divisors
+}
+
+/// Each of them finds the decoder out of memory with whole tiles, before and after the other stages are unloaded, and with
+/// tiles half as long.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_of_a_hundred_generations_finish_after_their_decoder_ran_out_of_memory_with_no_step_repeated() {
+    const GENERATIONS: usize = 100;
+    let script = Arc::new(Script { tiles_that_fit: 4, ..Script::default() });
+    let desk = Desk::with(&script, Options { queue: GENERATIONS, concurrent: 4, ..Options::default() }).await;
+    let mut ids = Vec::new();
+    for seed in 0..GENERATIONS as u64 {
+        let spec = GenerationSpec { steps: Some(2), seed: Some(seed), ..Default::default() };
+        ids.push(desk.accept(upload(spec, 1)).await.unwrap());
+    }
+    for id in &ids {
+        let generation = desk.ended(*id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    }
+    let (passes, decodes) = (script.passes.lock().unwrap(), script.decodes.lock().unwrap());
+    for id in ids.iter().map(Uuid::to_string) {
+        let own = passes.iter().filter(|(header, _)| header.session_id.starts_with(&id));
+        assert_eq!(own.map(|(header, _)| header.step).collect::<Vec<_>>(), [0, 1], "{id}");
+        let own = decodes.iter().filter(|header| header.generation_id == id);
+        assert_eq!(rungs(own), [1, 2, 4], "{id}");
+    }
+    assert_eq!(passes.len(), 2 * GENERATIONS);
+    assert_eq!(script.decoded.lock().unwrap().len(), GENERATIONS);
+}
+
+/// A desk whose generations have previews.
+async fn with_previews(script: &Arc<Script>, previews: usize) -> Desk {
+    Desk::with(script, Options { previews, ..Options::default() }).await
+}
+
+/// Waits for an event about a preview.
+async fn preview_told(desk: &Desk, id: Uuid) -> GenerationEvent {
+    let events = desk.gateway.store().events(id, 1).map(Result::unwrap);
+    let mut told = events.filter(|event| std::future::ready(event.preview.is_some())).boxed();
+    let told = tokio::time::timeout(Duration::from_secs(120), told.next()).await.unwrap();
+    told.expect("it ended without a preview")
+}
+
+#[tokio::test]
+async fn a_preview_is_told_of_while_the_steps_go_on_and_can_be_fetched_until_the_generation_is_removed() {
+    let plain = Arc::new(Script::default());
+    let spec = || GenerationSpec { steps: Some(4), ..Default::default() };
+    let (desk, id) = start_with(&plain, spec(), 5).await;
+    desk.ended(id).await;
+
+    // The only preview is that after step 2.
+    let script = Arc::new(Script { hold: Mutex::new(Some(2)), ..Script::default() });
+    let desk = with_previews(&script, 1).await;
+    let id = desk.accept(upload(spec(), 5)).await.unwrap();
+    let event = preview_told(&desk, id).await;
+    let preview = event.preview.clone().unwrap();
+    assert_eq!((preview.step, preview.width, preview.height), (2, 64, 64));
+    assert_eq!((event.state(), event.stage()), (GenerationState::Denoising, Stage::VaeDecode));
+    let path = format!("/v1/videos/{id}/previews/2");
+    let (status, headers, file) = rest(&desk, &path, &[]).await;
+    assert_eq!((status, headers["content-type"].to_str().unwrap()), (200, "image/jpeg"));
+    assert_eq!(
+        (file.len() as u64, headers["etag"].to_str().unwrap()),
+        (preview.bytes, &*format!("\"{}\"", preview.sha256))
+    );
+    let picture = image::load_from_memory_with_format(&file, image::ImageFormat::Jpeg).unwrap();
+    assert_eq!((picture.width(), picture.height()), (64, 64));
+    let tag = headers["etag"].to_str().unwrap();
+    assert_eq!(rest(&desk, &path, &[("if-none-match", tag)]).await.0, 304);
+    for none in ["1", "3", "x", "-1"] {
+        assert_eq!(rest(&desk, &format!("/v1/videos/{id}/previews/{none}"), &[]).await.0, 404, "{none}");
+    }
+
+    *script.hold.lock().unwrap() = None;
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let decodes = script.decodes.lock().unwrap().clone();
+    let asked: Vec<_> = decodes.iter().map(|header| (header.frame_limit, header.tile_divisor)).collect();
+    assert_eq!(asked, [(1, 2), (5, 1)], "one frame in small tiles, then the video");
+    let decoded = script.decoded.lock().unwrap().clone();
+    assert_eq!(decoded[0].len(), 2 * 8 * 8, "one latent frame");
+    assert!(decoded[1] == plain.decoded.lock().unwrap()[0], "the video's latents are those without a preview");
+    let events = String::from_utf8(rest(&desk, &format!("/v1/videos/{id}/events"), &[]).await.2).unwrap();
+    assert!(events.contains(&format!("\"url\":\"{path}\"")), "{events}");
+    assert_eq!(rest(&desk, &path, &[]).await.0, 200, "it stays with the video");
+    desk.gateway.store().remove(&id.to_string()).await.unwrap();
+    assert_eq!(rest(&desk, &path, &[]).await.0, 404);
+    until(|| desk.files() == 0).await;
+}
+
+#[tokio::test]
+async fn a_decoder_that_is_away_full_or_out_of_memory_costs_the_preview_alone_and_is_not_asked_again() {
+    let scripts = [
+        Script { decoder_away: AtomicUsize::new(1), ..Script::default() },
+        Script { decoder_full: AtomicUsize::new(1), ..Script::default() },
+        Script { out_of_memory: vec![(Stage::VaeDecode, 0)], ..Script::default() },
+    ];
+    for script in scripts {
+        let script = Arc::new(Script { hold: Mutex::new(Some(1)), ..script });
+        let spec = GenerationSpec { steps: Some(2), ..Default::default() };
+        let desk = with_previews(&script, 1).await;
+        let id = desk.accept(upload(spec, 5)).await.unwrap();
+        let refused = || {
+            script.decoder_away.load(Ordering::SeqCst) + script.decoder_full.load(Ordering::SeqCst) == 0
+                && (script.out_of_memory.is_empty() || script.calls.lock().unwrap().contains_key(&Stage::VaeDecode))
+        };
+        until(refused).await;
+        *script.hold.lock().unwrap() = None;
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+        let events = desk.events(id).await;
+        assert!(events.iter().all(|event| event.preview.is_none() && !event.message.contains("ran out of memory")));
+        assert_eq!(script.passes.lock().unwrap().len(), 2, "no step is repeated");
+        assert_eq!(script.decoded.lock().unwrap().len(), 1, "the video alone");
+        assert_eq!(script.unloads.load(Ordering::SeqCst), 0, "nobody is unloaded for a preview");
+    }
+}
+
+#[tokio::test]
+async fn without_previews_the_decoder_is_asked_for_the_video_alone() {
+    let script = Arc::new(Script::default());
+    let (desk, id) = start(&script, 6).await;
+    desk.ended(id).await;
+    assert_eq!(script.decodes.lock().unwrap().len(), 1);
+    assert!(desk.events(id).await.iter().all(|event| event.preview.is_none()));
+}
+
+/// A desk with two decoders: the first one is the script's, the second one that of `spare`.
+async fn with_spare_decoder(script: &Arc<Script>, spare: &Arc<Script>) -> Desk {
+    let folder = tempfile::tempdir().unwrap();
+    let options = Options { data_dir: folder.path().to_owned(), ..Options::default() };
+    let mut stages = fakes::start(script);
+    stages.spare_decoders = vec![fakes::start(spare).vae_decode];
+    Desk { gateway: Gateway::new(&options, stages).await.unwrap(), folder }
+}
+
+#[tokio::test]
+async fn a_decoder_that_never_has_memory_is_left_for_the_next_one_and_no_step_is_repeated() {
+    let (script, spare) =
+        (Arc::new(Script { tiles_that_fit: u32::MAX, ..Script::default() }), Arc::new(Script::default()));
+    let desk = with_spare_decoder(&script, &spare).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)).await.unwrap();
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    let tried = |script: &Script| rungs(script.decodes.lock().unwrap().iter());
+    assert_eq!((tried(&script), tried(&spare)), (vec![1, 2, 4], vec![1]), "the whole ladder comes first");
+    assert_eq!(script.passes.lock().unwrap().len(), 2);
+    let events = desk.events(id).await;
+    let told = events.iter().find(|event| event.message.contains("vae-decode 1 of 2 ran out of memory")).unwrap();
+    assert!(told.stage() == Stage::VaeDecode && told.message.contains("2 of 2 is tried"), "{told:?}");
+}
+
+#[tokio::test]
+async fn a_decoder_that_is_away_or_full_is_not_waited_for_where_another_is_free() {
+    for first in [
+        Script { decoder_away: AtomicUsize::new(usize::MAX), ..Script::default() },
+        Script { decoder_full: AtomicUsize::new(usize::MAX), ..Script::default() },
+    ] {
+        let (script, spare) = (Arc::new(first), Arc::new(Script::default()));
+        let desk = with_spare_decoder(&script, &spare).await;
+        let id = desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 5)).await.unwrap();
+        let generation = desk.ended(id).await;
+        assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+        let left = script.decoder_away.load(Ordering::SeqCst).max(script.decoder_full.load(Ordering::SeqCst));
+        assert_eq!((usize::MAX - left, spare.decodes.lock().unwrap().len()), (1, 1), "each is asked once");
+    }
+}
+
+#[tokio::test]
+async fn while_one_decoder_has_no_memory_another_one_that_is_away_is_waited_for() {
+    let script = Arc::new(Script { tiles_that_fit: u32::MAX, ..Script::default() });
+    let spare = Arc::new(Script { decoder_away: AtomicUsize::new(2), ..Script::default() });
+    let desk = with_spare_decoder(&script, &spare).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 5)).await.unwrap();
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    assert_eq!(rungs(script.decodes.lock().unwrap().iter()), [1, 2, 4], "what was tried in vain is not tried again");
+
+    let full = || Arc::new(Script { tiles_that_fit: u32::MAX, ..Script::default() });
+    let (script, spare) = (full(), full());
+    let desk = with_spare_decoder(&script, &spare).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 5)).await.unwrap();
+    let failure = desk.ended(id).await.failure.unwrap();
+    assert_eq!((failure.code.as_str(), failure.stage()), ("RESOURCE_EXHAUSTED", Stage::VaeDecode));
+    assert!(failure.message.contains("tiles 4 times shorter"), "{failure:?}");
 }
 
 /// Waits until a generation has taken so many steps, each stored.

@@ -24,6 +24,10 @@ VARIANTS = {
         "gateway.replicas=3",
         "gateway.database.url=postgres://avatar@db:5432/avatar",
         "gateway.database.passwordSecret.name=db",
+        "gateway.artifacts.url=s3://films/avatar",
+        "gateway.artifacts.endpoint=http://store:9000",
+        "gateway.artifacts.plainHttp=true",
+        "gateway.artifacts.credentialsSecret.name=bucket",
         "gateway.webhooks.secret.name=hooks",
         "gateway.webhooks.allow[0]=hooks.example:8080",
         "gateway.webhooks.allow[1]=other",
@@ -148,14 +152,19 @@ def test_several_gateways_share_a_database_and_secrets_come_as_files(render) -> 
     mounts = {mount["name"]: mount for mount in container(gateway)["volumeMounts"]}
     for name, secret, used in [
         ("database", ("db", "password"), "--database-password-file"),
+        ("artifacts", ("bucket", "credentials"), "--artifacts-credentials-file"),
         ("webhooks", ("hooks", "secret"), "--webhook-secret-file"),
     ]:
         (item,) = volumes[name]["secret"]["items"]
         assert (volumes[name]["secret"]["secretName"], item["key"]) == secret
         assert flag(gateway, used) == f"{mounts[name]['mountPath']}/{item['path']}" and mounts[name]["readOnly"]
+    bucket = ["gateway.artifacts.url=gs://films", "gateway.database.url=postgres://me@db/avatar", "gateway.replicas=2"]
+    claimless = objects(render(*bucket))["Deployment", "rel-avatar-gateway"]
+    assert flag(claimless, "--artifacts") == "gs://films"
+    assert not any("persistentVolumeClaim" in volume for volume in claimless["spec"]["template"]["spec"]["volumes"])
     alone = objects(render())["Deployment", "rel-avatar-gateway"]
     assert alone["spec"]["replicas"] == 1 and alone["spec"]["strategy"]["type"] == "Recreate"
-    assert "--database" not in container(alone)["args"]
+    assert not {"--database", "--artifacts"} & set(container(alone)["args"])
 
 
 @pytest.mark.parametrize("settings", [VARIANTS["defaults"], VARIANTS["all options"]], ids=["defaults", "all options"])
@@ -164,9 +173,10 @@ def test_flags_are_those_of_the_programs(render, settings: list[str]) -> None:
     for found in deployments:
         program = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "debug" / container(found)["name"]
         assert program.exists(), f"{program} is not built: run `make build` first"
-        known = subprocess.run([program, "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
+        told = subprocess.run([program, "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
+        known = told.split()
         for used in (argument for argument in container(found)["args"] if argument.startswith("--")):
-            assert f"{used} " in known, f"{program.name} has no {used}"
+            assert used in known, f"{program.name} has no {used}"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +198,10 @@ def test_flags_are_those_of_the_programs(render, settings: list[str]) -> None:
         (["models.hostPath=/srv"], ["both set", "one place"]),
         (["models.existingClaim=", "models.hostPath=srv"], ["hostPath"]),
         (["gateway.httpPort=50050"], ["grpcPort", "httpPort", "50050"]),
-        (["gateway.replicas=2"], ["gateway.replicas is 2", "database.url", "existingClaim"]),
+        (["gateway.replicas=2"], ["gateway.replicas is 2", "database.url", "artifacts.url", "existingClaim"]),
+        (["gateway.artifacts.credentialsSecret.name=b"], ["no bucket"]),
+        (["gateway.artifacts.url=ftp://films"], ["url"]),
+        (["gateway.artifacts.url=s3://films", "gateway.artifacts.plainHttp=true"], ["plainHttp", "no effect"]),
         (["gateway.database.passwordSecret.name=db"], ["database.url is empty"]),
         (["gateway.database.url=postgres://me:word@db/avatar"], ["url"]),
         (["gateway.webhooks.allow[0]=hooks"], ["nobody would be called"]),

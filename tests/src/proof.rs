@@ -128,28 +128,31 @@ fn in_proportion(models: &Path, tier: &Tier, card: Bytes, steps: u32) -> Result<
 }
 
 fn generate(avatar: &Path, options: &Options, tier: &Tier, budget: Bytes) -> Result<Value> {
-    let folder = options.models.with_extension("out");
+    let mut run = Command::new(avatar);
+    run.args(["generate", "--json", "--tier", &tier.name, "--steps", &options.steps.to_string()]).args([
+        "--size",
+        &tier.limits.pixels.to_string(),
+        "--device",
+        &format!("cpu:{}", budget.0),
+    ]);
+    finished(run, &options.models, (&tier.name, tier.limits.frames)).with_context(|| format!("in {budget}"))
+}
+
+/// Runs a generation of so many frames; gives what it says at its end.
+fn finished(mut run: Command, models: &Path, (name, frames): (&str, u32)) -> Result<Value> {
+    let folder = models.with_extension("out");
     fs::create_dir_all(&folder)?;
     let speech = folder.join("speech.wav");
-    fs::write(&speech, tone(tier.limits.frames))?;
+    fs::write(&speech, tone(frames))?;
     let portrait = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/portrait.png");
-    let mut run = Command::new(avatar);
-    run.args(["generate", "--json", "--tier", &tier.name, "--steps", &options.steps.to_string()])
-        .args(["--size", &tier.limits.pixels.to_string(), "--device", &format!("cpu:{}", budget.0), "--models"])
-        .arg(&options.models)
-        .arg("--image")
-        .arg(&portrait)
-        .arg("--audio")
-        .arg(&speech)
-        .arg("--out")
-        .arg(folder.join(format!("{}.mp4", tier.name)));
-    let done = run.output()?;
+    run.arg("--models").arg(models).arg("--image").arg(&portrait).arg("--audio").arg(&speech);
+    let done = run.arg("--out").arg(folder.join(format!("{name}.mp4"))).output()?;
     let told = String::from_utf8_lossy(&done.stdout);
     let last: Value = serde_json::from_str(told.lines().last().unwrap_or_default())
         .with_context(|| String::from_utf8_lossy(&done.stderr).into_owned())?;
     match last["event"] == "completed" {
         true => Ok(last),
-        false => bail!("{} in {budget}: {last}", tier.name),
+        false => bail!("{name}: {last}"),
     }
 }
 
@@ -180,6 +183,48 @@ fn row(text: &mut String, (tier, card, budget): (&Tier, Bytes, Bytes), made: &Va
         sum(&predicted["seconds"]),
     )?;
     Ok(())
+}
+
+/// Requests of which seconds are predicted: side, frames, steps.
+const SIZES: [(u32, u32, u32); 3] = [(64, 9, 2), (128, 33, 4), (256, 33, 4)];
+/// How far off the predicted seconds may be.
+const SECONDS_NEAR: f64 = 0.25;
+
+/// Generates at three sizes, so many rounds in turn, and gives a table of seconds that were predicted and measured.
+///
+/// Errors: a generation fails, or the middle one of a size's rounds takes other seconds than was predicted.
+pub fn seconds(models: &Path, rounds: usize) -> Result<String> {
+    let avatar = std::env::current_exe()?.with_file_name("avatar");
+    ensure!(avatar.exists(), "{} is not built", avatar.display());
+    if !models.exists() {
+        let mut make = Command::new(&avatar);
+        make.args(["weights", "synth", "--size", "tiny", "--seed", "1", "--out"]).arg(models);
+        ensure!(make.status()?.success(), "the checkpoint was not made");
+    }
+    let mut measured = SIZES.map(|_| Vec::new());
+    let mut predicted = [0.0; SIZES.len()];
+    for _ in 0..rounds.max(1) {
+        for (i, (side, frames, steps)) in SIZES.into_iter().enumerate() {
+            let mut run = Command::new(&avatar);
+            run.args(["generate", "--json", "--size", &side.to_string(), "--steps", &steps.to_string()]);
+            let made = finished(run, models, (&side.to_string(), frames))?;
+            let of_stages = made["predicted"]["seconds"].as_object().context("a generation has no prediction")?;
+            predicted[i] = of_stages.values().filter_map(Value::as_f64).sum::<f64>();
+            measured[i].push(made["elapsed_seconds"].as_f64().context("a generation has no seconds")?);
+        }
+    }
+    let mut text = "| request | predicted | measured, the middle one | ratio |\n| --- | --- | --- | --- |\n".to_owned();
+    let mut off = Vec::new();
+    for (((side, frames, steps), times), predicted) in SIZES.into_iter().zip(&mut measured).zip(predicted) {
+        times.sort_by(f64::total_cmp);
+        let middle = times[times.len() / 2];
+        let ratio = middle / predicted;
+        let request = format!("{side}x{side}x{frames}, {steps} steps");
+        writeln!(text, "| {request} | {predicted:.2} s | {middle:.2} s | {ratio:.2} |")?;
+        off.extend(((ratio - 1.0).abs() > SECONDS_NEAR).then_some(request));
+    }
+    ensure!(off.is_empty(), "{text}more than {:.0} % off: {}", SECONDS_NEAR * 100.0, off.join("; "));
+    Ok(text)
 }
 
 /// Speech for so many frames: a tone, as 16-bit mono WAV.

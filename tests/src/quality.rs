@@ -53,6 +53,8 @@ pub struct Row {
     pub best_lag: i32,
     /// Correlation where the other speech was heard; nothing without that video.
     pub shuffled: Option<f64>,
+    /// Correlation of the same video with the mouth that was drawn for the speech that it has.
+    pub heard: Option<f64>,
     /// PSNR in dB of what stands still, against the portrait.
     pub still_psnr: f64,
     /// Mean change from frame to frame of what stands still, in levels of 255.
@@ -70,6 +72,8 @@ pub struct Medians {
     pub best_lag: f64,
     /// See [`Row::shuffled`].
     pub shuffled: Option<f64>,
+    /// See [`Row::heard`].
+    pub heard: Option<f64>,
     /// See [`Row::still_psnr`].
     pub still_psnr: f64,
     /// See [`Row::flicker`].
@@ -139,10 +143,11 @@ pub fn make(make: &Make, folder: &Path, names: &[String], videos: &Path) -> Resu
 /// Errors: a file cannot be read, has another size than its portrait, or no clip has a video.
 pub fn measure(folder: &Path, names: &[String], videos: &Path, window: usize) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for name in names {
+    for (i, name) in names.iter().enumerate() {
         let own = videos.join(format!("{name}-own.mp4"));
         if own.exists() {
-            let row = row(folder, name, videos, window).with_context(|| own.display().to_string())?;
+            let next = &names[(i + 1) % names.len()];
+            let row = row(folder, (name, next), videos, window).with_context(|| own.display().to_string())?;
             rows.push(row);
         }
     }
@@ -150,8 +155,9 @@ pub fn measure(folder: &Path, names: &[String], videos: &Path, window: usize) ->
     Ok(rows)
 }
 
-fn row(folder: &Path, name: &str, videos: &Path, window: usize) -> Result<Row> {
-    let truth: Truth = serde_json::from_slice(&fs::read(folder.join(format!("{name}.json")))?)?;
+fn row(folder: &Path, (name, next): (&str, &str), videos: &Path, window: usize) -> Result<Row> {
+    let [truth, other_truth] = [name, next].map(|of| Truth::read(&folder.join(format!("{of}.json"))));
+    let (truth, other_truth) = (truth?, other_truth?);
     let portrait = Frames::read(&folder.join(format!("{name}.png")), None)?;
     let size = Some((portrait.width, portrait.height));
     let still = Frames::read(&folder.join(format!("{name}.still.png")), size)?;
@@ -161,7 +167,10 @@ fn row(folder: &Path, name: &str, videos: &Path, window: usize) -> Result<Row> {
     let best = (0..by_lag.len()).max_by(|&a, &b| by_lag[a].total_cmp(&by_lag[b])).unwrap_or_default();
     let other = videos.join(format!("{name}-other.mp4"));
     let shuffled = match other.exists() {
-        true => Some(correlation(&opening(&Frames::read(&other, size)?, truth.mouth_box)?, &truth.opening, 0)),
+        true => {
+            let mouth = opening(&Frames::read(&other, size)?, truth.mouth_box)?;
+            Some((correlation(&mouth, &truth.opening, 0), correlation(&mouth, &other_truth.opening, 0)))
+        }
         false => None,
     };
     let (Some(portrait), Some(still)) = (portrait.data.first(), still.data.first()) else { bail!("no picture") };
@@ -174,11 +183,19 @@ fn row(folder: &Path, name: &str, videos: &Path, window: usize) -> Result<Row> {
         frames: measured.len().min(truth.opening.len()),
         correlation: by_lag[LAGS as usize],
         best_lag: best as i32 - LAGS,
-        shuffled,
+        shuffled: shuffled.map(|(own, _)| own),
+        heard: shuffled.map(|(_, heard)| heard),
         still_psnr: psnr(&own.data, portrait, &still),
         flicker: flicker / changes.len().max(1) as f64,
         seam: seam(&changes, window),
     })
+}
+
+impl Truth {
+    fn read(path: &Path) -> Result<Self> {
+        let text = fs::read(path).with_context(|| path.display().to_string())?;
+        serde_json::from_slice(&text).with_context(|| path.display().to_string())
+    }
 }
 
 impl Frames {
@@ -289,6 +306,7 @@ pub fn medians(rows: &[Row]) -> Medians {
         correlation: of(&|row| Some(row.correlation)).unwrap_or_default(),
         best_lag: of(&|row| Some(f64::from(row.best_lag))).unwrap_or_default(),
         shuffled: of(&|row| row.shuffled),
+        heard: of(&|row| row.heard),
         still_psnr: of(&|row| Some(row.still_psnr)).unwrap_or_default(),
         flicker: of(&|row| Some(row.flicker)).unwrap_or_default(),
         seam: of(&|row| row.seam),
@@ -298,26 +316,24 @@ pub fn medians(rows: &[Row]) -> Medians {
 /// A table of rows and their medians, as Markdown.
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
-    let mut text = "| clip | frames | correlation | best lag | with other speech | still, dB | flicker | seam |\n\
-                    | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    let mut text = "| clip | frames | correlation | best lag | with other speech | and that speech's own mouth | still, dB | flicker | seam |\n\
+                    | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         .to_owned();
     let shown = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
-    let mut line = |name: &str, frames: String, figures: (f64, f64, Option<f64>, f64, f64, Option<f64>)| {
-        let (correlation, lag, shuffled, still, flicker, seam) = figures;
-        let (shuffled, seam) = (shown(shuffled), shown(seam));
+    let mut line = |name: &str, frames: String, figures: &Medians| {
+        let Medians { correlation, best_lag, shuffled, heard, still_psnr, flicker, seam } = figures;
+        let [shuffled, heard, seam] = [shuffled, heard, seam].map(|value| shown(*value));
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "| {name} | {frames} | {correlation:.2} | {lag} | {shuffled} | {still:.1} | {flicker:.2} | {seam} |"
+            "| {name} | {frames} | {correlation:.2} | {best_lag} | {shuffled} | {heard} | {still_psnr:.1} | {flicker:.2} | \
+             {seam} |"
         );
     };
     for row in rows {
-        let lag = f64::from(row.best_lag);
-        let figures = (row.correlation, lag, row.shuffled, row.still_psnr, row.flicker, row.seam);
-        line(&row.clip, row.frames.to_string(), figures);
+        line(&row.clip, row.frames.to_string(), &medians(std::slice::from_ref(row)));
     }
-    let of = medians(rows);
-    line("median", String::new(), (of.correlation, of.best_lag, of.shuffled, of.still_psnr, of.flicker, of.seam));
+    line("median", String::new(), &medians(rows));
     text
 }
 

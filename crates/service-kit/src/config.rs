@@ -7,7 +7,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, CommandFactory, FromArgMatches};
 
-use crate::hardware::{DeviceConfig, DeviceName};
+use crate::hardware::{DeviceConfig, DeviceName, PRESSURE_PERCENTS};
 
 /// Exit code of a process whose settings are wrong (`EX_USAGE` of sysexits).
 pub const EXIT_USAGE: i32 = 64;
@@ -97,7 +97,9 @@ pub struct DeviceFlags {
 impl DeviceFlags {
     /// Gives the values their types; what is wrong goes to `mistakes`.
     pub fn resolve(&self, mistakes: &mut Mistakes) -> Option<DeviceConfig> {
-        let percent = mistakes.check("--pressure-percent", &self.pressure_percent, |text| parse_number(text, 20, 100));
+        let percent = mistakes.check("--pressure-percent", &self.pressure_percent, |text| {
+            parse_number(text, usize::from(*PRESSURE_PERCENTS.start()), usize::from(*PRESSURE_PERCENTS.end()))
+        });
         mistakes.check("--device", &self.device, |text| {
             let name: DeviceName = text.parse().map_err(|e: crate::hardware::DeviceError| e.to_string())?;
             DeviceConfig::new(name, percent.map_or(100, |percent| percent as u8)).map_err(|e| e.to_string())

@@ -49,6 +49,9 @@ pub(crate) trait Tenant: Send + Sync {
     /// Whether a generation has something on the device.
     fn serves(&self) -> bool;
 
+    /// Gives back what nobody has asked for in a long time.
+    fn tidy(&self);
+
     /// Gives back what can be had again: caches, and the weights where no generation needs them now. Says whether the
     /// weights went.
     fn relieve(&self) -> bool;
@@ -77,15 +80,23 @@ impl DeviceWorker {
     ///
     /// Errors: the system gives no thread.
     pub fn spawn(device: &DeviceConfig, capacity: usize) -> Result<Self, ServiceError> {
+        Self::spawn_within(Budget::new(device.clone()), capacity)
+    }
+
+    /// As [`spawn`](Self::spawn), with a budget of the caller's.
+    ///
+    /// Errors: as there.
+    pub fn spawn_within(budget: Budget, capacity: usize) -> Result<Self, ServiceError> {
+        let device = budget.device().name;
         let capacity = capacity.max(1);
         let (jobs, queue): (SyncSender<Job>, Receiver<Job>) = sync_channel(capacity);
         thread::Builder::new()
-            .name(format!("device-{}", device.name))
+            .name(format!("device-{device}"))
             .spawn(move || queue.into_iter().for_each(|job| job()))
-            .map_err(|e| ServiceError::internal(format!("the thread for {} did not start: {e}", device.name)))?;
+            .map_err(|e| ServiceError::internal(format!("the thread for {device} did not start: {e}")))?;
         Ok(Self(Arc::new(Shared {
             jobs,
-            budget: Arc::new(Budget::new(device.clone())),
+            budget: Arc::new(budget),
             id: uuid::Uuid::new_v4().to_string(),
             tenants: Mutex::default(),
             unloaded: AtomicU64::new(0),
@@ -121,8 +132,8 @@ impl DeviceWorker {
         self.0.tenants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the device is nearly full, frees what the stages besides `own` can have again. To be called on the
-    /// device's thread.
+    /// Where the device is nearly full, frees what the stages besides `own` can have again, and what `own` keeps for nobody.
+    /// To be called on the device's thread.
     ///
     /// Errors: `new_work` is to begin, and the device is still nearly full while a generation holds something on it;
     /// when that has ended there is room again.
@@ -131,16 +142,20 @@ impl DeviceWorker {
             return Ok(());
         }
         let tenants: Vec<Arc<dyn Tenant>> = self.tenants().iter().filter_map(Weak::upgrade).collect();
-        for tenant in tenants.iter().filter(|tenant| tenant.name() != own) {
-            if tenant.relieve() {
+        for tenant in &tenants {
+            if tenant.name() == own {
+                tenant.tidy();
+            } else if tenant.relieve() {
                 self.0.unloaded.fetch_add(1, Relaxed);
                 tracing::warn!(stage = tenant.name(), "unloaded, as its device is nearly full");
             }
         }
         if new_work && self.0.budget.pressed() && tenants.iter().any(|tenant| tenant.serves()) {
-            let device = self.0.budget.device();
+            let (device, percent) = (self.0.budget.device().name, self.0.budget.pressure_percent());
+            self.0.budget.refuse();
+            tracing::warn!(stage = own, %device, percent, "new work has to wait, as the device is nearly full");
             return Err(ServiceError::ResourceExhausted {
-                message: format!("{own}: {} is above {} % of its memory", device.name, device.pressure_percent),
+                message: format!("{own}: {device} is above {percent} % of its memory"),
                 retry_after: Some(self.retry_after()),
             });
         }

@@ -4,13 +4,18 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
+    time::{Duration, Instant},
 };
 
 use proto::v1::MemoryReport;
 
-use crate::{ServiceError, device::CancelToken, hardware::DeviceConfig};
+use crate::{
+    ServiceError,
+    device::CancelToken,
+    hardware::{DeviceConfig, host_memory},
+};
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
@@ -87,18 +92,66 @@ pub fn reset_peak() {
 }
 
 /// A device's budget. On the processor it bounds the process's whole heap; weights that are mapped from their files
-/// are not on the heap.
+/// are not on the heap. Where other processes leave less than the budget, that is what there is.
 #[derive(Debug)]
 pub struct Budget {
     config: DeviceConfig,
+    percent: AtomicU8,
     pressed: AtomicBool,
+    pressures: AtomicU64,
+    refusals: AtomicU64,
+    unheld: Unheld,
+}
+
+/// How long what was said of the machine's free memory holds: long enough that asking costs nothing beside a layer.
+const HOLDS: Duration = Duration::from_millis(250);
+
+/// Bytes of a memory that no process holds, asked now and then.
+struct Unheld {
+    ask: Box<dyn Fn() -> u64 + Send + Sync>,
+    holds: Duration,
+    said: Mutex<Option<(Instant, u64)>>,
+}
+
+impl std::fmt::Debug for Unheld {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Unheld")
+    }
+}
+
+impl Unheld {
+    fn bytes(&self) -> u64 {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        match *said {
+            Some((when, bytes)) if when.elapsed() < self.holds => bytes,
+            _ => {
+                let bytes = (self.ask)();
+                *said = Some((Instant::now(), bytes));
+                bytes
+            }
+        }
+    }
 }
 
 impl Budget {
-    /// A budget of which nothing is used yet.
+    /// A budget of which nothing is used yet, in this machine's memory.
     #[must_use]
     pub fn new(config: DeviceConfig) -> Self {
-        Self { config, pressed: AtomicBool::new(false) }
+        Self::within(config, HOLDS, || host_memory().free_bytes)
+    }
+
+    /// A budget in a memory of which `unheld` says how many bytes no process holds; it is asked again when its answer is
+    /// older than `holds`.
+    #[must_use]
+    pub fn within(config: DeviceConfig, holds: Duration, unheld: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        Self {
+            percent: AtomicU8::new(config.pressure_percent),
+            config,
+            pressed: AtomicBool::new(false),
+            pressures: AtomicU64::new(0),
+            refusals: AtomicU64::new(0),
+            unheld: Unheld { ask: Box::new(unheld), holds, said: Mutex::default() },
+        }
     }
 
     /// The device.
@@ -107,21 +160,56 @@ impl Budget {
         &self.config
     }
 
-    /// Bytes of it that are not held now.
+    /// Bytes of it that may still be held now.
     #[must_use]
     pub fn free_bytes(&self) -> u64 {
-        self.config.budget_bytes.saturating_sub(current_bytes())
+        self.config.budget_bytes.saturating_sub(self.used_bytes())
+    }
+
+    /// Bytes of it that are held: by this process, or by others where these leave less than is left of the budget.
+    fn used_bytes(&self) -> u64 {
+        current_bytes().max(self.config.budget_bytes.saturating_sub(self.unheld.bytes()))
+    }
+
+    /// Percent of it above which the device is nearly full.
+    #[must_use]
+    pub fn pressure_percent(&self) -> u8 {
+        self.percent.load(Relaxed)
+    }
+
+    /// Changes that percentage; to be checked by the caller.
+    pub(crate) fn set_pressure_percent(&self, percent: u8) {
+        let before = self.percent.swap(percent, Relaxed);
+        tracing::info!(device = %self.config.name, before, percent, "the device counts as nearly full from there on");
+    }
+
+    /// How often the device became nearly full.
+    #[must_use]
+    pub fn pressures(&self) -> u64 {
+        self.pressures.load(Relaxed)
+    }
+
+    /// Notes that work had to wait for memory.
+    pub(crate) fn refuse(&self) {
+        self.refusals.fetch_add(1, Relaxed);
+    }
+
+    /// How often work had to wait for memory.
+    #[must_use]
+    pub fn refusals(&self) -> u64 {
+        self.refusals.load(Relaxed)
     }
 
     /// Whether the device is nearly full: from above the configured share until ten percent below it. A change is
     /// logged.
     pub fn pressed(&self) -> bool {
-        let (used, budget_bytes) = (current_bytes(), self.config.budget_bytes);
-        let before = self.pressed.load(Relaxed);
-        let now = nearly_full(before, used, &self.config);
+        let (used, budget_bytes) = (self.used_bytes(), self.config.budget_bytes);
+        let (before, percent) = (self.pressed.load(Relaxed), self.pressure_percent());
+        let now = nearly_full(before, used, (budget_bytes, percent));
         if now != before && self.pressed.swap(now, Relaxed) == before {
-            let (device, percent) = (self.config.name, self.config.pressure_percent);
+            let device = self.config.name;
             if now {
+                self.pressures.fetch_add(1, Relaxed);
                 tracing::warn!(%device, used_bytes = used, budget_bytes, "above {percent} % of the device's memory");
             } else {
                 tracing::info!(%device, used_bytes = used, budget_bytes, "the device has room again");
@@ -131,9 +219,10 @@ impl Budget {
     }
 }
 
-fn nearly_full(before: bool, used: u64, config: &DeviceConfig) -> bool {
-    let share = if before { config.pressure_percent.saturating_sub(10) } else { config.pressure_percent };
-    u128::from(used) * 100 > u128::from(config.budget_bytes) * u128::from(share)
+fn nearly_full(before: bool, used: u64, (budget_bytes, percent): (u64, u8)) -> bool {
+    // Where 100 is never, it also ends what began under another percentage.
+    let share = if before && percent < 100 { percent.saturating_sub(10) } else { percent };
+    u128::from(used) * 100 > u128::from(budget_bytes) * u128::from(share)
 }
 
 /// Says whether a stage's work may go on: its caller still waits, and the device has room for what comes next.
@@ -160,7 +249,7 @@ impl Watch {
         let no = if let Err(gone) = cancel.check() {
             gone
         } else {
-            let (used, budget_bytes) = (current_bytes(), budget.device().budget_bytes);
+            let (used, budget_bytes) = (budget.used_bytes(), budget.device().budget_bytes);
             let Some(missing) = used.saturating_add(bytes).checked_sub(budget_bytes).filter(|&missing| missing > 0)
             else {
                 return true;
@@ -276,17 +365,46 @@ mod tests {
 
     #[test]
     fn a_device_is_nearly_full_from_85_percent_until_75() {
-        let config = DeviceConfig { budget_bytes: 1000, ..DeviceConfig::cpu() };
         let mut full = false;
         for (used, expected) in [(850, false), (851, true), (800, true), (751, true), (750, false), (850, false)] {
-            full = nearly_full(full, used, &config);
+            full = nearly_full(full, used, (1000, 85));
             assert_eq!(full, expected, "{used}");
         }
     }
 
     #[test]
     fn without_pressure_a_device_may_be_full() {
-        let config = DeviceConfig { budget_bytes: 1000, pressure_percent: 100, ..DeviceConfig::cpu() };
-        assert!(!nearly_full(false, 1000, &config));
+        assert!(!nearly_full(false, 1000, (1000, 100)) && !nearly_full(true, 1000, (1000, 100)));
+    }
+
+    /// A memory of 1 TiB, so that this process's own heap does not count.
+    #[test]
+    fn what_other_processes_take_is_not_free_and_presses() {
+        const TIB: u64 = 1 << 40;
+        let left = Arc::new(AtomicU64::new(TIB));
+        let asked = Arc::clone(&left);
+        let config = DeviceConfig { budget_bytes: TIB, ..DeviceConfig::cpu() };
+        let budget = Budget::within(config, Duration::ZERO, move || asked.load(Relaxed));
+        assert!(!budget.pressed());
+        left.store(TIB / 100 * 14, Relaxed);
+        assert_eq!((budget.pressed(), budget.free_bytes(), budget.pressures()), (true, TIB / 100 * 14, 1));
+        left.store(TIB / 100 * 20, Relaxed);
+        assert!(budget.pressed(), "it takes ten percent more to be well again");
+        budget.set_pressure_percent(95);
+        assert!(!budget.pressed() && budget.pressures() == 1);
+        budget.set_pressure_percent(20);
+        assert!(budget.pressed() && budget.pressures() == 2);
+    }
+
+    #[test]
+    fn what_is_free_is_not_asked_for_every_layer() {
+        let asked = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&asked);
+        let ask = move || count.fetch_add(1, Relaxed);
+        let budget = Budget::within(DeviceConfig::cpu(), Duration::from_secs(3600), ask);
+        for _ in 0..10 {
+            std::hint::black_box(budget.free_bytes());
+        }
+        assert_eq!(asked.load(Relaxed), 1);
     }
 }

@@ -13,8 +13,8 @@ use std::{
 
 use futures::{Stream, StreamExt as _};
 use proto::v1::{
-    DescribeRequest, DescribeResponse, GenerationDefaults, LoadRequest, LoadResponse, MemoryReport, Stage,
-    UnloadRequest, UnloadResponse, WatchMemoryRequest, WatchMemoryResponse,
+    DescribeRequest, DescribeResponse, GenerationDefaults, LoadRequest, LoadResponse, MemoryReport, SetPressureRequest,
+    SetPressureResponse, Stage, UnloadRequest, UnloadResponse, WatchMemoryRequest, WatchMemoryResponse,
     stage_service_server::{StageService, StageServiceServer},
 };
 use tokio_stream::wrappers::IntervalStream;
@@ -25,6 +25,7 @@ use crate::{
     ServiceError,
     config::{Compute, StageConfig},
     device::{CancelToken, DeviceWorker, Pending, Tenant},
+    hardware::PRESSURE_PERCENTS,
     memory::{StageMeter, Watch, WeightsReport},
 };
 
@@ -62,6 +63,9 @@ pub trait StageModel: Send + Sized + 'static {
 
     /// Drops what is kept between requests and can be computed again.
     fn trim(&mut self) {}
+
+    /// Drops what is kept between requests and nobody has asked for in a long time.
+    fn tidy(&mut self) {}
 
     /// Runs `work`, which asks the watch between its layers and before each large allocation, and ends with an error
     /// after a no.
@@ -197,6 +201,10 @@ impl<M: StageModel> StageHost<M> {
         MemoryReport {
             budget_bytes: budget.device().budget_bytes,
             pressure: budget.pressed(),
+            free_bytes: budget.free_bytes(),
+            pressure_percent: budget.pressure_percent().into(),
+            pressure_count: budget.pressures(),
+            pressure_refusals: budget.refusals(),
             unloaded_stages: self.device.unloaded(),
             ..self.meter.report()
         }
@@ -216,6 +224,13 @@ impl<M: StageModel> Tenant for StageHost<M> {
 
     fn serves(&self) -> bool {
         self.meter.kept_bytes() > 0
+    }
+
+    fn tidy(&self) {
+        if let Some(model) = self.model.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            model.tidy();
+            self.meter.keep(model.kept_bytes());
+        }
     }
 
     fn relieve(&self) -> bool {
@@ -265,14 +280,30 @@ impl<M: StageModel> StageService for StageServer<M> {
         Ok(Response::new(LoadResponse { memory: Some(self.0.memory()) }))
     }
 
-    async fn unload(&self, _: Request<UnloadRequest>) -> Result<Response<UnloadResponse>, Status> {
-        let host = self.0.clone();
+    async fn unload(&self, request: Request<UnloadRequest>) -> Result<Response<UnloadResponse>, Status> {
+        let (host, idle_only) = (self.0.clone(), request.into_inner().idle_only);
         let unload = move |_: &_| {
-            host.unload();
-            Ok(())
+            let busy = idle_only && host.serves();
+            if !busy {
+                host.unload();
+            }
+            Ok(busy)
         };
-        self.0.device.try_submit(unload)?.await?;
-        Ok(Response::new(UnloadResponse { memory: Some(self.0.memory()) }))
+        let busy = self.0.device.try_submit(unload)?.await?;
+        Ok(Response::new(UnloadResponse { memory: Some(self.0.memory()), busy }))
+    }
+
+    async fn set_pressure(
+        &self,
+        request: Request<SetPressureRequest>,
+    ) -> Result<Response<SetPressureResponse>, Status> {
+        let percent = request.into_inner().percent;
+        let (least, most) = (PRESSURE_PERCENTS.start(), PRESSURE_PERCENTS.end());
+        let checked = u8::try_from(percent).ok().filter(|percent| PRESSURE_PERCENTS.contains(percent));
+        let percent = checked
+            .ok_or_else(|| ServiceError::invalid("percent", format!("{percent}, allowed are {least} to {most}")))?;
+        self.0.device.budget().set_pressure_percent(percent);
+        Ok(Response::new(SetPressureResponse { memory: Some(self.0.memory()) }))
     }
 
     type WatchMemoryStream = Pin<Box<dyn Stream<Item = Result<WatchMemoryResponse, Status>> + Send>>;
@@ -392,7 +423,7 @@ mod tests {
         assert!(described.loaded && described.stage() == Stage::VaeDecode);
         assert_eq!((described.checkpoint_digest.len(), described.queue_capacity), (16, 2));
 
-        let memory = client.unload(UnloadRequest {}).await.unwrap().into_inner().memory.unwrap();
+        let memory = client.unload(UnloadRequest::default()).await.unwrap().into_inner().memory.unwrap();
         assert!(memory.resident_bytes == 0 && memory.peak_bytes >= 30 << 20, "{memory:?}");
         assert!(!client.describe(DescribeRequest {}).await.unwrap().into_inner().loaded);
     }
@@ -420,6 +451,20 @@ mod tests {
         }
         host.shutdown.cancel();
         while reports.message().await.unwrap().is_some() {}
+    }
+
+    #[tokio::test]
+    async fn the_mark_of_a_nearly_full_device_is_changed_while_it_works_and_checked() {
+        let models = tempfile::tempdir().unwrap();
+        let (mut client, host) = start(models.path());
+        for percent in [0, 19, 101, u32::MAX] {
+            let error = client.set_pressure(SetPressureRequest { percent }).await.unwrap_err();
+            assert_eq!(error.code(), Code::InvalidArgument, "{percent}");
+            assert!(error.message().contains(&format!("{percent}, allowed are 20 to 100")), "{error}");
+        }
+        assert_eq!(host.memory().pressure_percent, 85);
+        let set = client.set_pressure(SetPressureRequest { percent: 60 }).await.unwrap().into_inner();
+        assert_eq!((set.memory.unwrap().pressure_percent, host.memory().pressure_percent), (60, 60));
     }
 
     #[test]

@@ -3,7 +3,11 @@
 use std::{
     cell::RefCell,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
 };
 
 use proto::v1::Stage;
@@ -12,7 +16,7 @@ use service_kit::{
     config::{Compute, StageConfig},
     device::DeviceWorker,
     hardware::DeviceConfig,
-    memory::{Watch, current_bytes},
+    memory::{Budget, Watch, current_bytes},
     stage::{StageHost, StageModel},
 };
 use tokio_util::sync::CancellationToken;
@@ -36,10 +40,11 @@ fn hold(mib: usize) -> Result<Vec<u8>, ServiceError> {
     if allowed { Ok(vec![1; mib * MIB]) } else { Err(ServiceError::internal("stopped")) }
 }
 
-/// A stage whose weights take 16 MiB, and what its generations keep.
+/// A stage whose weights take 16 MiB, what its generations keep, and what nobody has asked for in a long time.
 struct Model<const STAGE: usize> {
     _weights: Vec<u8>,
     kept: Vec<u8>,
+    forgotten: Vec<u8>,
 }
 
 impl<const N: usize> StageModel for Model<N> {
@@ -49,7 +54,7 @@ impl<const N: usize> StageModel for Model<N> {
     const NAME: &'static str = if N == 0 { "diffusion" } else { "vae-decode" };
 
     fn open(_: &Path, _: Compute, (): &()) -> Result<Self, ServiceError> {
-        Ok(Self { _weights: hold(16)?, kept: Vec::new() })
+        Ok(Self { _weights: hold(16)?, kept: Vec::new(), forgotten: Vec::new() })
     }
 
     fn files(_: &Path, (): &()) -> Vec<PathBuf> {
@@ -57,7 +62,11 @@ impl<const N: usize> StageModel for Model<N> {
     }
 
     fn kept_bytes(&self) -> u64 {
-        self.kept.len() as u64
+        (self.kept.len() + self.forgotten.len()) as u64
+    }
+
+    fn tidy(&mut self) {
+        self.forgotten = Vec::new();
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
@@ -134,6 +143,47 @@ async fn new_work_waits_while_a_generation_fills_the_device_and_begins_when_it_h
         .await
         .unwrap();
     first.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
+    assert!(!first.memory().pressure);
+}
+
+#[tokio::test]
+async fn a_stage_gives_back_what_itself_keeps_for_nobody() {
+    let (host, _) = start(64, 85);
+    let budget = host.memory().budget_bytes as usize;
+    let fill = (budget / 100 * 90).saturating_sub(current_bytes() as usize + 16 * MIB) / MIB;
+    host.submit(move |model, _| hold(fill).map(|all| model.forgotten = all)).unwrap().await.unwrap();
+    assert!(host.memory().pressure);
+    // Nothing else is left on the device, so what begins does not wait.
+    host.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
+    assert!(!host.memory().pressure && host.memory().pressure_refusals == 0);
+}
+
+/// A memory of 1 TiB, of which another process takes and gives.
+#[tokio::test]
+async fn memory_that_another_process_takes_presses_fails_and_comes_back() {
+    const TIB: u64 = 1 << 40;
+    let left = Arc::new(AtomicU64::new(TIB));
+    let asked = Arc::clone(&left);
+    let device = DeviceConfig { budget_bytes: TIB, ..DeviceConfig::cpu() };
+    let config = StageConfig { device: device.clone(), ..StageConfig::local("none") };
+    let budget = Budget::within(device, Duration::ZERO, move || asked.load(Relaxed));
+    let worker = DeviceWorker::spawn_within(budget, 4).unwrap();
+    let first: Host<0> = StageHost::new(&config, (), worker.clone(), CancellationToken::new());
+    let second: Host<1> = StageHost::new(&config, (), worker, CancellationToken::new());
+    first.submit(|model, _| hold(1).map(|kept| model.kept = kept)).unwrap().await.unwrap();
+    second.submit(|_, _| Ok(())).unwrap().await.unwrap();
+    left.store(8 << 20, Relaxed);
+    // Work that is under way unloads what is idle, and fails with numbers where that is not enough.
+    let error = first.submit(|_, _| hold(16).map(drop)).unwrap().await.unwrap_err();
+    let ServiceError::DeviceMemory { needed_bytes, free_bytes, .. } = error else { panic!("{error:?}") };
+    assert_eq!((needed_bytes, free_bytes), (16 << 20, 8 << 20));
+    assert_eq!((second.memory().resident_bytes, first.memory().unloaded_stages), (0, 1));
+    let error = second.submit_new(|_, _| Ok(())).unwrap().await.unwrap_err();
+    assert!(matches!(error, ServiceError::ResourceExhausted { .. }), "{error:?}");
+    let told = first.memory();
+    assert_eq!((told.pressure, told.pressure_count, told.pressure_refusals), (true, 1, 1));
+    left.store(TIB, Relaxed);
+    second.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
     assert!(!first.memory().pressure);
 }
 

@@ -1,6 +1,6 @@
 //! The video's bytes: all of them, or a part.
 
-use std::{io::SeekFrom, ops::Range};
+use std::ops::Range;
 
 use axum::{
     body::Body,
@@ -13,17 +13,12 @@ use http::{
         ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderName, IF_NONE_MATCH, IF_RANGE, RANGE,
     },
 };
-use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
-use tokio_util::io::ReaderStream;
 
 use super::video::ErrorBody;
 use crate::{
     fault::{Fault, Kind},
     scheduler::Gateway,
 };
-
-/// Bytes of video read at a time.
-const VIDEO_CHUNK: usize = 256 << 10;
 
 /// Gives the MP4, or one range of its bytes.
 #[utoipa::path(
@@ -48,11 +43,12 @@ pub(crate) async fn content(
     Path(id): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, Fault> {
-    let (video, file) = gateway.store().video(&id).await?;
+    let content = gateway.store().video(&id).await?;
+    let video = content.artifact.clone();
     let tag = format!("\"{}\"", video.hash);
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let mut answer = Response::new(Body::empty());
-    if text(IF_NONE_MATCH).is_some_and(|known| known == "*" || known.split(',').any(|one| one.trim() == tag)) {
+    if is_known(&headers, &tag) {
         *answer.status_mut() = StatusCode::NOT_MODIFIED;
         answer.headers_mut().insert(ETAG, header(&tag)?);
         return Ok(answer);
@@ -63,10 +59,7 @@ pub(crate) async fn content(
         None => None,
     };
     let Range { start, end } = part.clone().unwrap_or(0..video.bytes);
-    let mut file = tokio::fs::File::from_std(file);
-    let sought = file.seek(SeekFrom::Start(start)).await;
-    sought.map_err(|error| Fault::internal("the video cannot be read", &error))?;
-    *answer.body_mut() = Body::from_stream(ReaderStream::with_capacity(file.take(end - start), VIDEO_CHUNK));
+    *answer.body_mut() = Body::from_stream(content.stream(start..end));
     let into = answer.headers_mut();
     into.insert(CONTENT_TYPE, HeaderValue::from_static("video/mp4"));
     into.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
@@ -79,8 +72,14 @@ pub(crate) async fn content(
     Ok(answer)
 }
 
-fn header(text: &str) -> Result<HeaderValue, Fault> {
-    HeaderValue::from_str(text).map_err(|error| Fault::internal("the video cannot be described", &error))
+/// Whether the caller has what this tag names.
+pub(super) fn is_known(headers: &HeaderMap, tag: &str) -> bool {
+    let known = headers.get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
+    known.is_some_and(|known| known == "*" || known.split(',').any(|one| one.trim() == tag))
+}
+
+pub(super) fn header(text: &str) -> Result<HeaderValue, Fault> {
+    HeaderValue::from_str(text).map_err(|error| Fault::internal("the file cannot be described", &error))
 }
 
 /// The bytes of a `Range` header that asks for one range; nothing for one that is not understood, which HTTP ignores.

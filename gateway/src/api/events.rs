@@ -59,6 +59,24 @@ pub(crate) struct VideoEvent {
     warning: bool,
     /// Why it failed.
     error: Option<VideoError>,
+    /// A picture of how far it is.
+    preview: Option<VideoPreview>,
+}
+
+/// What the video's first frame would be, as foreseen after a step. It may be told of after later steps; where the
+/// decoder has no room or time for it, it is left out.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct VideoPreview {
+    /// The step after which it was foreseen, from 1.
+    step: u32,
+    /// Pixels; the longer side is 256 at most.
+    width: u32,
+    /// Pixels.
+    height: u32,
+    /// Bytes of the JPEG file.
+    bytes: u64,
+    /// Path of the JPEG file on this server.
+    url: String,
 }
 
 /// Streams a generation's events up to the last one, and a comment every 15 seconds.
@@ -115,6 +133,13 @@ impl From<&GenerationEvent> for VideoEvent {
             message: Some(event.message.clone()).filter(|message| !message.is_empty()),
             warning: event.warning,
             error: event.failure.as_ref().map(VideoError::from),
+            preview: event.preview.as_ref().map(|preview| VideoPreview {
+                step: preview.step,
+                width: preview.width,
+                height: preview.height,
+                bytes: preview.bytes,
+                url: format!("/v1/videos/{}/previews/{}", event.generation_id, preview.step),
+            }),
         }
     }
 }

@@ -6,5 +6,6 @@ mod form;
 mod list;
 mod openapi;
 mod plan;
+mod preview;
 pub mod rest;
 pub mod video;

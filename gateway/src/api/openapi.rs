@@ -5,10 +5,10 @@ use utoipa::{OpenApi, ToSchema};
 
 use super::{
     content,
-    events::{self, VideoEvent},
+    events::{self, VideoEvent, VideoPreview},
     list::{self, VideoList},
     plan::{self, PlanBody, TierList},
-    rest,
+    preview, rest,
     video::{Deleted, ErrorBody, ErrorObject, Face, Video, VideoError},
 };
 
@@ -64,6 +64,7 @@ pub(crate) struct CreateVideo {
         rest::show,
         events::events,
         content::content,
+        preview::preview,
         rest::remove,
         rest::cancel,
         rest::healthz,
@@ -75,6 +76,7 @@ pub(crate) struct CreateVideo {
         Video,
         VideoList,
         VideoEvent,
+        VideoPreview,
         VideoError,
         Face,
         Deleted,

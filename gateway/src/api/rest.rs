@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
-    content, events, form, list, openapi, plan,
+    content, events, form, list, openapi, plan, preview,
     video::{Deleted, ErrorBody, Video},
 };
 use crate::{
@@ -34,6 +34,7 @@ pub(crate) fn router(gateway: Gateway) -> Router {
         .route("/v1/videos/{id}", get(show).delete(remove))
         .route("/v1/videos/{id}/content", get(content::content))
         .route("/v1/videos/{id}/events", get(events::events))
+        .route("/v1/videos/{id}/previews/{step}", get(preview::preview))
         .route("/v1/videos/{id}/cancel", post(cancel))
         .route("/v1/plans", post(plan::create))
         .route("/v1/tiers", get(plan::tiers))

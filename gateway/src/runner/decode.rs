@@ -9,13 +9,14 @@ use proto::{
 
 use super::{
     gate::FrameGate,
-    ladder::climb,
+    ladder::climb_decoders,
     prepare::{Prepared, refused},
     run::Run,
 };
 use crate::{
     fault::{Fault, Kind},
     media::mp4,
+    stages::Stages,
 };
 
 /// A finished video that is not kept yet.
@@ -46,10 +47,10 @@ pub(crate) async fn decode(
     target: Target<'_>,
 ) -> Result<Video, Fault> {
     let began = run.stage_began(Stage::VaeDecode).await;
-    let (clip, memory) = climb(run, Stage::VaeDecode, |tile_divisor| {
+    let (clip, memory) = climb_decoders(run, |stages, tile_divisor| {
         let header =
             DecodeLatentsHeader { generation_id: run.id(), frame_limit: prepared.plan.frames as u32, tile_divisor };
-        attempt(run, prepared, (header, latents.clone()), target)
+        attempt((run, stages), prepared, (header, latents.clone()), target)
     })
     .await?;
     run.stage_ended(Stage::VaeDecode, began, memory).await;
@@ -62,7 +63,7 @@ pub(crate) async fn decode(
 }
 
 async fn attempt(
-    run: &Run,
+    (run, stages): (&Run, Stages),
     prepared: &Prepared,
     (header, latents): (DecodeLatentsHeader, HostTensor),
     target: Target<'_>,
@@ -70,7 +71,7 @@ async fn attempt(
     let (width, height, wanted) = (prepared.size.width, prepared.size.height, prepared.plan.frames);
     let settings = mp4::Settings { program: target.ffmpeg, directory: target.directory, width, height };
     let began = Instant::now();
-    let mut frames = run.stages.decode_latents(header, latents).await?;
+    let mut frames = stages.decode_latents(header, latents).await?;
     let mut writer = mp4::Writer::start(settings, &prepared.audio.soundtrack).await.map_err(refused)?;
     let (mut done, mut gate) = (0, FrameGate::default());
     while let Some(tensor) = frames.next().await? {

@@ -11,6 +11,7 @@ use super::{
     gate::check_latents,
     ladder::{Ladder, Rung, still_without_features},
     prepare::Prepared,
+    preview::Viewer,
     run::Run,
     session::{Session, StepPasses},
 };
@@ -88,13 +89,18 @@ impl Denoise {
 
     /// Takes the steps that are left. Latents that the rest can be gone on with are stored before each step, and
     /// after the last one.
-    pub(crate) async fn run(&mut self, run: &Run, prepared: &Prepared, session: &mut Session) -> Result<(), Fault> {
+    pub(crate) async fn run(
+        &mut self,
+        run: &Run,
+        prepared: &Prepared,
+        (session, viewer): (&mut Session, &mut Viewer<'_>),
+    ) -> Result<(), Fault> {
         let FrameShape { channels, rows, columns } = self.shape;
         if self.full {
             session.fit(Rung::NoFeatures);
         }
         let features = self.sampler.plan().steps().iter().any(|step| step.keep_features);
-        let mut ladder = Ladder::of(Stage::Diffusion, features);
+        let mut ladder = Ladder::of(&run.stages, Stage::Diffusion, features);
         while let Err(fault) = session.open().await {
             session.fit(ladder.next(run, fault).await?);
         }
@@ -109,12 +115,17 @@ impl Denoise {
                 shape: [channels, prepared.plan.window, rows, columns],
                 items: self.sampler.requests().into_iter().map(item).collect(),
             };
+            if let Some(eased) = session.ease(passes.items.len()) {
+                run.eased(eased, passes.step + 1).await;
+            }
             for (index, velocity) in predict(run, session, &mut ladder, passes).await?.into_iter().enumerate() {
                 self.sampler.accept(index, velocity).map_err(|error| wrong(number, &error))?;
             }
+            let steps = self.sampler.plan().steps().len();
+            let shown = viewer.wanted(number + 1, steps).then(|| self.sampler.first_frame());
             self.sampler.advance().map_err(|error| wrong(number, &error))?;
             let done = self.sampler.step();
-            let when = format!("step {done} of {}", self.sampler.plan().steps().len());
+            let when = format!("step {done} of {steps}");
             if let Err(fault) = check_latents(self.sampler.latents(), &when) {
                 // To be looked into; no plan has this hash, so nothing goes on with them.
                 if let Err(fault) = run.lease.checkpoint(done, REJECTED_PLAN, self.sampler.latents()).await {
@@ -131,6 +142,9 @@ impl Denoise {
                 if let Err(fault) = stored {
                     tracing::warn!(generation_id = run.id(), step = done, %fault, "the latents were not stored");
                 }
+            }
+            if let Some(foreseen) = shown.and_then(|before| self.sampler.foreseen_first_frame(&before)) {
+                viewer.show(run, done, [channels, 1, rows, columns], &foreseen);
             }
             run.step_done(session.memory(), done as u32, began.elapsed().as_secs_f64() / (done - first) as f64).await;
         }

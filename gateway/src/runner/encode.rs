@@ -107,7 +107,7 @@ async fn ask<S, F>(
     run: &Run,
     (stage, role): (Stage, &'static str),
     question: &[&[u8]],
-    mut call: impl FnMut() -> F,
+    call: impl FnMut() -> F,
     memory: impl Fn(&S) -> Option<MemoryReport>,
 ) -> Result<(Encoded, S, String), Fault>
 where
@@ -127,7 +127,7 @@ where
         tracing::warn!(generation_id = run.id(), role, "what was kept of a stage cannot be read; it is asked again");
     }
     let began = run.stage_began(stage).await;
-    let (encoded, summary) = climb(run, stage, |_| call()).await?;
+    let (encoded, summary) = climb(run, stage, call).await?;
     if known {
         let bytes = kept::to_bytes(&encoded.sorted(), &summary);
         if let Err(fault) = run.lease.keep_stage_output(role, &key, bytes).await {

@@ -9,6 +9,7 @@ mod ladder;
 mod pace;
 mod patience;
 pub(crate) mod prepare;
+mod preview;
 mod run;
 mod session;
 
@@ -18,7 +19,6 @@ use futures::FutureExt as _;
 use proto::v1::{Generation, GenerationDefaults, GenerationState, OpenSessionHeader, Outcome, Stage};
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::pace::Pace;
 use self::{
     decode::{Target, Video},
     denoise::Denoise,
@@ -27,6 +27,7 @@ use self::{
     run::Run,
     session::Session,
 };
+pub(crate) use self::{pace::Pace, preview::Previews};
 use crate::{
     fault::{Fault, Kind},
     intake::{Order, Upload},
@@ -48,6 +49,8 @@ pub(crate) struct Workshop {
     pub(crate) patience: Duration,
     /// What is known of the transformer's pace, from which it is told whether a call is stuck.
     pub(crate) pace: Pace,
+    /// How the denoise is shown meanwhile.
+    pub(crate) previews: Previews,
     /// Cancelled when this process stops; the generation can be gone on with then.
     pub(crate) stopping: CancellationToken,
 }
@@ -154,6 +157,8 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
     let transformer = run.patience.call(|| run.stages.identity(Stage::Diffusion)).await?;
     let models = format!("{}; {transformer}", conditions.models);
     let mut denoise = Denoise::begin(run, &prepared, conditions.channels, &models).await?;
+    // The last one may still be made while the video is.
+    let mut viewer = workshop.previews.viewer();
 
     if !denoise.is_done() {
         run.enter(GenerationState::Denoising).await;
@@ -170,7 +175,7 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
         }
         let mut session =
             Session::new(run.stages.clone(), (run.patience.clone(), workshop.pace), header, conditions.tensors);
-        denoise.run(run, &prepared, &mut session).await?;
+        denoise.run(run, &prepared, (&mut session, &mut viewer)).await?;
         run.stage_ended(Stage::Diffusion, began, session.memory()).await;
         drop(session);
         Session::close(&run.stages, run.session_id()).await;

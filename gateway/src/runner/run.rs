@@ -8,7 +8,7 @@ use std::{
 
 use proto::v1::{FaceBox, GenerationState, MemoryReport, Progress, Stage, StageReport};
 
-use super::patience::Patience;
+use super::{patience::Patience, session::Eased};
 use crate::{
     fault::stage_name,
     stages::Stages,
@@ -43,6 +43,8 @@ struct Inside {
     warnings: Vec<String>,
     /// By stage, as it said last: whether its device is nearly full, and how many stages had to go.
     pressure: BTreeMap<i32, (bool, u64)>,
+    /// How often steps came to need less because their device was nearly full.
+    eased: u32,
 }
 
 impl Run {
@@ -51,7 +53,7 @@ impl Run {
         let progress = lease.generation().await.progress.unwrap_or_default();
         let warned = lease.warned().await;
         let (reports, pressure) = (BTreeMap::new(), BTreeMap::new());
-        let inside = Mutex::new(Inside { progress, reports, warnings: Vec::new(), pressure });
+        let inside = Mutex::new(Inside { progress, reports, warnings: Vec::new(), pressure, eased: 0 });
         let earlier_seconds = progress.elapsed_seconds;
         Self { lease, stages, patience, began: Instant::now(), earlier_seconds, warned, inside }
     }
@@ -95,6 +97,7 @@ impl Run {
         let report = StageReport {
             stage: stage.into(),
             seconds,
+            eased: if stage == Stage::Diffusion { self.lock().eased } else { 0 },
             peak_bytes: memory.peak_bytes,
             weight_blocks: memory.weight_blocks,
             resident_weight_blocks: memory.resident_weight_blocks,
@@ -172,6 +175,20 @@ impl Run {
             (true, false) => self.note(stage, format!("{name}'s device has room again")).await,
             _ => {}
         }
+    }
+
+    /// Says that steps need less memory, or more again, from one of them on.
+    pub(crate) async fn eased(&self, eased: Eased, step: u32) {
+        let message = match eased {
+            Eased::OnePass => {
+                self.lock().eased += 1;
+                format!("diffusion's device is nearly full; from step {step} on each call holds one pass")
+            }
+            Eased::AllPasses => {
+                format!("diffusion's device has room again; from step {step} on calls hold all passes")
+            }
+        };
+        self.note(Stage::Diffusion, message).await;
     }
 
     /// Says that `done` of `frames` frames are decoded.

@@ -25,6 +25,15 @@ const LOSSES_PER_STEP: usize = 8;
 /// How long the end of a generation waits for the worker to free its session.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What changes at a step because of the memory of the worker's device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Eased {
+    /// Each call holds one pass.
+    OnePass,
+    /// Calls hold several passes again.
+    AllPasses,
+}
+
 /// The passes of one denoise step.
 #[derive(Debug, Clone)]
 pub(crate) struct StepPasses {
@@ -53,8 +62,10 @@ pub(crate) struct Session {
     /// The passes whose features a cached step needs; run again when a worker has lost them.
     last_kept: Option<Arc<StepPasses>>,
     memory: MemoryReport,
-    /// Items of one call.
+    /// Items of one call, as far as memory has ever sufficed.
     items_per_call: usize,
+    /// Whether the worker's device is nearly full, so that each call holds one item.
+    eased: bool,
     /// Whether steps may keep features and reuse them.
     features: bool,
 }
@@ -68,12 +79,23 @@ impl Session {
         tensors: Vec<HostTensor>,
     ) -> Self {
         let (memory, items_per_call) = (MemoryReport::default(), ITEMS_PER_CALL);
-        Self { stages, patience, pace, header, tensors, last_kept: None, memory, items_per_call, features: true }
+        let (last_kept, eased) = (None, false);
+        Self { stages, patience, pace, header, tensors, last_kept, memory, items_per_call, eased, features: true }
     }
 
     /// Whether steps may keep features and reuse them.
     pub(crate) fn keeps_features(&self) -> bool {
         self.features
+    }
+
+    /// Follows what the worker said last of its device: a step of so many items comes one a call while that is nearly
+    /// full, and in larger calls again when it has room. Says what changes.
+    pub(crate) fn ease(&mut self, items: usize) -> Option<Eased> {
+        if self.memory.pressure == self.eased || self.items_per_call.min(items) <= 1 {
+            return None;
+        }
+        self.eased = self.memory.pressure;
+        Some(if self.eased { Eased::OnePass } else { Eased::AllPasses })
     }
 
     /// Needs less from now on.
@@ -85,7 +107,7 @@ impl Session {
                 self.last_kept = None;
             }
             // What other stages hold is not the session's.
-            Rung::UnloadOthers | Rung::SmallerTiles(_) => {}
+            Rung::UnloadOthers | Rung::UnloadBusy | Rung::SmallerTiles(_) => {}
         }
     }
 
@@ -163,7 +185,8 @@ impl Session {
 
     async fn run(&mut self, passes: &StepPasses) -> Result<Vec<Vec<f32>>, Fault> {
         let mut velocities = Vec::with_capacity(passes.items.len());
-        for items in passes.items.chunks(self.items_per_call) {
+        let items_per_call = if self.eased { 1 } else { self.items_per_call };
+        for items in passes.items.chunks(items_per_call) {
             let header = PredictHeader {
                 session_id: self.header.session_id.clone(),
                 step: passes.step,

@@ -263,6 +263,25 @@ impl Sampler {
         self.shape.first_frames(&self.latents, self.clip.latent_frames, self.clip.kept_latent_frames)
     }
 
+    /// The first latent frame, `(C, 1, h, w)`.
+    #[must_use]
+    pub fn first_frame(&self) -> Vec<f32> {
+        self.gather(&[0])
+    }
+
+    /// The first latent frame without its noise, as far as it can be foreseen: where its last step would end if it went
+    /// on straight. `before` is what [`first_frame`](Self::first_frame) gave before that step; nothing before the first.
+    ///
+    /// With flow matching `x = (1 - σ)·x0 + σ·noise`, and the velocity is `noise - x0`; so `x0 = x - σ·velocity`.
+    #[must_use]
+    pub fn foreseen_first_frame(&self, before: &[f32]) -> Option<Vec<f32>> {
+        let sigmas = self.plan.sigmas();
+        let (earlier, now) = (sigmas.get(self.step.checked_sub(1)?)?, sigmas.get(self.step)?);
+        // The step's own velocity, over both branches and all windows, by what it did.
+        let foreseen = |(x, before): (f32, &f32)| x - now * (x - before) / (now - earlier);
+        Some(self.first_frame().into_iter().zip(before).map(foreseen).collect())
+    }
+
     /// The passes that the current step needs, in order of `index`; empty when all steps are taken.
     #[must_use]
     pub fn requests(&self) -> Vec<Request> {

@@ -226,3 +226,33 @@ fn rounding_to_bf16_takes_halves_to_even() {
         assert_eq!(Rounding::Windows.moved(value).to_bits(), rounded.to_bits(), "{value}");
     }
 }
+
+/// A network that knows the picture: its velocity is that of flow matching, whatever the time.
+#[test]
+fn the_first_frame_is_foreseen_exactly_where_every_step_goes_straight_to_the_picture() {
+    let clip = long_clip();
+    let start = noise(9, SHAPE.values(clip.latent_frames));
+    let picture = |i: usize| (i as f32 * 0.37).cos();
+    let mut sampler = Sampler::new(setup(&clip, 12), start).unwrap();
+    assert_eq!(sampler.foreseen_first_frame(&[]), None, "no step is taken yet");
+    let plane = SHAPE.rows * SHAPE.columns;
+    while sampler.current().is_some() {
+        let (before, sigma) = (sampler.first_frame(), sampler.plan().sigmas()[sampler.step()]);
+        for request in sampler.requests() {
+            let frames = request.latent_frames.len();
+            let value = |at: usize| {
+                let (channel, frame) = (at / (frames * plane), request.latent_frames[at / plane % frames]);
+                picture((channel * clip.latent_frames + frame) * plane + at % plane)
+            };
+            let straight = |(at, x): (usize, &f32)| (x - value(at)) / sigma;
+            let velocity = request.latents.iter().enumerate().map(straight).collect();
+            sampler.accept(request.index, velocity).unwrap();
+        }
+        sampler.advance().unwrap();
+        let foreseen = sampler.foreseen_first_frame(&before).unwrap();
+        let wanted = (0..SHAPE.channels).flat_map(|c| (0..plane).map(move |i| c * clip.latent_frames * plane + i));
+        for (got, wanted) in foreseen.iter().zip(wanted.map(picture)) {
+            assert!((got - wanted).abs() < 1e-2, "step {}: {got} instead of {wanted}", sampler.step());
+        }
+    }
+}

@@ -1,19 +1,35 @@
-//! Files by the SHA-256 of their content: a name that exists holds exactly these bytes, or reading says so.
-//!
-//! A file is written in the folder for work, flushed, renamed, and its new folder is flushed, before anyone is told its
-//! hash. So a loss of power at any moment leaves either the whole file or none.
+//! Files by the SHA-256 of their content, in a folder or in a bucket of an object store: a name that exists holds exactly
+//! these bytes, or reading says so.
+
+mod bucket;
+mod disk;
+mod folder;
+pub mod place;
+#[cfg(test)]
+mod power_loss;
+#[cfg(test)]
+pub(super) mod tests;
 
 use std::{
-    fs::{self, File},
-    io::{self, Read as _, Seek as _, Write as _},
-    path::{Path, PathBuf},
+    fs::File,
+    io::{self, Read as _, Seek as _, SeekFrom},
+    ops::Range,
+    path::Path,
 };
 
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _, future::Either, stream};
 use ring::digest;
-use tempfile::NamedTempFile;
+use tokio::io::AsyncReadExt as _;
+use tokio_util::io::ReaderStream;
+
+use self::bucket::Whole;
+pub(crate) use self::{bucket::Bucket, folder::Folder};
 
 /// Bytes that are hashed at a time.
 const BUFFER: usize = 1 << 20;
+/// Bytes of a file that are handed out at a time.
+const CHUNK: usize = 256 << 10;
 
 /// A file that is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,107 +40,192 @@ pub struct Artifact {
     pub bytes: u64,
 }
 
-/// The folder of all files. Its functions block.
+/// Why a file cannot be kept or read.
+#[derive(Debug, thiserror::Error)]
+pub enum ArtifactError {
+    /// No space is left for it.
+    #[error("no space is left in the data folder: {0}")]
+    Full(String),
+    /// The object store does not do it now; the same may well be done later.
+    #[error("the object store does not do it: {0}")]
+    Away(String),
+    /// There is no such file.
+    #[error("the file {0} is gone")]
+    Gone(String),
+    /// It has other bytes than those that were kept.
+    #[error("the file {0} is damaged: its bytes have another SHA-256")]
+    Damaged(String),
+    /// The name is none of a file.
+    #[error("{0:?} is no SHA-256")]
+    NoHash(String),
+    /// Anything else.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl From<io::Error> for ArtifactError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull => Self::Full(error.to_string()),
+            _ => Self::Other(error.to_string()),
+        }
+    }
+}
+
+impl From<tokio::task::JoinError> for ArtifactError {
+    fn from(error: tokio::task::JoinError) -> Self {
+        Self::Other(error.to_string())
+    }
+}
+
+/// All files.
 #[derive(Debug, Clone)]
-pub(crate) struct Artifacts {
-    dir: PathBuf,
-    /// Where files are that are not whole yet.
-    work: PathBuf,
+pub(crate) enum Artifacts {
+    /// In a folder of this machine, or one that it shares.
+    Folder(Folder),
+    /// In an object store.
+    Bucket(Bucket),
 }
 
 impl Artifacts {
-    /// Opens the folder, made if missing. `work` is a folder of the same file system.
-    pub(crate) fn open(dir: &Path, work: &Path) -> io::Result<Self> {
-        fs::create_dir_all(dir)?;
-        Ok(Self { dir: dir.to_owned(), work: work.to_owned() })
-    }
-
     /// Keeps bytes under their hash, which the caller knows.
-    pub(crate) fn put(&self, bytes: &[u8], artifact: &Artifact) -> io::Result<()> {
-        let mut file = NamedTempFile::new_in(&self.work)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        self.place(file, &artifact.hash)
-    }
-
-    /// Hash and length of a file, which is flushed.
-    pub(crate) fn weigh(path: &Path) -> io::Result<Artifact> {
-        let mut file = File::open(path)?;
-        let (hash, bytes) = sum(&mut file)?;
-        file.sync_all()?;
-        Ok(Artifact { hash, bytes })
-    }
-
-    /// Keeps a file of the same file system that was weighed; it is moved.
-    pub(crate) fn adopt(&self, path: &Path, artifact: &Artifact) -> io::Result<()> {
-        let shelf = self.shelf(&artifact.hash)?;
-        fs::rename(path, shelf.join(&artifact.hash))?;
-        File::open(shelf)?.sync_all()
-    }
-
-    fn place(&self, file: NamedTempFile, hash: &str) -> io::Result<()> {
-        let shelf = self.shelf(hash)?;
-        file.persist(shelf.join(hash)).map_err(|error| error.error)?;
-        File::open(shelf)?.sync_all()
-    }
-
-    /// The folder for a hash; made, and on the disk.
-    fn shelf(&self, hash: &str) -> io::Result<PathBuf> {
-        let shelf = self.dir.join(&hash[..2]);
-        if !shelf.is_dir() {
-            fs::create_dir_all(&shelf)?;
-            File::open(&self.dir)?.sync_all()?;
+    pub(crate) async fn put(&self, bytes: Bytes, artifact: &Artifact) -> Result<(), ArtifactError> {
+        match self {
+            Self::Folder(folder) => {
+                let artifact = artifact.clone();
+                blocking(folder, move |folder| folder.put(&bytes, &artifact)).await
+            }
+            Self::Bucket(bucket) => bucket.put(Whole::Bytes(bytes), artifact).await,
         }
-        Ok(shelf)
+    }
+
+    /// Keeps a file of the folder for work that was weighed; it may be moved.
+    pub(crate) async fn adopt(&self, path: &Path, artifact: &Artifact) -> Result<(), ArtifactError> {
+        match self {
+            Self::Folder(folder) => {
+                let (path, artifact) = (path.to_owned(), artifact.clone());
+                blocking(folder, move |folder| folder.adopt(&path, &artifact)).await
+            }
+            Self::Bucket(bucket) => bucket.put(Whole::File(tokio::fs::File::open(path).await?), artifact).await,
+        }
     }
 
     /// Reads a whole file. Errors: it is missing, or its bytes are not those that were kept.
-    pub(crate) fn read(&self, artifact: &Artifact) -> io::Result<Vec<u8>> {
-        let bytes = fs::read(self.path(&artifact.hash)?)?;
-        if hex(digest::digest(&digest::SHA256, &bytes).as_ref()) != artifact.hash {
-            return Err(damaged(&artifact.hash));
+    pub(crate) async fn read(&self, artifact: &Artifact) -> Result<Vec<u8>, ArtifactError> {
+        match self {
+            Self::Folder(folder) => {
+                let artifact = artifact.clone();
+                blocking(folder, move |folder| folder.read(&artifact)).await
+            }
+            Self::Bucket(bucket) => bucket.read(artifact).await,
         }
-        Ok(bytes)
     }
 
-    /// Opens a file at its start, once its bytes have been compared with its hash. Errors as [`Artifacts::read`].
-    pub(crate) fn open_file(&self, artifact: &Artifact) -> io::Result<File> {
-        let mut file = File::open(self.path(&artifact.hash)?)?;
-        if sum(&mut file)?.0 != artifact.hash {
-            return Err(damaged(&artifact.hash));
-        }
-        file.rewind()?;
-        Ok(file)
+    /// Opens a file. What a folder holds is compared with its hash now; what a bucket holds, while all of it is read.
+    pub(crate) async fn open(&self, artifact: &Artifact) -> Result<Content, ArtifactError> {
+        let source = match self {
+            Self::Folder(folder) => {
+                let artifact = artifact.clone();
+                Source::File(blocking(folder, move |folder| folder.open_file(&artifact)).await?)
+            }
+            Self::Bucket(bucket) => {
+                bucket.look(artifact).await?;
+                Source::Bucket(bucket.clone())
+            }
+        };
+        Ok(Content { artifact: artifact.clone(), source })
     }
 
     /// Removes a file, if it is there.
-    pub(crate) fn remove(&self, hash: &str) -> io::Result<()> {
-        match fs::remove_file(self.path(hash)?) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+    pub(crate) async fn remove(&self, hash: &str) -> Result<(), ArtifactError> {
+        match self {
+            Self::Folder(folder) => {
+                let hash = hash.to_owned();
+                blocking(folder, move |folder| folder.remove(&hash)).await
+            }
+            Self::Bucket(bucket) => bucket.remove(hash).await,
+        }
+    }
+
+    /// Whether there is a file of this hash, whatever it holds.
+    pub(crate) async fn has(&self, hash: &str) -> Result<bool, ArtifactError> {
+        match self {
+            Self::Folder(folder) => {
+                let hash = hash.to_owned();
+                blocking(folder, move |folder| Ok(folder.path(&hash)?.exists())).await
+            }
+            Self::Bucket(bucket) => bucket.has(hash).await,
         }
     }
 
     /// Hashes of all files.
-    pub(crate) fn hashes(&self) -> io::Result<Vec<String>> {
-        let mut hashes = Vec::new();
-        for shelf in fs::read_dir(&self.dir)? {
-            let shelf = shelf?.path();
-            if shelf.is_dir() {
-                for entry in fs::read_dir(shelf)? {
-                    hashes.extend(entry?.file_name().into_string().ok().filter(|name| is_hash(name)));
-                }
-            }
+    pub(crate) async fn hashes(&self) -> Result<Vec<String>, ArtifactError> {
+        match self {
+            Self::Folder(folder) => blocking(folder, Folder::hashes).await,
+            Self::Bucket(bucket) => bucket.hashes().await,
         }
-        Ok(hashes)
     }
+}
 
-    fn path(&self, hash: &str) -> io::Result<PathBuf> {
-        if !is_hash(hash) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{hash:?} is no SHA-256")));
+/// Does what waits for the disk where that holds nobody up.
+async fn blocking<T: Send + 'static>(
+    folder: &Folder,
+    work: impl FnOnce(&Folder) -> Result<T, ArtifactError> + Send + 'static,
+) -> Result<T, ArtifactError> {
+    let folder = folder.clone();
+    tokio::task::spawn_blocking(move || work(&folder)).await?
+}
+
+/// A kept file that can be read, all of it or a part.
+#[derive(Debug)]
+pub struct Content {
+    /// What it is.
+    pub artifact: Artifact,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// Compared with its hash already; stays readable even if it is removed meanwhile.
+    File(File),
+    Bucket(Bucket),
+}
+
+impl Content {
+    /// The bytes of a range, as they are read; what is past the end is left out.
+    ///
+    /// Errors: it cannot be read, or it is damaged. Then its last bytes do not come.
+    pub fn stream(self, range: Range<u64>) -> impl Stream<Item = Result<Bytes, ArtifactError>> + Send + 'static {
+        let Self { artifact, source } = self;
+        let range = range.start.min(artifact.bytes)..range.end.min(artifact.bytes);
+        match source {
+            Source::File(file) => Either::Left(part_of_file(file, range)),
+            Source::Bucket(bucket) => Either::Right(bucket.pieces(artifact, range).flat_map(|piece| match piece {
+                Ok(piece) => Either::Left(stream::iter(chunks(piece).map(Ok))),
+                Err(error) => Either::Right(stream::iter([Err(error)])),
+            })),
         }
-        Ok(self.dir.join(&hash[..2]).join(hash))
     }
+}
+
+fn part_of_file(
+    mut file: File,
+    range: Range<u64>,
+) -> impl Stream<Item = Result<Bytes, ArtifactError>> + Send + 'static {
+    let begun = file.seek(SeekFrom::Start(range.start));
+    let length = range.end.saturating_sub(range.start);
+    match begun {
+        Ok(_) => Either::Left(
+            ReaderStream::with_capacity(tokio::fs::File::from_std(file).take(length), CHUNK)
+                .map(|read| read.map_err(ArtifactError::from)),
+        ),
+        Err(error) => Either::Right(stream::iter([Err(error.into())])),
+    }
+}
+
+/// The parts of a piece, without copying it.
+fn chunks(mut piece: Bytes) -> impl Iterator<Item = Bytes> + Send {
+    std::iter::from_fn(move || (!piece.is_empty()).then(|| piece.split_to(piece.len().min(CHUNK))))
 }
 
 impl Artifact {
@@ -132,6 +233,19 @@ impl Artifact {
     pub(crate) fn of(bytes: &[u8]) -> Self {
         Self { hash: sha256(bytes), bytes: bytes.len() as u64 }
     }
+
+    /// Hash and length of a file, which is flushed. Blocks.
+    pub(crate) fn weigh(path: &Path) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        let (hash, bytes) = sum(&mut file)?;
+        file.sync_all()?;
+        Ok(Self { hash, bytes })
+    }
+}
+
+/// Makes a folder, and those that it is in, as far as they are missing. What was made is on the disk then.
+pub(crate) fn make_folders(dir: &Path) -> io::Result<()> {
+    disk::make_folders(&disk::Real, dir)
 }
 
 /// The SHA-256 of bytes, in hexadecimal.
@@ -139,8 +253,9 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex(digest::digest(&digest::SHA256, bytes).as_ref())
 }
 
-fn damaged(hash: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("the file {hash} is damaged: its bytes have another SHA-256"))
+/// The hash as it came, if it is one.
+fn checked(hash: &str) -> Result<&str, ArtifactError> {
+    if is_hash(hash) { Ok(hash) } else { Err(ArtifactError::NoHash(hash.chars().take(80).collect())) }
 }
 
 fn is_hash(text: &str) -> bool {
@@ -162,79 +277,6 @@ fn sum(file: &mut File) -> io::Result<(String, u64)> {
                 context.update(&buffer[..n]);
                 bytes += n as u64;
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn open(dir: &Path) -> Artifacts {
-        let work = dir.join("work");
-        fs::create_dir_all(&work).unwrap();
-        Artifacts::open(&dir.join("files"), &work).unwrap()
-    }
-
-    fn keep(artifacts: &Artifacts, bytes: &[u8]) -> Artifact {
-        let artifact = Artifact::of(bytes);
-        artifacts.put(bytes, &artifact).unwrap();
-        artifact
-    }
-
-    #[test]
-    fn what_is_kept_is_read_again_under_its_sha_256() {
-        let dir = tempfile::tempdir().unwrap();
-        let artifacts = open(dir.path());
-        let kept = keep(&artifacts, b"abc");
-        assert_eq!(kept.hash, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-        assert_eq!(kept.bytes, 3);
-        assert_eq!(artifacts.read(&kept).unwrap(), b"abc");
-        let moved = dir.path().join("video.mp4");
-        fs::write(&moved, b"abc").unwrap();
-        assert_eq!(Artifacts::weigh(&moved).unwrap(), kept);
-        artifacts.adopt(&moved, &kept).unwrap();
-        assert!(!moved.exists());
-        assert_eq!(artifacts.hashes().unwrap(), std::slice::from_ref(&kept.hash));
-        artifacts.remove(&kept.hash).unwrap();
-        artifacts.remove(&kept.hash).unwrap();
-        assert_eq!(artifacts.read(&kept).unwrap_err().kind(), io::ErrorKind::NotFound);
-    }
-
-    /// A write that stops at any byte is a file in the folder for work; one that a disk damaged is a file of another
-    /// hash. Neither is ever taken for the bytes.
-    #[test]
-    fn a_write_cut_at_any_byte_leaves_the_old_state_and_the_next_one_is_whole() {
-        let dir = tempfile::tempdir().unwrap();
-        let bytes: Vec<u8> = (0..=255).collect();
-        let hash = sha256(&bytes);
-        let wanted = Artifact { hash: hash.clone(), bytes: 256 };
-        for cut in 0..=bytes.len() {
-            let artifacts = open(dir.path());
-            fs::write(dir.path().join("work").join("unfinished"), &bytes[..cut]).unwrap();
-            assert_eq!(artifacts.read(&wanted).unwrap_err().kind(), io::ErrorKind::NotFound, "cut at {cut}");
-            assert!(artifacts.hashes().unwrap().is_empty(), "cut at {cut}");
-            assert_eq!(keep(&artifacts, &bytes), wanted);
-            let path = dir.path().join("files").join(&hash[..2]).join(&hash);
-            if cut < bytes.len() {
-                fs::write(&path, &bytes[..cut]).unwrap();
-                assert_eq!(artifacts.read(&wanted).unwrap_err().kind(), io::ErrorKind::InvalidData, "cut at {cut}");
-                assert_eq!(artifacts.open_file(&wanted).unwrap_err().kind(), io::ErrorKind::InvalidData);
-            }
-            assert_eq!(keep(&artifacts, &bytes), wanted);
-            assert_eq!(artifacts.read(&wanted).unwrap(), bytes);
-            artifacts.remove(&hash).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_name_that_is_no_hash_reaches_no_path() {
-        let dir = tempfile::tempdir().unwrap();
-        let artifacts = open(dir.path());
-        fs::write(dir.path().join("secret"), b"x").unwrap();
-        for hash in ["", "../secret", "é", &"A".repeat(64), &"0".repeat(63)] {
-            let error = artifacts.read(&Artifact { hash: hash.to_owned(), bytes: 1 }).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{hash}");
         }
     }
 }

@@ -1,15 +1,20 @@
 //! The right to drive a generation: whoever holds it adds the events, and nobody else.
 
-use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
-use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Progress, Stage};
+use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Preview, Progress, Stage};
 use tokio::{sync::Mutex, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
     BEATS, Store,
-    artifacts::{Artifact, Artifacts},
+    artifacts::{Artifact, ArtifactError, Artifacts},
     blocking,
     engine::SqlError,
     identity,
@@ -20,7 +25,7 @@ use crate::fault::{Fault, Kind};
 
 /// How often the clock of the day is looked at where a deadline is waited for.
 const CLOCK: Duration = Duration::from_secs(5);
-/// How long a change waits before it is tried again, where the database refused it.
+/// How long something waits before it is tried again, where the database or the object store refused it.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// Something that happened; what is left `None` stays as it was.
@@ -40,6 +45,8 @@ pub(crate) struct Change {
     pub(crate) faces: Vec<FaceBox>,
     /// The face that is animated.
     pub(crate) face: Option<FaceBox>,
+    /// A picture of how far it is, which is kept.
+    pub(crate) preview: Option<Preview>,
     /// Why it failed.
     pub(crate) fault: Option<Fault>,
     /// What came out.
@@ -161,17 +168,23 @@ impl Lease {
         }
     }
 
-    /// Keeps the finished video, which lies in the store's folder for work and is moved, and stores the end.
+    /// Keeps the finished video, which lies in the store's folder for work and may be moved, and stores the end. It waits
+    /// while an object store refuses the video.
+    ///
+    /// Errors: the video cannot be kept, or it was cancelled or too late before it was.
     pub(crate) async fn complete(self: &Arc<Self>, video: PathBuf, change: Change) -> Result<(), Fault> {
         let lease = Arc::clone(self);
         let stored = tokio::spawn(async move {
             let weighed = video.clone();
-            let kept = blocking(move || Artifacts::weigh(&weighed)).await?;
+            let kept = blocking(move || Artifact::weigh(&weighed)).await?;
             let hashes = [kept.hash.as_str()];
             let naming = patiently(|| lease.store.inner.ledger.name_files(&hashes)).await?;
-            let (artifacts, wanted) = (lease.store.inner.artifacts.clone(), kept.clone());
-            blocking(move || artifacts.adopt(&video, &wanted)).await?;
-            let unused = lease.store_change(change, Some(kept)).await;
+            if let Err(ended) = lease.adopt(&video, &kept).await {
+                naming.release().await;
+                drop_files(&lease.store, vec![kept.hash]).await;
+                return ended;
+            }
+            let unused = lease.store_change(change, Some((role::VIDEO.to_owned(), kept))).await;
             naming.release().await;
             drop_files(&lease.store, unused).await;
             Ok(())
@@ -179,8 +192,52 @@ impl Lease {
         stored.await.unwrap_or_else(|error| Err(Fault::internal("the video cannot be kept", &error)))
     }
 
-    /// Stores a change; gives the hashes of files that the generation no longer has.
-    async fn store_change(&self, change: Change, video: Option<Artifact>) -> Vec<String> {
+    /// Keeps the file of the video; else gives how that ended.
+    async fn adopt(&self, video: &Path, kept: &Artifact) -> Result<(), Result<(), Fault>> {
+        let artifacts = &self.store.inner.artifacts;
+        let adopting = patiently(|| artifacts.adopt(video, kept));
+        let adopted = match artifacts {
+            // It is only moved.
+            Artifacts::Folder(_) => adopting.await,
+            Artifacts::Bucket(_) => tokio::select! {
+                biased;
+                adopted = adopting => adopted,
+                () = self.keep_alive() => return Err(Ok(())),
+                () = self.cancel.cancelled() => {
+                    return Err(Err(Fault::new(Kind::Cancelled, "the generation was cancelled")));
+                }
+                fault = self.deadline() => return Err(Err(fault)),
+            },
+        };
+        adopted.map_err(|error| Err(error.into()))
+    }
+
+    /// Keeps the JPEG file of a preview, and tells of it; where the generation has ended meanwhile, neither is done.
+    pub(crate) async fn keep_preview(
+        self: &Arc<Self>,
+        file: Vec<u8>,
+        preview: Preview,
+        change: Change,
+    ) -> Result<(), Fault> {
+        let lease = Arc::clone(self);
+        // Whole even where the preview is given up: else a file would stay that no record names.
+        let stored = tokio::spawn(async move {
+            let ([kept], naming) = lease.store.keep([file]).await?;
+            let Artifact { hash, bytes } = kept.clone();
+            let role = role::preview(preview.step);
+            let mut unused = vec![hash.clone()];
+            unused.extend(lease.artifact(&role).await.map(|before| before.hash));
+            let change = Change { preview: Some(Preview { bytes, sha256: hash, ..preview }), ..change };
+            unused.extend(lease.store_change(change, Some((role, kept))).await);
+            naming.release().await;
+            drop_files(&lease.store, unused).await;
+            Ok(())
+        });
+        stored.await.unwrap_or_else(|error| Err(Fault::internal("the preview cannot be kept", &error)))
+    }
+
+    /// Stores a change, with a file in its role; gives the hashes of files that the generation no longer has.
+    async fn store_change(&self, change: Change, file: Option<(String, Artifact)>) -> Vec<String> {
         let mut inside = self.inside.lock().await;
         let before = inside.0.state();
         let state = change.state.unwrap_or(before);
@@ -188,7 +245,7 @@ impl Lease {
             return Vec::new();
         }
         let (generation, event) = after(&inside.0, inside.1 + 1, state, change);
-        let keep: Vec<(&'static str, Artifact)> = video.map(|video| (role::VIDEO, video)).into_iter().collect();
+        let keep: Vec<(String, Artifact)> = file.into_iter().collect();
         // What a failure was made from stays, so that it can be looked into.
         let done = matches!(state, GenerationState::Completed | GenerationState::Cancelled);
         let drop: &[&'static str] = if done { &role::MATERIAL } else { &[] };
@@ -224,12 +281,11 @@ impl Lease {
         patiently(|| self.store.inner.ledger.artifact(self.id, role)).await.ok().flatten()
     }
 
-    /// The bytes of a file that the generation was made with.
+    /// The bytes of a file that the generation was made with; an object store that does not answer is waited for.
     pub(crate) async fn read(&self, role: &'static str) -> Result<Vec<u8>, Fault> {
         let artifact = patiently(|| self.store.inner.ledger.artifact(self.id, role)).await?;
         let artifact = artifact.ok_or_else(|| Fault::internal("a file of the generation is gone", &role))?;
-        let artifacts = self.store.inner.artifacts.clone();
-        blocking(move || artifacts.read(&artifact)).await
+        Ok(patiently(|| self.store.inner.artifacts.read(&artifact)).await?)
     }
 
     /// Stores latents that the generation can go on with: those before step `step` of the plan.
@@ -282,8 +338,7 @@ impl Lease {
         let (ledger, who) = (&self.store.inner.ledger, (self.id, self.number, role));
         let known = patiently(|| ledger.use_stage_output(who, key, unix_ms())).await;
         let artifact = known.ok().flatten()?;
-        let artifacts = self.store.inner.artifacts.clone();
-        blocking(move || artifacts.read(&artifact)).await.ok()
+        patiently(|| self.store.inner.artifacts.read(&artifact)).await.ok()
     }
 
     /// Keeps what a stage gave.
@@ -346,15 +401,34 @@ impl Drop for Lease {
     }
 }
 
-/// Does it again while the database does not answer: what runs waits, and does not fail.
-pub(super) async fn patiently<T, F>(mut work: impl FnMut() -> F) -> Result<T, SqlError>
+/// An error that may be gone when the same is done again.
+pub(super) trait Passing: std::error::Error {
+    /// Whether it is worth waiting.
+    fn passes(&self) -> bool;
+}
+
+impl Passing for SqlError {
+    fn passes(&self) -> bool {
+        matches!(self, Self::Away(_))
+    }
+}
+
+impl Passing for ArtifactError {
+    fn passes(&self) -> bool {
+        matches!(self, Self::Away(_))
+    }
+}
+
+/// Does it again while the database or the object store does not answer: what runs waits, and does not fail.
+pub(super) async fn patiently<T, E, F>(mut work: impl FnMut() -> F) -> Result<T, E>
 where
-    F: Future<Output = Result<T, SqlError>>,
+    E: Passing,
+    F: Future<Output = Result<T, E>>,
 {
     loop {
         match work().await {
-            Err(SqlError::Away(reason)) => {
-                tracing::warn!(reason, "the database is waited for");
+            Err(error) if error.passes() => {
+                tracing::warn!(%error, "it is waited for");
                 tokio::time::sleep(AGAIN).await;
             }
             done => return done,
@@ -395,6 +469,7 @@ fn after(before: &Generation, number: u64, state: GenerationState, change: Chang
         warning: change.warning,
         faces: change.faces,
         face: change.face,
+        preview: change.preview,
     };
     (generation, event)
 }

@@ -37,7 +37,7 @@ pub(crate) struct Row {
 }
 
 /// A generation that is to be kept.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct NewRow<'a> {
     /// What callers see.
     pub(crate) generation: &'a Generation,
@@ -87,7 +87,7 @@ pub(crate) struct Append<'a> {
     /// The event; its number must be the next one.
     pub(crate) event: &'a GenerationEvent,
     /// Files that it has from now on.
-    pub(crate) keep: &'a [(&'static str, Artifact)],
+    pub(crate) keep: &'a [(String, Artifact)],
     /// Roles of files that it no longer has.
     pub(crate) drop: &'a [&'static str],
 }
@@ -149,8 +149,8 @@ impl Ledger {
         transaction
             .execute(
                 "INSERT INTO generations (id, state, ended_ms, last_event, caller, priority, idempotency_key, request_hash, \
-                 attached, cancel, lease, lease_until_ms, resume_step, resume_plan, body, replica) \
-                 VALUES ($1, $2, 0, $3, $4, $5, $6, $7, $8, 0, 0, 0, 0, '', $9, $10)",
+                 attached, cancel, lease, lease_until_ms, resume_step, resume_plan, body, replica, deadline_ms) \
+                 VALUES ($1, $2, 0, $3, $4, $5, $6, $7, $8, 0, 0, 0, 0, '', $9, $10, $11)",
                 &[
                     id.into(),
                     i64::from(new.generation.state).into(),
@@ -162,6 +162,7 @@ impl Ledger {
                     i64::from(new.attached).into(),
                     new.generation.encode_to_vec().into(),
                     new.replica.into(),
+                    new.generation.deadline_unix_ms.unwrap_or(u64::MAX).into(),
                 ],
             )
             .await?;
@@ -294,7 +295,7 @@ impl Ledger {
 
     /// Ids of generations that nobody drives and whose deadline has passed.
     pub(crate) async fn late(&self, now_ms: u64) -> Result<Vec<Uuid>, SqlError> {
-        let query = "SELECT body FROM generations WHERE state < $1 AND lease_until_ms <= $2";
+        let query = "SELECT body FROM generations WHERE state < $1 AND lease_until_ms <= $2 AND deadline_ms <= $2";
         let rows = self.read(query, &[FIRST_END.into(), now_ms.into()]).await?;
         let mut late = Vec::new();
         for row in rows {
@@ -544,6 +545,20 @@ impl Ledger {
     pub(crate) async fn used_files(&self) -> Result<HashSet<String>, SqlError> {
         let rows = self.read("SELECT hash FROM artifacts UNION SELECT hash FROM stage_outputs", &[]).await?;
         rows.iter().map(|row| row.text(0).map(str::to_owned)).collect()
+    }
+
+    /// Forgets the stages' outputs that are in a file; gives whether there were any.
+    pub(crate) async fn forget_file(&self, hash: &str) -> Result<bool, SqlError> {
+        Ok(self.write("DELETE FROM stage_outputs WHERE hash = $1", &[hash.into()]).await? > 0)
+    }
+
+    /// The name of these records, which none other have; `made` if they have none yet.
+    pub(crate) async fn name(&self, made: &str) -> Result<String, SqlError> {
+        let statement = "INSERT INTO marks (name, value) VALUES ('records', $1) ON CONFLICT (name) DO NOTHING";
+        self.write(statement, &[made.into()]).await?;
+        let rows = self.read("SELECT value FROM marks WHERE name = 'records'", &[]).await?;
+        let named = rows.first().ok_or_else(|| SqlError::Other("the records have no name".to_owned()))?;
+        named.text(0).map(str::to_owned)
     }
 
     /// Whether a file belongs to a generation or is a stage's output.

@@ -1,7 +1,7 @@
 //! What the gateway keeps: a record for each generation with its events, and files by their content.
 //!
 //! All of it outlives the process. A change is on the disk before anyone is told of it. Several processes may share the
-//! records and the folder of files; a generation is driven by the one that holds its lease.
+//! records and the files; a generation is driven by the one that holds its lease.
 
 pub mod artifacts;
 mod engine;
@@ -17,13 +17,14 @@ mod turns;
 mod webhooks;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use bytes::Bytes;
 use futures::{Stream, stream};
 use proto::v1::{Generation, GenerationEvent, GenerationState};
 use rustix::fs::{FlockOperation, flock};
@@ -33,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::{
-    artifacts::{Artifact, Artifacts, sha256},
+    artifacts::{Artifact, ArtifactError, Artifacts, Bucket, Content, Folder, make_folders, place::Place, sha256},
     engine::{Engine, Hold, SqlError},
     ledger::{Inserted, Ledger, NewRow, Page, Row},
     postgres::Postgres,
@@ -60,6 +61,10 @@ pub(crate) mod role {
     pub(crate) const LATENTS: &str = "latents";
     /// The finished video.
     pub(crate) const VIDEO: &str = "video";
+    /// The preview after a step.
+    pub(crate) fn preview(step: u32) -> String {
+        format!("preview-{step}")
+    }
     /// What the encoders gave.
     pub(crate) const FEATURES: &str = "features";
     /// What the encoders gave.
@@ -77,6 +82,8 @@ const LOOK: Duration = Duration::from_secs(5);
 const LOOK_SHARED: Duration = Duration::from_secs(1);
 /// Events that a watcher reads at a time.
 const EVENTS_AT_ONCE: i64 = 64;
+/// How long the removal of a file may take: less than others are kept from naming one with the same content.
+const REMOVAL: Duration = Duration::from_secs(30);
 /// How long a caller who cancels is kept waiting for the end.
 const CANCEL_TIME: Duration = Duration::from_secs(10);
 
@@ -145,18 +152,20 @@ impl Default for Retention {
     }
 }
 
-/// Where records are, and who may go on with what another process had begun.
+/// Where records and files are, and who may go on with what another process had begun.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Records {
     /// The database; without it a file in the data folder, which no other process uses.
     pub database: Option<Database>,
+    /// The bucket of the files; without it a folder in the data folder.
+    pub artifacts: Option<Place>,
     /// How long after its last sign of life a process is taken for ended.
     pub lease: Duration,
 }
 
 impl Default for Records {
     fn default() -> Self {
-        Self { database: None, lease: Duration::from_secs(15) }
+        Self { database: None, artifacts: None, lease: Duration::from_secs(15) }
     }
 }
 
@@ -182,6 +191,8 @@ struct Inner {
     ends: Notify,
     /// Generations that run in this process, and how to stop them.
     running: Mutex<HashMap<Uuid, CancellationToken>>,
+    /// Hashes of files that nobody needs and that an object store did not remove when it should have.
+    leftovers: Mutex<HashSet<String>>,
     /// Rings for those who watch a generation.
     bells: Mutex<HashMap<Uuid, watch::Sender<()>>>,
     /// Locked as long as this process uses the folder, and its folder for work.
@@ -194,10 +205,10 @@ impl Store {
     /// Generations that belonged to a call of an ended process are removed; all others that had not ended can be
     /// taken again.
     ///
-    /// Errors: the folder cannot be written, another process uses it that does not share the records, the database
-    /// does not answer, or a newer program made its records.
+    /// Errors: the folder cannot be written, another process uses it that does not share the records, the database or
+    /// the object store does not answer, or a newer program made its records.
     pub async fn open(dir: &Path, records: &Records) -> Result<Self, StoreError> {
-        fs::create_dir_all(dir).map_err(|error| StoreError::of_folder(dir, error))?;
+        make_folders(dir).map_err(|error| StoreError::of_folder(dir, error))?;
         let lock = lock_folder(dir, records.database.is_some()).map_err(|error| StoreError::of_folder(dir, error))?;
         let (place, opened) = match &records.database {
             None => {
@@ -213,16 +224,42 @@ impl Store {
         let refused = |reason: String| StoreError { place: place.clone(), reason };
         let engine = opened.map_err(|error| refused(error.to_string()))?;
         schema::migrate(&*engine).await.map_err(|error| refused(error.to_string()))?;
-        Self::with(dir, lock, engine, records.lease).await
+        let bucket = records.artifacts.as_ref().map(|place| {
+            let refused = |reason| StoreError { place: format!("the files {place}"), reason };
+            place.open().map_err(refused)
+        });
+        Self::with(dir, lock, engine, bucket.transpose()?, records.lease).await
     }
 
-    /// A store of migrated records and a locked folder.
-    async fn with(dir: &Path, lock: fs::File, engine: Arc<dyn Engine>, lease: Duration) -> Result<Self, StoreError> {
+    /// A store of migrated records, a locked folder, and a bucket if the files are not in the folder.
+    async fn with(
+        dir: &Path,
+        lock: fs::File,
+        engine: Arc<dyn Engine>,
+        bucket: Option<Bucket>,
+        lease: Duration,
+    ) -> Result<Self, StoreError> {
         let refused = |error: io::Error| StoreError::of_folder(dir, error);
         let (work, work_lock) = own_folder(&dir.join("work")).map_err(refused)?;
-        let artifacts = Artifacts::open(&dir.join("artifacts"), work.path()).map_err(refused)?;
+        let ledger = Ledger::new(engine);
+        let (artifacts, place) = match bucket {
+            None => {
+                let folder = dir.join("artifacts");
+                let place = format!("the files in {}", folder.display());
+                (Artifacts::Folder(Folder::open(&folder, work.path()).map_err(refused)?), place)
+            }
+            Some(bucket) => {
+                let place = format!("the files {}", bucket.name());
+                let named = ledger.name(&Uuid::now_v7().to_string()).await;
+                let named = named.map_err(|error| StoreError::of_folder(dir, error))?;
+                let owned = bucket.belong_to(&named).await;
+                owned.map_err(|error| StoreError { place: place.clone(), reason: error.to_string() })?;
+                (Artifacts::Bucket(bucket), place)
+            }
+        };
+        let hashes = artifacts.hashes().await.map_err(|error| StoreError { place, reason: error.to_string() })?;
         let inner = Inner {
-            ledger: Ledger::new(engine),
+            ledger,
             artifacts,
             work,
             replica: Uuid::now_v7().to_string(),
@@ -230,17 +267,18 @@ impl Store {
             arrivals: Notify::new(),
             ends: Notify::new(),
             running: Mutex::default(),
+            leftovers: Mutex::default(),
             bells: Mutex::default(),
             _locks: [lock, work_lock],
         };
         let store = Self { inner: Arc::new(inner) };
-        store.recover().await.map_err(|fault| StoreError::of_folder(dir, fault))?;
+        store.recover(hashes).await.map_err(|fault| StoreError::of_folder(dir, fault))?;
         Ok(store)
     }
 
-    /// Tidies up after processes that have ended.
-    async fn recover(&self) -> Result<(), Fault> {
-        let Inner { ledger, artifacts, .. } = &*self.inner;
+    /// Tidies up after processes that have ended, with the hashes of all files as they were a moment ago.
+    async fn recover(&self, files: Vec<String>) -> Result<(), Fault> {
+        let ledger = &self.inner.ledger;
         if ledger.is_shared() {
             self.show_presence().await?;
             tokio::spawn(stay_present(Arc::downgrade(&self.inner)));
@@ -250,12 +288,16 @@ impl Store {
             ledger.present(&self.inner.replica, u64::MAX).await?;
         }
         self.remove_abandoned().await?;
-        let artifacts = artifacts.clone();
-        let mut hashes = blocking(move || artifacts.hashes()).await?;
+        let (files, used): (HashSet<String>, _) = (files.into_iter().collect(), ledger.used_files().await?);
+        for hash in used.difference(&files) {
+            // Another process may have kept it meanwhile.
+            if !self.inner.artifacts.has(hash).await? {
+                let encoded = ledger.forget_file(hash).await?;
+                tracing::error!(hash, encoded, "a file that the records name is gone");
+            }
+        }
         // Most are used; each of the others is looked at again while nobody can name it.
-        let used = ledger.used_files().await?;
-        hashes.retain(|hash| !used.contains(hash));
-        self.remove_unused(hashes).await
+        self.remove_unused(files.difference(&used).cloned().collect()).await
     }
 
     async fn show_presence(&self) -> Result<(), Fault> {
@@ -285,6 +327,7 @@ impl Store {
 
     /// Keeps files; they are not removed before a record names them, as long as the hold is not released.
     async fn keep<const N: usize>(&self, files: [Vec<u8>; N]) -> Result<([Artifact; N], Box<dyn Hold>), Fault> {
+        let files = files.map(Bytes::from);
         let weigh = move || {
             let kept = files.each_ref().map(|bytes| Artifact::of(bytes));
             Ok((files, kept))
@@ -292,9 +335,9 @@ impl Store {
         let (files, kept) = blocking(weigh).await?;
         let hashes = kept.each_ref().map(|file| file.hash.as_str());
         let naming = patiently(|| self.inner.ledger.name_files(&hashes)).await?;
-        let (artifacts, wanted) = (self.inner.artifacts.clone(), kept.clone());
-        let put = move || files.iter().zip(&wanted).try_for_each(|(bytes, file)| artifacts.put(bytes, file));
-        blocking(put).await?;
+        for (bytes, file) in files.into_iter().zip(&kept) {
+            self.inner.artifacts.put(bytes, file).await?;
+        }
         Ok((kept, naming))
     }
 
@@ -333,18 +376,7 @@ impl Store {
         };
         let inserted = match self.inner.ledger.insert(new).await {
             // Somebody else was quicker with the same key; now it is known.
-            Err(SqlError::Unique) => {
-                let new = NewRow {
-                    generation: &generation,
-                    event: &event,
-                    order: &order,
-                    request_hash: &request_hash,
-                    replica: &self.inner.replica,
-                    attached,
-                    artifacts: &files,
-                };
-                self.inner.ledger.insert(new).await
-            }
+            Err(SqlError::Unique) => self.inner.ledger.insert(new).await,
             other => other,
         };
         naming.release().await;
@@ -400,6 +432,7 @@ impl Store {
     /// Removes what is kept longer or is more than wanted, and what nobody waits for.
     pub(crate) async fn tidy(&self, keep: &Retention) -> Result<(), Fault> {
         self.remove_abandoned().await?;
+        self.remove_leftovers().await?;
         let forgotten = self.inner.ledger.forget_stage_outputs(keep.stage_output_bytes).await?;
         self.remove_unused(forgotten).await?;
         if let Some(age) = keep.age {
@@ -420,6 +453,24 @@ impl Store {
             self.delete(*id).await?;
         }
         Ok(!ended.is_empty())
+    }
+
+    /// Removes files that an object store did not remove when it should have.
+    async fn remove_leftovers(&self) -> Result<(), Fault> {
+        if lock(&self.inner.leftovers).is_empty() {
+            return Ok(());
+        }
+        self.check_files().await?;
+        let left = std::mem::take(&mut *lock(&self.inner.leftovers));
+        self.remove_unused(left.into_iter().collect()).await
+    }
+
+    /// Whether files can be kept, if they are in an object store and there is reason to doubt it.
+    pub(crate) async fn check_files(&self) -> Result<(), Fault> {
+        match &self.inner.artifacts {
+            Artifacts::Folder(_) => Ok(()),
+            Artifacts::Bucket(bucket) => Ok(bucket.check().await?),
+        }
     }
 
     /// Bytes that are free where the data folder is.
@@ -586,22 +637,32 @@ impl Store {
         Ok(true)
     }
 
-    /// Removes those files that belong to no generation and are no stage's output.
+    /// Removes those files that belong to no generation and are no stage's output; later where an object store does not
+    /// do it now.
     async fn remove_unused(&self, hashes: Vec<String>) -> Result<(), Fault> {
         for hash in hashes {
-            if let Some(alone) = self.inner.ledger.remove_file(&hash).await? {
-                let artifacts = self.inner.artifacts.clone();
-                blocking(move || artifacts.remove(&hash)).await?;
-                alone.release().await;
+            let Some(alone) = self.inner.ledger.remove_file(&hash).await? else { continue };
+            match tokio::time::timeout(REMOVAL, self.inner.artifacts.remove(&hash)).await {
+                Ok(Err(ArtifactError::Away(reason))) => {
+                    tracing::warn!(hash, reason, "a file that nobody needs is removed later");
+                    lock(&self.inner.leftovers).insert(hash);
+                }
+                Ok(removed) => removed?,
+                Err(_) => {
+                    tracing::warn!(hash, "a file that nobody needs was not removed in time; it is tried again");
+                    lock(&self.inner.leftovers).insert(hash);
+                    continue;
+                }
             }
+            alone.release().await;
         }
         Ok(())
     }
 
-    /// A completed generation's video, and its file at the start.
+    /// A completed generation's video.
     ///
-    /// Errors: there is none, or the file is damaged.
-    pub async fn video(&self, id: &str) -> Result<(Artifact, fs::File), Fault> {
+    /// Errors: there is none, the file is damaged, or the object store does not answer.
+    pub async fn video(&self, id: &str) -> Result<Content, Fault> {
         let generation = self.get(id).await?;
         if generation.state() != GenerationState::Completed {
             let state = crate::api::video::status_name(generation.state());
@@ -609,10 +670,28 @@ impl Store {
             return Err(Fault::new(Kind::Precondition, message));
         }
         let video = self.inner.ledger.artifact(identity(&generation), role::VIDEO).await?;
-        let video = video.ok_or_else(|| Fault::new(Kind::NotFound, "the generation's video is gone"))?;
-        let (artifacts, wanted) = (self.inner.artifacts.clone(), video.clone());
-        let file = blocking(move || artifacts.open_file(&wanted)).await?;
-        Ok((video, file))
+        let gone = || Fault::new(Kind::NotFound, "the generation's video is gone");
+        match self.inner.artifacts.open(&video.ok_or_else(gone)?).await {
+            Err(ArtifactError::Gone(hash)) => {
+                tracing::error!(hash, "a file that the records name is gone");
+                Err(gone())
+            }
+            opened => Ok(opened?),
+        }
+    }
+
+    /// A generation's preview after a step, and its JPEG file.
+    ///
+    /// Errors: there is none, or the file is damaged.
+    pub async fn preview(&self, id: &str, step: u32) -> Result<(Artifact, Vec<u8>), Fault> {
+        let id = self.id(id).await?;
+        let kept = self.inner.ledger.artifact(id, &role::preview(step)).await?;
+        let kept = kept.ok_or_else(|| {
+            let message = format!("the generation has no preview of step {step}; its events tell which there are");
+            Fault::new(Kind::NotFound, message)
+        })?;
+        let file = self.inner.artifacts.read(&kept).await?;
+        Ok((kept, file))
     }
 
     /// The next generation to run, once there is one.
@@ -734,6 +813,19 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
         Ok(Err(error)) if error.kind() == io::ErrorKind::StorageFull => Err(full(&error.to_string())),
         Ok(Err(error)) => Err(Fault::internal("a file of the data folder cannot be used", &error)),
         Err(error) => Err(Fault::internal("a file of the data folder cannot be used", &error)),
+    }
+}
+
+impl From<ArtifactError> for Fault {
+    fn from(error: ArtifactError) -> Self {
+        match error {
+            ArtifactError::Full(detail) => full(&detail),
+            ArtifactError::Away(detail) => {
+                tracing::error!(detail, "the object store does not do it");
+                Self::new(Kind::Unavailable, "the object store of the files cannot be used now; try again")
+            }
+            _ => Self::internal("a file cannot be used", &error),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use super::engine::{Access, Engine, SqlError};
 
 /// Steps from nothing to the newest schema; a step that was released is never changed. `{bytes}` is a column of bytes.
-const STEPS: [&str; 3] = [
+const STEPS: [&str; 4] = [
     "
     CREATE TABLE generations (
         id TEXT PRIMARY KEY,
@@ -68,6 +68,14 @@ const STEPS: [&str; 3] = [
         body {bytes} NOT NULL
     );
     CREATE INDEX webhooks_due ON webhooks (due_ms);
+",
+    // Rows of before have the deadline in their body alone: 0 has that looked at.
+    "
+    ALTER TABLE generations ADD COLUMN deadline_ms BIGINT NOT NULL DEFAULT 0;
+    CREATE TABLE marks (
+        name TEXT PRIMARY KEY,
+        value TEXT NOT NULL
+    );
 ",
 ];
 

@@ -10,7 +10,8 @@ use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 use self::home::{Home, LEASE_MS};
 use super::*;
 
-/// Runs the same cases on a file, each as a test of its own, and one after the other on one PostgreSQL.
+/// Runs the same cases on a file, with the files in a folder and in a bucket, each as a test of its own, and one after
+/// the other on one PostgreSQL.
 macro_rules! on_every_database {
     ($($case:ident,)*) => {
         mod on_a_file {
@@ -18,6 +19,15 @@ macro_rules! on_every_database {
                 #[tokio::test]
                 async fn $case() {
                     super::$case(&super::Home::on_a_file().await).await;
+                }
+            )*
+        }
+
+        mod on_a_file_with_a_bucket {
+            $(
+                #[tokio::test]
+                async fn $case() {
+                    super::$case(&super::Home::with_a_bucket().await).await;
                 }
             )*
         }
@@ -38,12 +48,14 @@ on_every_database! {
     random_lives_are_possible_ones,
     a_schema_of_a_newer_program_is_refused_with_a_sentence,
     records_of_the_first_release_are_taken_over,
+    late_is_what_waits_and_has_a_deadline_that_has_passed,
     a_watcher_gets_every_event_once_and_the_rest_when_it_comes_back,
     whoever_lost_the_lease_writes_nothing,
     a_lease_ends_once_its_holder_gives_no_sign_of_life_for_that_long,
     a_change_that_was_stored_without_an_answer_is_stored_once,
     everything_that_waits_is_taken_once_however_many_take_at_once,
     what_no_record_names_is_removed_at_the_start,
+    a_stages_output_whose_file_is_gone_is_forgotten_at_the_start,
     damaged_latents_are_not_gone_on_with,
     files_that_two_generations_share_stay_until_both_are_gone,
     a_file_that_is_about_to_be_named_is_not_removed,
@@ -151,8 +163,12 @@ async fn records_of_the_first_release_are_taken_over(home: &Home) {
     let engine = home.engine().await;
     schema::first(&*engine).await.unwrap();
     let id = Uuid::now_v7();
-    let generation =
-        Generation { generation_id: id.to_string(), state: GenerationState::Queued.into(), ..Generation::default() };
+    let generation = Generation {
+        generation_id: id.to_string(),
+        state: GenerationState::Queued.into(),
+        deadline_unix_ms: Some(1),
+        ..Generation::default()
+    };
     let body = prost::Message::encode_to_vec(&generation);
     home.run(
         "INSERT INTO generations (id, state, ended_ms, last_event, caller, priority, idempotency_key, request_hash, \
@@ -163,10 +179,29 @@ async fn records_of_the_first_release_are_taken_over(home: &Home) {
     .await;
     drop(engine);
     let store = home.open().await;
+    assert_eq!(store.inner.ledger.late(2).await.unwrap(), [id]);
     let lease = store.claim(id).await.unwrap().unwrap();
     assert_eq!((lease.id(), lease.number()), (id, 8));
     lease.publish(to(GenerationState::Encoding)).await;
     assert_eq!(store.get(&id.to_string()).await.unwrap().state(), GenerationState::Encoding);
+}
+
+async fn late_is_what_waits_and_has_a_deadline_that_has_passed(home: &Home) {
+    let store = home.open().await;
+    let order = |seconds| Order { deadline_seconds: seconds, ..Order::default() };
+    let create =
+        async |seconds| identity(&store.create(Accepted { order: order(seconds), ..accepted("") }).await.unwrap());
+    create(None).await;
+    create(Some(86_400)).await;
+    let soon = create(Some(3_600)).await;
+    let ledger = &store.inner.ledger;
+    assert!(ledger.late(unix_ms()).await.unwrap().is_empty());
+    let later = unix_ms() + 7_200_000;
+    assert_eq!(ledger.late(later).await.unwrap(), [soon]);
+    let lease = store.claim(soon).await.unwrap().unwrap();
+    assert!(ledger.late(later).await.unwrap().contains(&soon), "whoever drove it is gone by then");
+    lease.publish(to(GenerationState::Failed)).await;
+    assert!(ledger.late(later).await.unwrap().is_empty());
 }
 
 async fn a_watcher_gets_every_event_once_and_the_rest_when_it_comes_back(home: &Home) {
@@ -216,7 +251,7 @@ async fn whoever_lost_the_lease_writes_nothing(home: &Home) {
     next.publish(to(GenerationState::Cancelled)).await;
     drop((late, next, store));
     let store = home.open().await;
-    assert_eq!(store.inner.artifacts.hashes().unwrap(), [sha256(b"next")], "its files do not stay");
+    assert_eq!(store.inner.artifacts.hashes().await.unwrap(), [sha256(b"next")], "its files do not stay");
 }
 
 async fn a_lease_ends_once_its_holder_gives_no_sign_of_life_for_that_long(home: &Home) {
@@ -278,11 +313,11 @@ async fn what_no_record_names_is_removed_at_the_start(home: &Home) {
     let store = home.open().await;
     let (id, lease) = driven(&store).await;
     let orphan = Artifact::of(b"written, and then the power went");
-    store.inner.artifacts.put(b"written, and then the power went", &orphan).unwrap();
+    store.inner.artifacts.put(Bytes::from_static(b"written, and then the power went"), &orphan).await.unwrap();
     lease.checkpoint(1, "plan", &[1.0, -2.0]).await.unwrap();
     drop((lease, store));
     let store = home.open_after_a_stop().await;
-    assert!(store.inner.artifacts.read(&orphan).is_err());
+    assert!(store.inner.artifacts.read(&orphan).await.is_err());
     let lease = store.claim(id).await.unwrap().unwrap();
     let resumed = lease.resume("plan").await.unwrap();
     assert_eq!((resumed.step, resumed.latents), (1, vec![1.0, -2.0]));
@@ -291,16 +326,29 @@ async fn what_no_record_names_is_removed_at_the_start(home: &Home) {
     lease.release().await;
     drop(lease);
     store.remove(&id.to_string()).await.unwrap();
-    assert!(store.inner.artifacts.hashes().unwrap().is_empty());
+    assert!(store.inner.artifacts.hashes().await.unwrap().is_empty());
+}
+
+async fn a_stages_output_whose_file_is_gone_is_forgotten_at_the_start(home: &Home) {
+    let store = home.open().await;
+    let (id, lease) = driven(&store).await;
+    lease.keep_stage_output(role::FEATURES, "key", b"features".to_vec()).await.unwrap();
+    lease.keep_stage_output(role::TEXT_STATES, "other key", b"states".to_vec()).await.unwrap();
+    store.inner.artifacts.remove(&sha256(b"features")).await.unwrap();
+    drop((lease, store));
+    let store = home.open_after_a_stop().await;
+    let lease = store.claim(id).await.unwrap().unwrap();
+    assert!(lease.stage_output(role::FEATURES, "key").await.is_none());
+    assert_eq!(lease.stage_output(role::TEXT_STATES, "other key").await.unwrap(), b"states");
 }
 
 async fn damaged_latents_are_not_gone_on_with(home: &Home) {
     let store = home.open().await;
     let (_, lease) = driven(&store).await;
     lease.checkpoint(1, "plan", &[1.0, -2.0]).await.unwrap();
-    let (id, hash) = (lease.id(), store.inner.ledger.artifact(lease.id(), role::LATENTS).await.unwrap().unwrap().hash);
+    let (id, latents) = (lease.id(), store.inner.ledger.artifact(lease.id(), role::LATENTS).await.unwrap().unwrap());
+    store.inner.artifacts.put(Bytes::from_static(&[0; 8]), &latents).await.unwrap();
     drop((lease, store));
-    fs::write(home.dir().join("artifacts").join(&hash[..2]).join(&hash), [0; 8]).unwrap();
     let store = home.open_after_a_stop().await;
     assert!(store.claim(id).await.unwrap().unwrap().resume("plan").await.is_none());
 }
@@ -309,11 +357,11 @@ async fn files_that_two_generations_share_stay_until_both_are_gone(home: &Home) 
     let store = home.open().await;
     let first = store.create(accepted("")).await.unwrap().generation_id;
     let second = store.create(accepted("")).await.unwrap().generation_id;
-    assert_eq!(store.inner.artifacts.hashes().unwrap().len(), 2);
+    assert_eq!(store.inner.artifacts.hashes().await.unwrap().len(), 2);
     store.remove(&first).await.unwrap();
-    assert_eq!(store.inner.artifacts.hashes().unwrap().len(), 2);
+    assert_eq!(store.inner.artifacts.hashes().await.unwrap().len(), 2);
     store.remove(&second).await.unwrap();
-    assert!(store.inner.artifacts.hashes().unwrap().is_empty());
+    assert!(store.inner.artifacts.hashes().await.unwrap().is_empty());
 }
 
 async fn a_file_that_is_about_to_be_named_is_not_removed(home: &Home) {
@@ -418,4 +466,68 @@ async fn stage_outputs_that_nobody_used_lately_go_first_and_those_in_use_keep_th
     assert!(lease.stage_output(role::FEATURES, "old").await.is_none());
     assert_eq!(lease.stage_output(role::TEXT_STATES, "new").await.unwrap(), b"abcdefghij");
     assert_eq!(lease.read(role::FEATURES).await.unwrap(), b"0123456789", "the generation still has it");
+}
+
+#[tokio::test]
+async fn while_the_object_store_refuses_nothing_is_accepted_what_runs_waits_and_then_all_goes_on() {
+    let home = Home::with_a_bucket().await;
+    let store = home.open().await;
+    let (ended, lease) = driven(&store).await;
+    lease.checkpoint(1, "plan", &[9.0]).await.unwrap();
+    lease.publish(to(GenerationState::Failed)).await;
+    let (id, lease) = driven(&store).await;
+    for state in [GenerationState::Encoding, GenerationState::Denoising, GenerationState::Decoding] {
+        lease.publish(to(state)).await;
+    }
+    store.check_files().await.unwrap();
+    home.moody().refuse(true);
+    let refused = store.create(accepted("")).await.unwrap_err();
+    assert!(refused.kind == Kind::Unavailable && refused.message.contains("object store"), "{refused}");
+    assert_eq!(store.check_files().await.unwrap_err().kind, Kind::Unavailable);
+    assert_eq!(lease.checkpoint(2, "plan", &[2.0]).await.unwrap_err().kind, Kind::Unavailable);
+    store.remove(&ended.to_string()).await.unwrap();
+    assert_eq!(store.tidy(&Retention::default()).await.unwrap_err().kind, Kind::Unavailable);
+    let video = store.work_dir().join("video.mp4");
+    fs::write(&video, b"video").unwrap();
+    let before = home.moody().refused();
+    let waiting = tokio::spawn({
+        let lease = Arc::clone(&lease);
+        async move {
+            let picture = lease.read(role::PICTURE).await.unwrap();
+            lease.complete(video, to(GenerationState::Completed)).await.unwrap();
+            picture
+        }
+    });
+    while home.moody().refused() == before {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(!waiting.is_finished());
+    home.moody().refuse(false);
+    let picture = tokio::time::timeout(Duration::from_secs(120), waiting).await.unwrap().unwrap();
+    assert_eq!(picture, b"picture");
+    assert_eq!(store.get(&id.to_string()).await.unwrap().state(), GenerationState::Completed);
+    store.check_files().await.unwrap();
+    store.tidy(&Retention::default()).await.unwrap();
+    assert_eq!(store.inner.artifacts.hashes().await.unwrap(), [sha256(b"video")], "what was left is removed");
+}
+
+#[tokio::test]
+async fn whoever_waits_for_the_object_store_can_be_cancelled() {
+    let home = Home::with_a_bucket().await;
+    let store = home.open().await;
+    let (id, lease) = driven(&store).await;
+    home.moody().refuse(true);
+    let video = store.work_dir().join("video.mp4");
+    fs::write(&video, b"video").unwrap();
+    let waiting = tokio::spawn({
+        let lease = Arc::clone(&lease);
+        async move { lease.complete(video, to(GenerationState::Completed)).await }
+    });
+    while home.moody().refused() == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    lease.cancel_token().cancel();
+    let ended = tokio::time::timeout(Duration::from_secs(120), waiting).await.unwrap().unwrap();
+    assert_eq!(ended.unwrap_err().kind, Kind::Cancelled);
+    assert_eq!(store.get(&id.to_string()).await.unwrap().state(), GenerationState::Queued);
 }

@@ -51,8 +51,15 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- fail (printf "gateway.grpcPort and gateway.httpPort are both %d: they need a port each" (int .Values.gateway.grpcPort)) -}}
 {{- end -}}
 {{- $gateway := .Values.gateway -}}
-{{- if and (gt (int $gateway.replicas) 1) (not (and $gateway.database.url $gateway.data.existingClaim)) -}}
-{{- fail (printf "gateway.replicas is %d: several gateways need gateway.database.url and gateway.data.existingClaim, a claim that all can write to" (int $gateway.replicas)) -}}
+{{- if and (gt (int $gateway.replicas) 1) (not (and $gateway.database.url (or $gateway.artifacts.url $gateway.data.existingClaim))) -}}
+{{- fail (printf "gateway.replicas is %d: several gateways need gateway.database.url, and gateway.artifacts.url or gateway.data.existingClaim, a claim that all can write to" (int $gateway.replicas)) -}}
+{{- end -}}
+{{- $artifacts := $gateway.artifacts -}}
+{{- if and (or $artifacts.endpoint $artifacts.plainHttp $artifacts.credentialsSecret.name) (not $artifacts.url) -}}
+{{- fail "gateway.artifacts has an endpoint or credentials but its url is empty: there is no bucket that they are for" -}}
+{{- end -}}
+{{- if and $artifacts.plainHttp (not (hasPrefix "http://" $artifacts.endpoint)) -}}
+{{- fail "gateway.artifacts.plainHttp is true but gateway.artifacts.endpoint is none of http://: it would have no effect" -}}
 {{- end -}}
 {{- if and $gateway.database.passwordSecret.name (not $gateway.database.url) -}}
 {{- fail "gateway.database.passwordSecret is set but gateway.database.url is empty: there is no database that it is for" -}}

@@ -70,6 +70,8 @@ pub enum Command {
     Batch(crate::batch::BatchFlags),
     /// List this machine's devices with their memory: the processor, and CUDA devices where a driver answers.
     Devices(DevicesFlags),
+    /// Say how full the device of a running stage is, and change from where on it counts as nearly full.
+    Pressure(crate::pressure::PressureFlags),
     /// Say what would be done on some devices: tier, placement, fit, bytes and seconds, with reasons.
     ///
     /// No weight is read. Exit codes: 0 there is a plan, 1 nothing fits, 2 wrong usage or past the tier's limits.

@@ -21,7 +21,7 @@ use crate::{
     in_process,
     output::{Output, Part},
     plan,
-    progress::{Completed, Progress},
+    progress::{Completed, Progress, rounded},
     signals::Signals,
 };
 
@@ -191,7 +191,7 @@ async fn run(system: &InProcess, inputs: Inputs, progress: &mut Progress) -> Res
         .await
         .map_err(|status| Failure::of_status(&status))?
         .into_inner();
-    let (mut facts, mut outcome, mut part) = (None, None, None::<Part>);
+    let (mut facts, mut outcome, mut elapsed_seconds, mut part) = (None, None, 0.0, None::<Part>);
     while let Some(answer) = answers.message().await.map_err(|status| Failure::of_status(&status))? {
         match answer.body {
             Some(generate_response::Body::Event(event)) => {
@@ -205,6 +205,7 @@ async fn run(system: &InProcess, inputs: Inputs, progress: &mut Progress) -> Res
                             facts = Some(ask(system.client(), &event.generation_id).await?);
                         }
                         outcome = event.outcome.clone();
+                        elapsed_seconds = event.progress.map_or(0.0, |progress| progress.elapsed_seconds);
                     }
                     _ => {}
                 }
@@ -229,7 +230,8 @@ async fn run(system: &InProcess, inputs: Inputs, progress: &mut Progress) -> Res
     tokio::task::spawn_blocking(move || part.finish(bytes, crc32c))
         .await
         .map_err(|e| Failure::local("cannot write the video", e))??;
-    Ok(completed(output.path(), facts.unwrap_or_default(), &outcome))
+    let done = completed(output.path(), facts.unwrap_or_default(), &outcome);
+    Ok(Completed { elapsed_seconds: rounded(elapsed_seconds), ..done })
 }
 
 /// Size and resolved settings of a generation that is being denoised.

@@ -10,6 +10,7 @@ pub mod failure;
 pub mod generate;
 pub mod output;
 pub mod plan;
+pub mod pressure;
 pub mod progress;
 pub mod serve;
 pub mod signals;

@@ -9,7 +9,7 @@ use avatar::{
     devices,
     failure::{FAILED, Failure},
     generate::generate,
-    plan,
+    plan, pressure,
     progress::Progress,
     serve,
     weights::{
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
             devices::show(&flags);
             ExitCode::SUCCESS
         }
+        Command::Pressure(flags) => call(flags.json, pressure::pressure(&flags)),
         Command::Plan(flags) => end(flags.json, plan::plan(&flags)),
         Command::Tiers(flags) => end(flags.json, plan::tiers(&flags)),
         Command::Weights(WeightsCommand::Fetch(flags)) => run_fetch(&flags),

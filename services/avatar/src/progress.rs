@@ -10,7 +10,7 @@ use std::{
 use gateway::api::video::Face;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use planner::{Bytes, Plan, Request, size::PictureSize};
-use proto::v1::{GenerationEvent, GenerationState, Outcome, Stage};
+use proto::v1::{GenerationEvent, GenerationState, Outcome, Preview, Stage};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -71,7 +71,9 @@ pub struct Completed {
     pub faces: Vec<Face>,
     /// The face that was animated.
     pub face: Option<Face>,
-    /// Seconds by stage.
+    /// Seconds from the first stage's beginning to the video's end.
+    pub elapsed_seconds: f64,
+    /// Seconds by stage, from its first call to its last answer; stages that are asked at the same time wait for each other.
     pub seconds: Map<String, Value>,
     /// Most bytes held at once, by stage; the gateway holds no weights and is not listed.
     pub peak_bytes: Map<String, Value>,
@@ -96,7 +98,7 @@ pub struct Predicted {
     pub seconds: Map<String, Value>,
     /// Most bytes held at once, by stage.
     pub peak_bytes: Map<String, Value>,
-    /// Measured seconds of all stages, as a part of the predicted ones.
+    /// Measured seconds from beginning to end, as a part of the predicted ones of all stages.
     pub seconds_ratio: f64,
     /// The measured peak of the stage that was to hold most, as a part of the predicted one.
     pub peak_ratio: f64,
@@ -165,11 +167,10 @@ impl Completed {
     pub fn expected(&mut self, plan: Option<&Plan>) {
         let Some(plan) = plan else { return };
         let mut predicted = Predicted::default();
-        let (mut took, mut expected, mut most) = (0.0, 0.0, 0);
+        let (mut expected, mut most) = (0.0, 0);
         for stage in &plan.stages {
             let name = stage.stage.name();
             let measured = |of: &Map<String, Value>| of.get(name).and_then(Value::as_f64).unwrap_or_default();
-            took += measured(&self.seconds);
             expected += stage.seconds;
             if stage.peak_bytes > most {
                 most = stage.peak_bytes;
@@ -178,7 +179,7 @@ impl Completed {
             predicted.seconds.insert(name.to_owned(), json!(rounded(stage.seconds)));
             predicted.peak_bytes.insert(name.to_owned(), json!(stage.peak_bytes));
         }
-        predicted.seconds_ratio = rounded(took / f64::max(expected, 1e-6));
+        predicted.seconds_ratio = rounded(self.elapsed_seconds / f64::max(expected, 1e-6));
         self.predicted = Some(predicted);
     }
 
@@ -186,7 +187,7 @@ impl Completed {
     fn cost(&self) -> String {
         let all = |of: &Map<String, Value>| of.values().filter_map(Value::as_f64).sum::<f64>();
         let most = |of: &Map<String, Value>| Bytes(of.values().filter_map(Value::as_u64).max().unwrap_or_default());
-        let mut said = format!("made in {:.1} s", all(&self.seconds));
+        let mut said = format!("made in {:.1} s", self.elapsed_seconds);
         if let Some(predicted) = &self.predicted {
             let (seconds, bytes) = (all(&predicted.seconds), most(&predicted.peak_bytes));
             said += &format!(" ({seconds:.1} s predicted), peak {} ({bytes} predicted)", most(&self.peak_bytes));
@@ -201,7 +202,8 @@ impl Completed {
     }
 }
 
-fn rounded(number: f64) -> f64 {
+/// To thousandths.
+pub(crate) fn rounded(number: f64) -> f64 {
     (number * 1000.0).round() / 1000.0
 }
 
@@ -371,6 +373,11 @@ pub(crate) fn event_json(event: &GenerationEvent) -> Value {
     if !event.faces.is_empty() {
         line.insert("faces".to_owned(), json!(event.faces.iter().map(Face::from).collect::<Vec<_>>()));
         line.insert("face".to_owned(), json!(event.face.as_ref().map(Face::from)));
+    }
+    if let Some(preview) = &event.preview {
+        let Preview { step, width, height, bytes, sha256 } = preview;
+        let shown = json!({ "step": step, "width": width, "height": height, "bytes": bytes, "sha256": sha256 });
+        line.insert("preview".to_owned(), shown);
     }
     if event.warning {
         line.insert("warning".to_owned(), json!(true));

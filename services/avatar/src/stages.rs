@@ -71,6 +71,7 @@ pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Resul
         vae_decode: stage("vae-decode", |incoming| {
             vae_decode::serve_on(of("vae-decode"), device.clone(), incoming, shutdown.clone())
         }),
+        spare_decoders: Vec::new(),
     };
     let gateway = Gateway::new(options, stages).await.map_err(|e| Failure::local("cannot start the gateway", e))?;
     let gateway = gateway.planning_for(crate::plan::fleet(models, (compute, weights), config.device.name));

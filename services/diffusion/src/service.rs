@@ -32,7 +32,7 @@ use service_kit::{
     ServiceError,
     config::Compute,
     device::CancelToken,
-    memory::{Watch, WeightsReport, current_bytes},
+    memory::{Watch, WeightsReport},
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
 };
@@ -106,8 +106,12 @@ impl StageModel for Model {
         })
     }
 
-    fn trim(&mut self) {
+    fn tidy(&mut self) {
         self.sessions.retain(|_, session| !session.is_idle());
+    }
+
+    fn trim(&mut self) {
+        self.tidy();
         self.sessions.values_mut().for_each(Session::forget_features);
     }
 
@@ -168,12 +172,11 @@ impl DiffusionService for Service {
         if latents.len() < header.items.len() {
             return Err(ServiceError::invalid(format!("latents.{}", latents.len()), "the tensor is missing").into());
         }
-        let host = self.host.clone();
-        let budget_bytes = host.memory().budget_bytes;
+        let (host, settled) = (self.host.clone(), self.host.clone());
         // Room for every result, so that a slow reader never holds the device.
         let messages = streamed_reply(header.items.len(), wrap, |outbox| {
             let work = move |model: &mut Model, cancel: &CancelToken| {
-                model.settle(&header, budget_bytes);
+                model.settle(&header, settled.memory().free_bytes);
                 model.predict(&header, latents, (&outbox, cancel))
             };
             let pending = self.host.submit(work)?;
@@ -198,7 +201,7 @@ impl DiffusionService for Service {
 
 impl Model {
     fn open_session(&mut self, header: OpenSessionHeader, tensors: &[HostTensor; 9]) -> Result<(), ServiceError> {
-        self.sessions.retain(|_, session| !session.is_idle());
+        self.tidy();
         if self.sessions.len() >= MAX_SESSIONS && !self.sessions.contains_key(&header.session_id) {
             return Err(ServiceError::ResourceExhausted {
                 message: format!("{MAX_SESSIONS} sessions are open, which is the most"),
@@ -210,14 +213,14 @@ impl Model {
         Ok(())
     }
 
-    /// Lets as many blocks of weights stay in memory as the largest item leaves room for.
-    fn settle(&self, header: &PredictHeader, budget_bytes: u64) {
+    /// Lets as many blocks of weights stay in memory as the largest item leaves room for in what is free now.
+    fn settle(&self, header: &PredictHeader, free_bytes: u64) {
         let Some(session) = self.sessions.get(&header.session_id) else { return };
         let work = |item| pass_bytes(&self.sizes, &session.pass(item, header.keep_features), self.cpu);
         let most = header.items.iter().map(work).max().unwrap_or(0);
         let transformer = &self.stage.transformer;
-        let taken = current_bytes().saturating_add(most).saturating_add(transformer.unswapped_bytes());
-        let resident = resident_blocks(&transformer.swap().sizes(), budget_bytes.saturating_sub(taken));
+        let taken = most.saturating_add(transformer.unswapped_bytes());
+        let resident = resident_blocks(&transformer.swap().sizes(), free_bytes.saturating_sub(taken));
         transformer.swap().keep(resident, clock);
     }
 

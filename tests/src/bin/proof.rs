@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use e2e::proof::{Options, document};
+use e2e::proof::{Options, document, seconds};
 
 /// Generates with random weights of the published widths, in q4_k, within budgets of a CPU's memory, and prints a row
 /// for each: what was predicted, and what was counted. Fails where a peak passes its budget or is not the predicted one.
@@ -23,10 +23,18 @@ struct Arguments {
     /// Denoise steps.
     #[arg(long, value_name = "N", default_value_t = 2)]
     steps: u32,
+    /// Hold seconds against their prediction instead, with a tiny checkpoint at three sizes, so many rounds in turn. For
+    /// a machine that does nothing else.
+    #[arg(long, value_name = "ROUNDS", num_args = 0..=1, default_missing_value = "3", conflicts_with_all = ["full_size", "budgets", "steps"])]
+    seconds: Option<usize>,
 }
 
 fn main() -> anyhow::Result<()> {
-    let Arguments { full_size, models, mut budgets, steps } = Arguments::parse();
+    let Arguments { full_size, models, mut budgets, steps, seconds: rounds } = Arguments::parse();
+    if let Some(rounds) = rounds {
+        print!("{}", seconds(&models.unwrap_or_else(|| "target/proof-tiny".into()), rounds)?);
+        return Ok(());
+    }
     if budgets.is_empty() {
         budgets = if full_size { vec![4] } else { vec![4, 6, 8, 12] };
     }

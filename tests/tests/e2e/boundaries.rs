@@ -12,6 +12,7 @@ fn table() -> BTreeMap<&'static str, (Vec<&'static str>, Vec<&'static str>)> {
         ("proto", (vec![], vec!["tokio", "axum"])),
         ("planner", (vec![], vec!["candle-core", "tokio", "tonic"])),
         ("postgres-server", (vec![], vec!["tokio", "sqlx"])),
+        ("s3-server", (vec![], vec!["tokio", "object_store"])),
         ("model", (vec!["planner"], vec!["tokio", "tonic", "axum", "clap"])),
         ("service-kit", (vec!["proto"], vec!["candle-core", "candle-nn"])),
         ("gateway", (vec!["proto", "planner", "service-kit"], vec!["candle-core", "candle-nn"])),

@@ -26,7 +26,8 @@ fn spec() -> GenerationSpec {
     }
 }
 
-async fn create(stack: &Stack, key: &str) -> Result<Generation, tonic::Status> {
+/// Creates a generation of six steps.
+pub async fn create(stack: &Stack, key: &str) -> Result<Generation, tonic::Status> {
     let bodies = [Body::Spec(spec()), Body::PictureChunk(portrait()), Body::AudioChunk(tone(0.4, 16_000))];
     let mut messages = bodies.map(|body| CreateGenerationRequest { body: Some(body), idempotency_key: String::new() });
     messages[0].idempotency_key = key.to_owned();
@@ -35,7 +36,7 @@ async fn create(stack: &Stack, key: &str) -> Result<Generation, tonic::Status> {
 }
 
 /// Reads events from a number on, up to the first that `enough` holds for; gives them.
-async fn watch(
+pub async fn watch(
     stack: &Stack,
     id: &str,
     from_number: u64,
@@ -59,7 +60,8 @@ async fn watch(
     tokio::time::timeout(LONG, reading).await.unwrap()
 }
 
-async fn video(stack: &Stack, id: &str, folder: &Path) -> Vec<u8> {
+/// The picture of a completed generation's video, as it is encoded.
+pub async fn video(stack: &Stack, id: &str, folder: &Path) -> Vec<u8> {
     let request = v1::DownloadVideoRequest { generation_id: id.to_owned(), offset: 0 };
     let mut answers = client(&stack.grpc()).await.download_video(request).await.unwrap().into_inner();
     let mut bytes = Vec::new();
@@ -71,7 +73,8 @@ async fn video(stack: &Stack, id: &str, folder: &Path) -> Vec<u8> {
     video_stream(&path)
 }
 
-fn step(event: &GenerationEvent) -> u32 {
+/// The step that an event tells of.
+pub fn step(event: &GenerationEvent) -> u32 {
     event.progress.map_or(0, |progress| progress.step)
 }
 
@@ -121,6 +124,34 @@ async fn killed_stages_that_come_back_are_gone_on_with_and_the_video_is_bit_iden
     assert!(video(&stack, &id, folder.path()).await == wanted);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn previews_come_from_the_real_decoder_and_change_no_bit_of_the_video() {
+    let (models, folder) = (tiny_models(), tempfile::tempdir().unwrap());
+    let plain = Stack::one_with(&models, &["--previews", "0"]);
+    let id = create(&plain, "").await.unwrap().generation_id;
+    let events = watch(&plain, &id, 0, |_| false).await;
+    assert!(events.iter().all(|event| event.preview.is_none()));
+    let wanted = video(&plain, &id, folder.path()).await;
+    drop(plain);
+
+    let stack = Stack::one_with(&models, &["--previews", "3"]);
+    let Generation { generation_id: id, width, height, .. } = create(&stack, "").await.unwrap();
+    let events = watch(&stack, &id, 0, |_| false).await;
+    let previews: Vec<_> = events.iter().filter_map(|event| event.preview.clone()).collect();
+    // The device takes them in turn with the steps, so the first one is there long before the end.
+    assert!(!previews.is_empty(), "{events:?}");
+    for preview in previews {
+        assert!([2, 3, 5].contains(&preview.step) && (preview.width, preview.height) == (width, height), "{preview:?}");
+        let request = v1::GetPreviewRequest { generation_id: id.clone(), step: preview.step };
+        let answer = client(&stack.grpc()).await.get_preview(request).await.unwrap().into_inner();
+        assert_eq!((answer.data.len() as u64, answer.sha256), (preview.bytes, preview.sha256));
+        assert!(answer.data.starts_with(&[0xff, 0xd8]) && answer.data.ends_with(&[0xff, 0xd9]), "a whole JPEG file");
+    }
+    let none = v1::GetPreviewRequest { generation_id: id.clone(), step: 1 };
+    assert_eq!(client(&stack.grpc()).await.get_preview(none).await.unwrap_err().code(), tonic::Code::NotFound);
+    assert!(video(&stack, &id, folder.path()).await == wanted, "another video");
+}
+
 /// Runs a client command against a stack with --json; gives its exit code and the lines that it printed.
 fn ask(stack: &Stack, arguments: &[&str]) -> (Option<i32>, Vec<serde_json::Value>) {
     let server = stack.grpc();
@@ -144,8 +175,17 @@ async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
     let (_, again) = ask(&stack, &[&submit[..], &["--idempotency-key", "k1", "--caller", "desk"]].concat());
     assert_eq!(again[0]["generation_id"], id);
 
-    let (code, events) = ask(&stack, &["watch", id]);
+    let pictures = path("previews");
+    let (code, events) = ask(&stack, &["watch", id, "--previews", &pictures]);
     assert_eq!((code, &events.last().unwrap()["event"]), (Some(0), &"completed".into()), "{events:?}");
+    let previews: Vec<_> = events.iter().filter_map(|event| event.get("preview")).collect();
+    // One is left out where the decoder is slower than the steps, and never asked for twice.
+    assert!(previews.len() <= 1, "two steps have one preview: {previews:?}");
+    for preview in previews {
+        let file = fs::read(folder.path().join("previews/step-001.jpg")).unwrap();
+        assert_eq!((&preview["step"], &preview["bytes"]), (&1.into(), &file.len().into()));
+        assert!(file.starts_with(&[0xff, 0xd8]) && file.ends_with(&[0xff, 0xd9]), "a whole JPEG file");
+    }
     let (_, status) = ask(&stack, &["status", id]);
     assert_eq!((&status[0]["state"], &status[0]["step"]), (&"completed".into(), &2.into()));
     let (_, listed) = ask(&stack, &["list", "--state", "completed"]);

@@ -2,6 +2,7 @@
 
 mod batch;
 mod boundaries;
+mod bucket;
 mod cases;
 mod chaos;
 mod demo_model;

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use gateway::Stages;
+use gateway::{Stages, stages::Whose};
 use proto::{
     tensor::HostTensor,
     v1::{
@@ -117,7 +117,7 @@ async fn unloading_gives_the_memory_back_a_hundred_times_in_a_row() {
         for round in 0..105 {
             let loaded = client.load(LoadRequest {}).await.unwrap().into_inner().memory.unwrap();
             assert!(loaded.resident_bytes > 0, "{name}");
-            let memory = client.unload(UnloadRequest {}).await.unwrap().into_inner().memory.unwrap();
+            let memory = client.unload(UnloadRequest::default()).await.unwrap().into_inner().memory.unwrap();
             assert_eq!(memory.resident_bytes, 0, "{name}");
             // The first rounds also start threads and read what is read once.
             if round >= 5 {
@@ -142,9 +142,10 @@ async fn only_the_stages_of_one_device_are_unloaded_for_each_other() {
         channels.push(channel);
     }
     let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = channels.try_into().unwrap();
-    let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
+    let stages =
+        Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode, spare_decoders: Vec::new() };
     // Each process is a device of its own, so nobody's memory helps another.
-    assert_eq!(stages.unload_beside(Stage::VaeDecode).await, Vec::<&str>::new());
+    assert_eq!(stages.unload_beside(Stage::VaeDecode, Whose::Anybodys).await, Vec::<&str>::new());
     assert!(memory(&stages.diffusion).await.resident_bytes > 0);
 }
 
@@ -207,10 +208,43 @@ async fn one_pass_a_call_gives_the_bits_of_all_passes_in_one_call() {
     let process = start("diffusion", "cpu");
     let channel = channel(&process).await;
     let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = std::array::from_fn(|_| channel.clone());
-    let stages = Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode };
+    let stages =
+        Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode, spare_decoders: Vec::new() };
     let all = velocities(&stages, "all", 4).await;
     assert_eq!(all.len(), 8);
     assert!(velocities(&stages, "one", 1).await == all);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_with_a_session_is_not_unloaded_for_others_unless_all_are() {
+    let process = start("diffusion", "cpu");
+    let channel = channel(&process).await;
+    let [audio_encoder, text_encoder, image_encoder, diffusion, vae_decode] = std::array::from_fn(|_| channel.clone());
+    let stages =
+        Stages { audio_encoder, text_encoder, image_encoder, diffusion, vae_decode, spare_decoders: Vec::new() };
+    let first = velocities(&stages, "one", 4).await;
+    let mut client = StageServiceClient::new(channel.clone());
+    let kept = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
+    assert!(kept.busy && kept.memory.unwrap().resident_bytes > 0, "{kept:?}");
+    assert!(velocities(&stages, "one", 4).await == first);
+    stages.close_session("one".into()).await.unwrap();
+    let gone = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
+    assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
+    velocities(&stages, "two", 4).await;
+    let gone = client.unload(UnloadRequest::default()).await.unwrap().into_inner();
+    assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_mark_of_a_running_stage_is_shown_and_changed() {
+    let process = start("vae-decode", "cpu:2GiB");
+    let address = process.address("grpc");
+    let said = |more: &[&str]| avatar(&[&["pressure", "--stage", &address, "--json"], more].concat());
+    let value = |more: &[&str]| -> Value { serde_json::from_slice(&said(more).stdout).unwrap() };
+    assert_eq!((&value(&[])["pressure_percent"], &value(&[])["budget_bytes"]), (&85.into(), &(2048 * MIB).into()));
+    assert_eq!(value(&["--percent", "60"])["pressure_percent"], 60);
+    assert_eq!(value(&[])["pressure_percent"], 60);
+    assert_eq!(said(&["--percent", "101"]).status.code(), Some(2));
 }
 
 fn generate(folder: &Path, device: &str) -> (Option<i32>, Vec<Value>) {

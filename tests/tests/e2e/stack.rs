@@ -201,6 +201,14 @@ impl Stack {
         run(self.command.0, &self.command.1)
     }
 
+    /// One more gateway on the same stages, with data of its own.
+    pub fn another_gateway_in(&self, data: &Path) -> Process {
+        let mut arguments = self.command.1.clone();
+        let at = arguments.iter().position(|flag| flag == "--data-dir").unwrap();
+        arguments[at + 1] = data.to_str().unwrap().to_owned();
+        run(self.command.0, &arguments)
+    }
+
     /// Kills a stage at once, and starts it again at the same address.
     pub fn kill_and_restart_stage(&mut self, name: &str, models: &Path) {
         let (known, process) = self.stages.iter_mut().find(|(known, _)| *known == name).unwrap();

@@ -101,7 +101,10 @@ fn a_budget_says_how_many_blocks_stay_and_the_result_tells_what_was_predicted() 
     let predicted = &free["predicted"];
     let ratio = predicted["peak_ratio"].as_f64().unwrap();
     assert!((ratio - 1.0).abs() <= 0.05, "{free}");
-    assert!(predicted["seconds_ratio"].as_f64().unwrap() > 0.0, "{free}");
+    assert!(
+        predicted["seconds_ratio"].as_f64().unwrap() > 0.0 && free["elapsed_seconds"].as_f64().unwrap() > 0.0,
+        "{free}"
+    );
     assert_eq!(predicted["peak_bytes"].as_object().unwrap().len(), peaks.as_object().unwrap().len());
     // Other stages hold about 7 MB, and buffers of the wire a little.
     let budget = peaks["vae-decode"].as_u64().unwrap() + (10 << 20);

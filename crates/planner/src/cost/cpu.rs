@@ -7,11 +7,15 @@
 mod audio;
 mod diffusion;
 mod heap;
+mod ops;
 mod text;
 mod vae;
 
-pub use self::diffusion::Pass;
 use self::heap::Heap;
+pub use self::{
+    diffusion::Pass,
+    ops::{Ops, Pace, around},
+};
 use super::Job;
 use crate::{
     precision::Precision,
@@ -77,6 +81,28 @@ pub fn need(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Need {
         }
     };
     Need { resident: resident(table, stage, cpu), kept, work: heap.peak() }
+}
+
+/// What the networks of a stage do over the whole of a job, besides decoding their weights.
+#[must_use]
+pub fn ops(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Ops {
+    let mut heap = Heap::new(cpu, true);
+    match stage {
+        Stage::AudioEncoder => {
+            let pieces = (job.seconds / audio::SECONDS).ceil().max(1.0) as u64;
+            heap.counted(pieces, |heap| audio::encode(heap, &table.whisper, job));
+        }
+        Stage::TextEncoder => text::encode(&mut heap, table, job),
+        Stage::ImageEncoder => vae::look(&mut heap, &table.vae, job),
+        Stage::Diffusion => {
+            let ((full, cached), t) = (job.passes(), &table.transformer);
+            let pass = Pass::of(table, job);
+            heap.counted(full, |heap| diffusion::pass(heap, t, &pass));
+            heap.counted(cached, |heap| diffusion::cached(heap, t, &pass));
+        }
+        Stage::VaeDecode => vae::show(&mut heap, &table.vae, job),
+    }
+    heap.ops()
 }
 
 /// Bytes that one pass of the transformer takes besides what its stage holds and keeps.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Job;
+use super::{Job, cpu::Pace};
 use crate::{
     precision::Precision,
     stage::Stage,
@@ -25,15 +25,31 @@ pub struct Rates {
     pub weights: f64,
     /// Bytes/s of weights that are read from files.
     pub files: f64,
+    /// Of a CPU, how fast it is at everything else.
+    pub pace: Option<Pace>,
 }
 
 impl Rates {
     /// A card of the middle: what predictions rest on where none was measured.
-    pub const CUDA: Self =
-        Self { measured: false, products: 60e12, attention: 40e12, convolutions: 25e12, weights: 12e9, files: 1.5e9 };
+    pub const CUDA: Self = Self {
+        measured: false,
+        products: 60e12,
+        attention: 40e12,
+        convolutions: 25e12,
+        weights: 12e9,
+        files: 1.5e9,
+        pace: None,
+    };
     /// Each core of a CPU of today without AVX-512.
-    const CORE: Self =
-        Self { measured: false, products: 40e9, attention: 25e9, convolutions: 25e9, weights: 1e9, files: 1.5e9 };
+    const CORE: Self = Self {
+        measured: false,
+        products: 40e9,
+        attention: 25e9,
+        convolutions: 25e9,
+        weights: 1e9,
+        files: 1.5e9,
+        pace: None,
+    };
 
     /// A CPU that nobody measured.
     #[must_use]
@@ -45,6 +61,7 @@ impl Rates {
             attention: one.attention * cores,
             convolutions: one.convolutions * cores,
             weights: one.weights * cores,
+            pace: Some(Pace::of_cores(cores)),
             ..one
         }
     }
@@ -55,6 +72,7 @@ impl Rates {
         [self.products, self.attention, self.convolutions, self.weights, self.files]
             .iter()
             .all(|rate| rate.is_finite() && *rate >= 1.0)
+            && self.pace.is_none_or(|pace| pace.usable())
     }
 }
 
@@ -219,7 +237,7 @@ fn middle(vae: &Vae, frames: u64, area: u64) -> Work {
 }
 
 /// Lengths of the tiles of a side: a quarter of each overlaps the next.
-fn tiles(length: u64, tile: u64) -> Vec<u64> {
+pub(super) fn tiles(length: u64, tile: u64) -> Vec<u64> {
     if length <= tile {
         return vec![length];
     }
@@ -227,9 +245,8 @@ fn tiles(length: u64, tile: u64) -> Vec<u64> {
     (0..length).step_by(stride as usize).map(|start| tile.min(length - start)).collect()
 }
 
-fn decode(vae: &Vae, job: &Job) -> Work {
-    let (h, w) = job.latent();
-    let length = job.kept_latent_frames;
+/// Lengths of the decoder's runs over so many latent frames.
+pub(super) fn runs(vae: &Vae, length: u64) -> Vec<u64> {
     let mut runs = tiles(length, vae.tile_length);
     if runs.len() > 1 {
         // A run is one frame longer than its nominal length, and a run of that frame alone is left out.
@@ -240,6 +257,12 @@ fn decode(vae: &Vae, job: &Job) -> Work {
             runs.pop();
         }
     }
+    runs
+}
+
+fn decode(vae: &Vae, job: &Job) -> Work {
+    let (h, w) = job.latent();
+    let runs = runs(vae, job.kept_latent_frames);
     let (rows, columns) = (tiles(h, vae.tile_side), tiles(w, vae.tile_side));
     let area: u64 = rows.iter().sum::<u64>() * columns.iter().sum::<u64>();
     let mut all = Work::default();
@@ -363,5 +386,8 @@ mod tests {
     fn a_rate_of_nothing_is_not_divided_by() {
         assert!(Rates::CUDA.usable() && Rates::of_cores(0).usable());
         assert!(!Rates { files: 0.0, ..Rates::CUDA }.usable() && !Rates { products: f64::NAN, ..Rates::CUDA }.usable());
+        let rates = Rates::of_cores(2);
+        let still = rates.pace.map(|pace| Pace { moved: 0.0, ..pace });
+        assert!(!Rates { pace: still, ..rates }.usable());
     }
 }

@@ -401,7 +401,13 @@ impl Planner {
     }
 
     fn seconds(&self, job: &Job, stage: Stage, device: &Device, placed: &Placed, turns: bool) -> f64 {
-        let work = work::stage(&self.table, stage, job).seconds(&device.rates);
+        let work = match (device.kind, device.rates.pace) {
+            (DeviceKind::Cpu(cpus), Some(pace)) => {
+                let ops = cpu::ops(&self.table, stage, job, cpus[index(stage)]);
+                ops.seconds(&device.rates, &pace) + cpu::around(stage, job)
+            }
+            _ => work::stage(&self.table, stage, job).seconds(&device.rates),
+        };
         match placed.fit {
             Fit::Cpu(fit) => {
                 let computing =

@@ -39,7 +39,14 @@ fn read(file: &dyn Fn(&Path) -> Option<String>) -> HostMemory {
             memory.total_bytes = limit;
             memory.limit_bytes = Some(limit);
         }
-        memory.free_bytes = memory.free_bytes.min(limit.saturating_sub(number("memory.current").unwrap_or(0)));
+        // A group's use counts pages of files that the system drops when memory is needed, mapped weights among them.
+        let stat = file(&Path::new("/sys/fs/cgroup").join(group).join("memory.stat")).unwrap_or_default();
+        let pages = |name: &str| -> u64 {
+            stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap_or(0)
+        };
+        let cached = pages("inactive_file ").saturating_add(pages("active_file "));
+        let held = number("memory.current").unwrap_or(0).saturating_sub(cached);
+        memory.free_bytes = memory.free_bytes.min(limit.saturating_sub(held));
     }
     memory
 }
@@ -65,6 +72,18 @@ mod tests {
         let memory = with(&[("/proc/meminfo", MACHINE), ("/proc/self/cgroup", "0::/\n")]);
         assert_eq!(memory, HostMemory { total_bytes: 16 << 20, free_bytes: 8 << 20, limit_bytes: None });
         assert_eq!(with(&[]).total_bytes, u64::MAX);
+    }
+
+    #[test]
+    fn pages_of_files_in_a_group_are_free() {
+        let memory = with(&[
+            ("/proc/meminfo", MACHINE),
+            ("/proc/self/cgroup", "0::/one\n"),
+            ("/sys/fs/cgroup/one/memory.max", "4194304\n"),
+            ("/sys/fs/cgroup/one/memory.current", "4194304\n"),
+            ("/sys/fs/cgroup/one/memory.stat", "anon 1048576\ninactive_file 2097152\nactive_file 1048576\n"),
+        ]);
+        assert_eq!(memory.free_bytes, 3 << 20);
     }
 
     #[test]

@@ -86,6 +86,8 @@ pub struct DeviceConfig {
 
 /// Percent of a device's budget above which it counts as nearly full, unless told otherwise.
 pub const PRESSURE_PERCENT: u8 = 85;
+/// Percentages from which on a device may count as nearly full; the last one is never.
+pub const PRESSURE_PERCENTS: std::ops::RangeInclusive<u8> = 20..=100;
 
 impl DeviceConfig {
     /// A device of this build, with its budget.

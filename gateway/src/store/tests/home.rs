@@ -1,7 +1,12 @@
 //! Where a case's records and files are, and a clock that only the case moves.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use futures::stream::BoxStream;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
+    PutOptions, PutPayload, PutResult, memory::InMemory, path::Path as Name,
+};
 use sqlx::{Connection as _, PgConnection};
 
 use super::*;
@@ -10,17 +15,33 @@ use crate::store::engine::{Access, Transaction, Value};
 /// How long a lease of a case lasts.
 pub(super) const LEASE_MS: u64 = 15_000;
 
-/// A folder, and a database if it is not a file in there.
+/// A folder, a database if it is not a file in there, and a bucket if files are not in there.
 pub(super) struct Home {
     dir: TempDir,
     database: Option<Database>,
+    bucket: Option<Arc<Moody>>,
     now_ms: Arc<AtomicU64>,
 }
 
 impl Home {
     pub(super) async fn on_a_file() -> Self {
         let now_ms = Arc::new(AtomicU64::new(unix_ms()));
-        Self { dir: tempfile::tempdir().unwrap(), database: None, now_ms }
+        Self { dir: tempfile::tempdir().unwrap(), database: None, bucket: None, now_ms }
+    }
+
+    /// Records in a file, and files in a bucket in memory.
+    pub(super) async fn with_a_bucket() -> Self {
+        Self { bucket: Some(Arc::default()), ..Self::on_a_file().await }
+    }
+
+    /// The object store, where the files are in one.
+    pub(super) fn moody(&self) -> &Moody {
+        self.bucket.as_ref().unwrap()
+    }
+
+    fn bucket(&self) -> Option<Bucket> {
+        let store: Arc<dyn ObjectStore> = self.bucket.clone()?;
+        Some(Bucket::new("memory", store, Name::from("avatar")))
     }
 
     /// A database of its own on the server.
@@ -68,13 +89,91 @@ impl Home {
         let lock = lock_folder(self.dir(), self.database.is_some()).unwrap();
         let engine = self.engine().await;
         schema::migrate(&*engine).await.unwrap();
-        Store::with(self.dir(), lock, engine, Duration::from_millis(LEASE_MS)).await.unwrap()
+        Store::with(self.dir(), lock, engine, self.bucket(), Duration::from_millis(LEASE_MS)).await.unwrap()
     }
 
     /// The first process after all others have ended.
     pub(super) async fn open_after_a_stop(&self) -> Store {
         self.pass(LEASE_MS);
         self.open().await
+    }
+}
+
+/// An object store in memory that may refuse everything.
+#[derive(Debug, Default)]
+pub(super) struct Moody {
+    memory: InMemory,
+    refuses: AtomicBool,
+    refused: AtomicUsize,
+}
+
+impl Moody {
+    /// Has it refuse everything, or nothing.
+    pub(super) fn refuse(&self, refuses: bool) {
+        self.refuses.store(refuses, Ordering::SeqCst);
+    }
+
+    /// What it refused so far.
+    pub(super) fn refused(&self) -> usize {
+        self.refused.load(Ordering::SeqCst)
+    }
+
+    fn asked(&self) -> object_store::Result<&InMemory> {
+        if !self.refuses.load(Ordering::SeqCst) {
+            return Ok(&self.memory);
+        }
+        self.refused.fetch_add(1, Ordering::SeqCst);
+        Err(object_store::Error::Generic { store: "moody", source: "503".into() })
+    }
+}
+
+impl std::fmt::Display for Moody {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("moody")
+    }
+}
+
+#[tonic::async_trait]
+impl ObjectStore for Moody {
+    async fn put_opts(&self, at: &Name, payload: PutPayload, options: PutOptions) -> object_store::Result<PutResult> {
+        self.asked()?.put_opts(at, payload, options).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        at: &Name,
+        options: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.asked()?.put_multipart_opts(at, options).await
+    }
+
+    async fn get_opts(&self, at: &Name, options: GetOptions) -> object_store::Result<GetResult> {
+        self.asked()?.get_opts(at, options).await
+    }
+
+    fn delete_stream(
+        &self,
+        names: BoxStream<'static, object_store::Result<Name>>,
+    ) -> BoxStream<'static, object_store::Result<Name>> {
+        match self.asked() {
+            Ok(memory) => memory.delete_stream(names),
+            Err(error) => Box::pin(stream::iter([Err(error)])),
+        }
+    }
+
+    fn list(&self, prefix: Option<&Name>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        match self.asked() {
+            Ok(memory) => memory.list(prefix),
+            Err(error) => Box::pin(stream::iter([Err(error)])),
+        }
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Name>) -> object_store::Result<ListResult> {
+        self.asked()?.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Name, to: &Name, options: CopyOptions) -> object_store::Result<()> {
+        self.asked()?.copy_opts(from, to, options).await
     }
 }
 

@@ -102,8 +102,7 @@ async fn one_that_stood_still_and_comes_back_writes_nothing(home: &Home) {
     let states: Vec<GenerationState> = events.iter().map(GenerationEvent::state).collect();
     use GenerationState::{Completed, Decoding, Denoising, Encoding, Queued};
     assert_eq!((states, ended), (vec![Queued, Encoding, Denoising, Decoding, Completed], true));
-    let (file, _) = paused.video(&id.to_string()).await.unwrap();
-    assert_eq!(file.hash, sha256(b"video"));
+    assert_eq!(paused.video(&id.to_string()).await.unwrap().artifact.hash, sha256(b"video"));
 }
 
 async fn a_watcher_and_a_cancel_reach_what_runs_elsewhere(home: &Home) {
@@ -139,7 +138,7 @@ async fn a_start_leaves_alone_what_others_are_at(home: &Home) {
     assert!(second.get(&attached).await.is_ok());
     assert!(second.claim(id).await.unwrap().is_none());
     assert!(unfinished.exists());
-    assert!(second.inner.artifacts.read(&kept).is_ok());
+    assert!(second.inner.artifacts.read(&kept).await.is_ok());
     naming.release().await;
     lease.publish(to(GenerationState::Encoding)).await;
     assert!(!lease.lost().is_cancelled());

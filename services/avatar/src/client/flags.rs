@@ -72,6 +72,9 @@ pub struct WatchFlags {
     /// Number of the first event to show; 1 shows all.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub from: u64,
+    /// Folder for the previews that events tell of, made if missing: `step-008.jpg` and so on.
+    #[arg(long, value_name = "DIR")]
+    pub previews: Option<PathBuf>,
     #[allow(missing_docs)]
     #[command(flatten)]
     pub server: ServerFlags,

@@ -2,15 +2,19 @@
 
 pub mod flags;
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use gateway::fault::code_name;
 use proto::v1::{
     CancelGenerationRequest, CreateGenerationRequest, DeleteGenerationRequest, DownloadVideoRequest, Generation,
-    GenerationEvent, GenerationSpec, GenerationState, GetGenerationRequest, ListGenerationsRequest, Outcome,
-    WatchGenerationRequest, avatar_service_client::AvatarServiceClient, create_generation_request::Body,
+    GenerationEvent, GenerationSpec, GenerationState, GetGenerationRequest, GetPreviewRequest, ListGenerationsRequest,
+    Outcome, WatchGenerationRequest, avatar_service_client::AvatarServiceClient, create_generation_request::Body,
 };
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
 
 use self::flags::{DownloadFlags, ListFlags, OneFlags, OrderFlags, ServerFlags, SubmitFlags, WatchFlags};
@@ -153,9 +157,13 @@ pub async fn list(flags: &ListFlags) -> Result<(), Failure> {
 /// Follows a generation to its end and shows how it ended; gives the exit code. A server that restarts meanwhile is
 /// waited for, and a signal leaves the generation running.
 ///
-/// Errors: signals cannot be caught.
+/// Errors: signals cannot be caught, or the folder for previews cannot be made.
 pub async fn watch(flags: &WatchFlags) -> Result<u8, Failure> {
     let mut signals = Signals::catch()?;
+    if let Some(folder) = &flags.previews {
+        let wrong = |error| Failure::input("previews", format!("{}: {error}", folder.display()));
+        std::fs::create_dir_all(folder).map_err(wrong)?;
+    }
     let mut progress = Progress::new(flags.server.json, false);
     let mut next = flags.from.max(1);
     let followed = tokio::select! {
@@ -184,7 +192,43 @@ pub async fn watch(flags: &WatchFlags) -> Result<u8, Failure> {
 }
 
 async fn watched(flags: &WatchFlags, next: &mut u64, progress: &mut Progress) -> Result<GenerationEvent, Failure> {
-    follow(connect(&flags.server)?, &flags.id, next, |event| progress.event(event)).await
+    let client = connect(&flags.server)?;
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let following = follow(client.clone(), &flags.id, next, move |event| {
+        progress.event(event);
+        if let Some(preview) = &event.preview {
+            // Nobody listens any more once a preview could not be written, and then this has ended too.
+            let _ = tell.send(preview.step);
+        }
+    });
+    let saving = async {
+        while let Some(step) = told.recv().await {
+            if let Some(folder) = &flags.previews {
+                save_preview(client.clone(), &flags.id, step, folder).await?;
+            }
+        }
+        Ok(())
+    };
+    let (last, ()) = tokio::try_join!(following, saving)?;
+    Ok(last)
+}
+
+/// Writes the preview after a step into a folder; one that is gone with its generation is left out.
+///
+/// Errors: the server refuses or stays away, or the disk refuses.
+async fn save_preview(mut client: Client, id: &str, step: u32, folder: &Path) -> Result<(), Failure> {
+    let mut away = None;
+    let data = loop {
+        let request = GetPreviewRequest { generation_id: id.to_owned(), step };
+        match client.get_preview(request).await {
+            Ok(answer) => break answer.into_inner().data,
+            Err(status) if status.code() == Code::NotFound => return Ok(()),
+            Err(status) => wait(&status, &mut away).await?,
+        }
+    };
+    let path = folder.join(format!("step-{step:03}.jpg"));
+    let failed = |error| Failure::local("cannot write a preview", format!("{}: {error}", path.display()));
+    tokio::fs::write(&path, data).await.map_err(failed)
 }
 
 /// Shows a generation's events from number `next` up to the last one, which it gives. A server that is away for a

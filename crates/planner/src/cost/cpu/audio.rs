@@ -4,7 +4,7 @@ use super::Heap;
 use crate::{cost::Job, table::Whisper};
 
 /// Seconds that are heard at once, samples of them with half a transform before and behind, and features a second.
-const SECONDS: f64 = 30.0;
+pub(super) const SECONDS: f64 = 30.0;
 const SAMPLES: u64 = 480_400;
 const FEATURES: f64 = 50.0;
 
@@ -19,12 +19,13 @@ pub(super) fn encode(heap: &mut Heap, w: &Whisper, job: &Job) {
     // The spectrum is made in f64.
     let mel = heap.take(2 * rows * w.bands * 4);
     heap.pass(SAMPLES * 4 + 2 * rows * w.bands * 8);
+    heap.heard();
     let embedded = heap.in_f32(|heap| heap.undecoded(|heap| convolve(heap, w)));
     let rounded = heap.rounded(rows * w.width);
     heap.give(if rounded > 0 { embedded } else { 0 });
     // The last layer, beside the states of those before; of them the embedding is counted already.
     let states = heap.take_tensor((w.layers - 1) * rows * w.width);
-    let last = layer(heap, rows, [w.width, w.inner, w.heads]);
+    let last = heap.counted(w.layers, |heap| layer(heap, rows, [w.width, w.inner, w.heads]));
     let normed = heap.map(rows * w.width);
     let stacked = heap.take_tensor(rows * all);
     let wide = if heap.tensor(1) == 4 { 0 } else { heap.take(heard.saturating_sub(done * rows).min(rows) * all * 4) };

@@ -72,28 +72,51 @@ pub(super) fn pass(heap: &mut Heap, t: &Transformer, pass: &Pass) {
     heap.give(added);
     heap.take((image + text) * t.head * 4);
     // A second block has the first one's text, which is of the valid rows alone.
-    for block in 0..t.double.min(2) {
+    heap.repeat(t.double, |heap, block| {
+        heap.aside(|heap| modulated(heap, t, 12));
         let out = double(heap, t, [image, text]);
         heap.give(all + refined);
         refined = out.saturating_sub(all);
         if t.adapters > 0 && block == 0 {
-            adapt(heap, t, [window, each]);
+            heap.counted(t.adapters, |heap| adapt(heap, t, [window, each]));
         }
-    }
+    });
     let mut x = heap.take_tensor((image + text) * t.hidden);
     heap.give(all + refined);
-    for _ in 0..t.single.min(2) {
+    heap.repeat(t.single, |heap, _| {
+        heap.aside(|heap| modulated(heap, t, 3));
         let out = single(heap, t, image + text);
         heap.give(x);
         x = out;
-    }
+    });
     // The features of a full pass are the last block's input.
     if keeps {
         heap.take_tensor((image + text) * t.hidden);
     }
-    // The last layer works in f32.
+    finish(heap, t, [tokens, image + text], x);
+}
+
+/// A cached pass of one item: the last block, on features that were kept.
+pub(super) fn cached(heap: &mut Heap, t: &Transformer, pass: &Pass) {
+    let Pass { window, latent: [h, w], text: [_, text], .. } = *pass;
+    let each = (h / 2) * (w / 2);
+    let (tokens, rows) = (window * each, (window + 1) * each + text);
+    let joined = heap.take_tensor(rows * t.hidden);
+    heap.aside(|heap| modulated(heap, t, 3));
+    let x = single(heap, t, rows);
+    heap.give(joined);
+    finish(heap, t, [tokens, rows], x);
+}
+
+/// The layer that makes a block's shifts, scales and gates.
+fn modulated(heap: &mut Heap, t: &Transformer, parts: u64) {
+    heap.linear(1, &[t.hidden], parts * t.hidden, false);
+}
+
+/// The last layer, which works in f32, over the `tokens` of all `rows`.
+fn finish(heap: &mut Heap, t: &Transformer, [tokens, rows]: [u64; 2], x: u64) {
     heap.in_f32(|heap| {
-        let wide = if x == (image + text) * t.hidden * 4 { 0 } else { heap.take(tokens * t.hidden * 4) };
+        let wide = if x == rows * t.hidden * 4 { 0 } else { heap.take(tokens * t.hidden * 4) };
         let normed = heap.map(tokens * t.hidden);
         let out = heap.linear(tokens, &[t.hidden], 4 * t.latent, false);
         heap.give(normed);
@@ -133,7 +156,7 @@ fn refine(heap: &mut Heap, t: &Transformer, rows: u64) -> u64 {
     heap.pass(wide + rows * t.text * 4);
     let mask = heap.take(rows * rows * 4);
     let mut x = heap.linear(rows, &[t.text], t.hidden, false);
-    for _ in 0..t.refiner.min(2) {
+    heap.repeat(t.refiner, |heap, _| {
         let normed = heap.map(rows * t.hidden);
         let qkv = heap.linear(rows, &[t.hidden], 3 * t.hidden, false);
         heap.give(normed);
@@ -148,7 +171,7 @@ fn refine(heap: &mut Heap, t: &Transformer, rows: u64) -> u64 {
         let last = heap.linear(rows, &[t.refiner_inner], t.hidden, true);
         heap.give(qkv + seen + next + inner + x);
         x = last;
-    }
+    });
     heap.give(mask + own);
     x
 }

@@ -1,6 +1,6 @@
-//! A heap on which operations take and give back, as `model::ops` does it.
+//! A heap on which operations take and give back, as `model::ops` does it, and what they do meanwhile.
 
-use super::Cpu;
+use super::{Cpu, Ops};
 
 /// Tiles of the products and of attention, as `model::ops` has them.
 const MR: u64 = 12;
@@ -17,6 +17,16 @@ const POSITIONS: u64 = 256;
 /// Bytes of an f32.
 const WIDE: u64 = 4;
 
+/// How often something is done; a part of once where not all of it is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Times(pub(super) f64);
+
+impl From<u64> for Times {
+    fn from(times: u64) -> Self {
+        Self(times as f64)
+    }
+}
+
 /// Bytes on the heap now, and the most so far.
 #[derive(Debug)]
 pub(super) struct Heap {
@@ -25,16 +35,73 @@ pub(super) struct Heap {
     decodes: bool,
     now: u64,
     most: u64,
+    /// How often what is followed now is done.
+    times: f64,
+    ops: Ops,
 }
 
 impl Heap {
     pub(super) fn new(cpu: Cpu, decodes: bool) -> Self {
-        Self { cpu, decodes, now: 0, most: 0 }
+        Self { cpu, decodes, now: 0, most: 0, times: 1.0, ops: Ops::default() }
     }
 
     /// The most bytes that were on it.
     pub(super) fn peak(&self) -> u64 {
         self.most
+    }
+
+    /// What was done.
+    pub(super) fn ops(&self) -> Ops {
+        self.ops
+    }
+
+    fn did(&mut self, ops: Ops) {
+        self.ops = self.ops.plus(ops.times(self.times));
+    }
+
+    /// Notes that a piece of 30 s of speech became a spectrum.
+    pub(super) fn heard(&mut self) {
+        self.did(Ops { spectra: 1.0, ..Ops::default() });
+    }
+
+    /// Notes that faces were looked for among so many pixels.
+    pub(super) fn looked(&mut self, pixels: u64) {
+        self.did(Ops { looked: pixels as f64, ..Ops::default() });
+    }
+
+    /// Follows once what is done so many times, one after the other on the same memory.
+    pub(super) fn counted<R>(&mut self, times: impl Into<Times>, f: impl FnOnce(&mut Self) -> R) -> R {
+        let before = self.times;
+        self.times *= times.into().0;
+        let result = f(self);
+        self.times = before;
+        result
+    }
+
+    /// Follows the first and the second of so many blocks, of which all others are like the second.
+    pub(super) fn repeat(&mut self, blocks: u64, mut f: impl FnMut(&mut Self, u64)) {
+        for block in 0..blocks.min(2) {
+            let times = if block == 0 { 1 } else { blocks - 1 };
+            self.counted(times, |heap| f(heap, block));
+        }
+    }
+
+    /// Follows what is small beside everything else on the heap.
+    pub(super) fn aside(&mut self, f: impl FnOnce(&mut Self)) {
+        let before = (self.now, self.most);
+        f(self);
+        (self.now, self.most) = before;
+    }
+
+    /// How much longer work takes because its pieces are not shared out evenly among the threads.
+    fn uneven(&self, pieces: u64) -> f64 {
+        let threads = self.cpu.threads.max(1);
+        (pieces.div_ceil(threads) * threads) as f64 / pieces.max(1) as f64
+    }
+
+    /// Values of some rows as the kernel computes them: whole tiles.
+    fn tiled(&self, rows: u64, tile: u64) -> f64 {
+        (if self.cpu.packs { rows.next_multiple_of(tile) } else { rows }) as f64
     }
 
     /// Bytes of a tensor of so many values.
@@ -46,12 +113,14 @@ impl Heap {
     pub(super) fn take(&mut self, bytes: u64) -> u64 {
         self.now += bytes;
         self.most = self.most.max(self.now);
+        self.did(Ops { moved: bytes as f64, ..Ops::default() });
         bytes
     }
 
-    /// Takes a tensor.
+    /// Takes a tensor, which an operation makes of another.
     pub(super) fn take_tensor(&mut self, values: u64) -> u64 {
         let bytes = self.tensor(values);
+        self.did(Ops { calls: 1.0, moved: bytes as f64, ..Ops::default() });
         self.take(bytes)
     }
 
@@ -118,7 +187,10 @@ impl Heap {
         let columns: u64 = widths.iter().sum();
         let most = (PANEL / columns.max(1)).next_multiple_of(32).clamp(32, COLUMNS);
         let panel = out.div_ceil(self.cpu.threads.max(1)).next_multiple_of(32).clamp(32, most).min(out);
-        let threads = self.cpu.threads.min(out.div_ceil(panel.max(1)));
+        let panels = out.div_ceil(panel.max(1));
+        let threads = self.cpu.threads.min(panels);
+        let flops = 2.0 * self.tiled(rows, MR) * columns as f64 * self.tiled(out, NR) * self.uneven(panels);
+        self.did(Ops { calls: 1.0, products: flops, moved: (rows * columns * WIDE) as f64, ..Ops::default() });
         for (i, width) in widths.iter().enumerate() {
             // The input is laid out piece by piece.
             let piece = (PIECE / width.max(&1)).max(FEWEST).min(rows);
@@ -136,6 +208,7 @@ impl Heap {
     /// An operation that gives as many values as it takes: a norm, or the split into heads.
     pub(super) fn map(&mut self, values: u64) -> u64 {
         self.take(values * WIDE);
+        self.did(Ops { calls: 1.0, moved: (values * WIDE) as f64, ..Ops::default() });
         let extra = self.widened(values);
         self.pass(extra);
         self.settle(values)
@@ -154,7 +227,17 @@ impl Heap {
         let scores = rows.next_multiple_of(MR) * (columns + APART);
         let mut room = (scores + rows * (dv + 2)) * WIDE;
         room += self.packed(rows, d) + self.room(d, columns).max(self.room(columns, dv));
-        let threads = self.cpu.threads.min(heads * queries.div_ceil(QUERIES));
+        let tasks = heads * queries.div_ceil(QUERIES);
+        let threads = self.cpu.threads.min(tasks);
+        let uneven = self.uneven(tasks);
+        let (each, all) = (self.tiled(queries, MR) * heads as f64, self.tiled(keys, NR));
+        self.did(Ops {
+            calls: 1.0,
+            attention: 2.0 * each * (all * d as f64 + keys as f64 * self.tiled(dv, NR)) * uneven,
+            scores: (heads * queries * keys) as f64 * uneven,
+            moved: (heads * (queries * d + keys * (d + dv)) * WIDE) as f64,
+            ..Ops::default()
+        });
         self.pass(inputs + threads * room);
         self.give(laid);
         self.settle(values)
@@ -167,7 +250,16 @@ impl Heap {
         let positions = frames * rows * columns;
         let depth = channels * kernel.pow(3);
         self.take(out * positions * WIDE);
-        let threads = self.cpu.threads.min(positions.div_ceil(POSITIONS));
+        let tasks = positions.div_ceil(POSITIONS);
+        let threads = self.cpu.threads.min(tasks);
+        let uneven = self.uneven(tasks);
+        self.did(Ops {
+            calls: 1.0,
+            convolutions: 2.0 * positions as f64 * depth as f64 * self.tiled(out, MR) * uneven,
+            unfolded: (positions * depth) as f64 * uneven,
+            moved: (channels * inp_positions * WIDE) as f64,
+            ..Ops::default()
+        });
         let columns = POSITIONS.min(positions);
         // Where the kernel is not to be had, a thread unfolds its positions as a whole.
         let room = if self.cpu.packs { self.room(depth, columns) } else { depth * columns * WIDE };
@@ -177,6 +269,7 @@ impl Heap {
             + threads * room;
         self.pass(extra);
         if residual {
+            self.did(Ops { moved: (out * positions * WIDE) as f64, ..Ops::default() });
             let extra = self.widened(out * positions);
             self.pass(extra);
         }

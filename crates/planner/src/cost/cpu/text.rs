@@ -6,6 +6,9 @@ use crate::{
     table::{Llava, ModelTable},
 };
 
+/// Width of a head of CLIP.
+const CLIP_HEAD: u64 = 64;
+
 /// `TextEncoder::encode`: the picture through the vision tower, then two prompts through the Llama.
 pub(super) fn encode(heap: &mut Heap, table: &ModelTable, job: &Job) {
     let l = &table.llava;
@@ -20,6 +23,11 @@ pub(super) fn encode(heap: &mut Heap, table: &ModelTable, job: &Job) {
         branch(heap, l, valid + l.crop);
     }
     heap.give(features);
+    let c = &table.clip;
+    let layer = |heap: &mut Heap| audio::layer(heap, c.positions, [c.width, c.inner, (c.width / CLIP_HEAD).max(1)]);
+    heap.aside(|heap| {
+        heap.counted(2 * c.layers, layer);
+    });
     // Both prompts' states leave as bytes.
     heap.take(l.states() * l.width * 4);
     heap.pass(2 * l.states() * l.width * 4);
@@ -34,7 +42,8 @@ fn vision(heap: &mut Heap, l: &Llava) -> u64 {
     let placed = heap.take_tensor(rows * l.vision);
     heap.pass(heap.tensor(rows * l.vision));
     let x = heap.map(rows * l.vision);
-    let out = audio::layer(heap, rows, [l.vision, l.vision_inner, l.vision_heads]);
+    let layer = |heap: &mut Heap| audio::layer(heap, rows, [l.vision, l.vision_inner, l.vision_heads]);
+    let out = heap.counted(l.vision_layers, layer);
     heap.give(cut + embedded + placed + x);
     let first = heap.linear(patches, &[l.vision], l.projector, false);
     let features = heap.linear(patches, &[l.projector], l.width, false);
@@ -59,7 +68,7 @@ fn branch(heap: &mut Heap, l: &Llava, valid: u64) {
     let tables = heap.take(rows * head * 4);
     heap.pass(rows * head * 2);
     let x = if l.layers > 1 { heap.take_tensor(rows * l.width) } else { 0 };
-    let out = llama(heap, l, rows);
+    let out = heap.counted(l.layers, |heap| llama(heap, l, rows));
     heap.give(x + tables + rows * rows * 4);
     let filling = heap.take_tensor(all.saturating_sub(valid) * l.width);
     let states = heap.take_tensor(all * l.width);

@@ -1,7 +1,10 @@
 //! The VAE's two halves, tile by tile.
 
-use super::Heap;
-use crate::{cost::Job, table::Vae};
+use super::{Heap, heap::Times};
+use crate::{
+    cost::{Job, work},
+    table::Vae,
+};
 
 /// A tensor of the network that runs: channels, frames, rows and columns.
 #[derive(Debug, Clone, Copy)]
@@ -74,6 +77,46 @@ fn tile_out(heap: &mut Heap, vae: &Vae, tile: [u64; 3]) {
     heap.give(normed + out);
 }
 
+/// All that decoding does: every tile of every run, and what joins them.
+pub(super) fn show(heap: &mut Heap, vae: &Vae, job: &Job) {
+    let (h, w) = job.latent();
+    let (rows, columns) = (work::tiles(h, vae.tile_side), work::tiles(w, vae.tile_side));
+    for (length, runs) in alike(&work::runs(vae, job.kept_latent_frames)) {
+        for (row, down) in alike(&rows) {
+            for (column, across) in alike(&columns) {
+                let count = runs * down * across;
+                heap.counted(count, |heap| tile_out(heap, vae, [length, row, column]));
+                // Seams, pieces, and bytes in place of values.
+                let values = 3 * (4 * length - 3) * 64 * row * column;
+                heap.counted(3 * count, |heap| heap.map(values));
+            }
+        }
+    }
+}
+
+/// All that encoding a picture does.
+pub(super) fn look(heap: &mut Heap, vae: &Vae, job: &Job) {
+    let (h, w) = job.latent();
+    heap.looked((64 * h * w).min(DETECTED));
+    for (row, down) in alike(&work::tiles(h, vae.tile_side)) {
+        for (column, across) in alike(&work::tiles(w, vae.tile_side)) {
+            heap.counted(down * across, |heap| tile_in(heap, vae, [row, column]));
+        }
+    }
+}
+
+/// Different lengths, and how many of each there are.
+fn alike(lengths: &[u64]) -> Vec<(u64, u64)> {
+    let mut counted: Vec<(u64, u64)> = Vec::new();
+    for length in lengths {
+        match counted.iter_mut().find(|(known, _)| known == length) {
+            Some((_, count)) => *count += 1,
+            None => counted.push((*length, 1)),
+        }
+    }
+    counted
+}
+
 /// Bytes of the built-in face detector, and most pixels that it sees.
 const DETECTOR: u64 = 1_300_000;
 const DETECTED: u64 = 640 * 640;
@@ -88,8 +131,15 @@ pub(super) fn encode(heap: &mut Heap, vae: &Vae, job: &Job) {
     heap.take(3 * pixels * 4);
     let side = vae.tile_side;
     let tile = [1, 8 * h.min(side), 8 * w.min(side)];
-    let first = vae.channels.first().copied().unwrap_or(1);
     let input = if h > side || w > side { heap.take(3 * tile.iter().product::<u64>() * 4) } else { 0 };
+    tile_in(heap, vae, [h.min(side), w.min(side)]);
+    heap.give(input);
+}
+
+/// The encoder over one tile of so many rows and columns of latents.
+fn tile_in(heap: &mut Heap, vae: &Vae, [rows, columns]: [u64; 2]) {
+    let tile = [1, 8 * rows, 8 * columns];
+    let first = vae.channels.first().copied().unwrap_or(1);
     let mut x = Shape { channels: first, at: tile };
     let rounded = heap.rounded(3 * x.positions());
     let mut held = heap.convolution((3, x.positions()), first, tile, false, 3);
@@ -110,7 +160,7 @@ pub(super) fn encode(heap: &mut Heap, vae: &Vae, job: &Job) {
     held = middle(heap, vae, x, held);
     let normed = heap.map(x.values());
     heap.convolution((x.channels, x.positions()), 2 * vae.latent, x.at, false, 3);
-    heap.give(normed + held + input);
+    heap.give(normed + held);
 }
 
 /// A residual block: takes its input, gives its output.
@@ -139,7 +189,10 @@ fn middle(heap: &mut Heap, vae: &Vae, mut x: Shape, held: u64) -> u64 {
         heap.give(normed);
         let qkv: u64 = (0..3).map(|_| heap.linear(rows, &[deep], deep, false)).sum();
         heap.give(tokens);
-        let seen = heap.attention(1, (rows, rows), [deep; 2], false);
+        // A frame sees itself and those before it.
+        let frames = x.at[0].max(1) as f64;
+        let part = Times((frames + 1.0) / (2.0 * frames));
+        let seen = heap.counted(part, |heap| heap.attention(1, (rows, rows), [deep; 2], false));
         let joined = heap.take_tensor(x.values());
         heap.give(seen);
         let out = heap.linear(rows, &[deep], deep, false);
