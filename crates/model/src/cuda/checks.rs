@@ -267,7 +267,7 @@ fn convolutions(checks: &mut Vec<Check>) {
                 format!("convolution {inp} to {out}, kernel {kernel}, stride {stride:?}, upsampled {upsample:?}");
             add(checks, name, dtype, move |device| {
                 let w = both(&[out, inp, kernel, kernel, kernel], 1, dtype, device)?;
-                let (b, x) = (both(&[out], 2, dtype, device)?, both(&[2, inp, 3, 6, 9], 3, dtype, device)?);
+                let (b, x) = (both(&[out], 2, dtype, device)?, both(&[2, inp, 2, 5, 7], 3, dtype, device)?);
                 let layer = |weight: &Tensor, bias: &Tensor, device: &Device| {
                     let tensors = [("weight".to_owned(), weight.clone()), ("bias".to_owned(), bias.clone())];
                     let weights = Weights::from_tensors(tensors.into(), weight.dtype(), device);

@@ -45,7 +45,8 @@ impl Launch<'_> {
                 Number::Double(v) => launch.argument(NUMBER, &v.to_le_bytes()),
             }
         }
-        let written = launch.run().map_err(|e| candle_core::Error::Msg(format!("{} of {:?}: {e}", self.kernel, self.file)))?;
+        let written =
+            launch.run().map_err(|e| candle_core::Error::Msg(format!("{} of {:?}: {e}", self.kernel, self.file)))?;
         if written.len() != length {
             candle_core::bail!("{}: {} bytes were written, expected {length}", self.kernel, written.len());
         }
@@ -127,7 +128,7 @@ fn compile() -> std::io::Result<PathBuf> {
     // Tests run at the same time: each compiles for itself, and the last to be done leaves its program.
     let own = program.with_extension(std::process::id().to_string());
     let compiled = Command::new("c++")
-        .args(["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-I"])
+        .args(["-std=c++17", "-O2", "-ffp-contract=off", "-Wno-unknown-pragmas", "-I"])
         .arg(&folders[0])
         .arg("-I")
         .arg(&folders[1])

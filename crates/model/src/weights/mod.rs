@@ -108,7 +108,7 @@ impl Weights {
         files::of_index(index)
     }
 
-    /// Wraps tensors that are in memory already.
+    /// Wraps tensors that are in memory already, of this machine or of a device.
     #[must_use]
     pub fn from_tensors(tensors: HashMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
         Self::new(Store::Memory(tensors), dtype, device)
@@ -231,7 +231,7 @@ impl Weights {
         let full = self.full(name);
         self.check_shape(&full, shape)?;
         let tensor = match &self.shared.store {
-            Store::Memory(tensors) => tensors[&full].clone(),
+            Store::Memory(tensors) => tensors[&full].to_device(&self.shared.device)?,
             Store::Files { entries, .. } => {
                 let entry = &entries[&full];
                 let bytes = self.checked(&full, entry)?;
@@ -342,7 +342,8 @@ impl Weights {
         let tensor = match &self.shared.store {
             Store::Memory(tensors) => {
                 let index: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
-                tensors[&full].index_select(&Tensor::new(index, tensors[&full].device())?, 0)?
+                let table = &tensors[&full];
+                table.index_select(&Tensor::new(index, table.device())?, 0)?.to_device(&self.shared.device)?
             }
             Store::Files { entries, .. } => {
                 let entry = &entries[&full];

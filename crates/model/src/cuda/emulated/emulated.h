@@ -45,8 +45,8 @@ void meet_warp();
 }
 
 // Words that the lanes of a warp show each other.
-extern uint32_t shown[32][32][8];
-inline uint32_t (&of_warp())[32][8] { return shown[threadIdx.x / 32]; }
+extern uint32_t shown[32][32][12];
+inline uint32_t (&of_warp())[32][12] { return shown[threadIdx.x / 32]; }
 inline unsigned lane() { return threadIdx.x % 32; }
 
 inline float __uint_as_float(unsigned bits) {

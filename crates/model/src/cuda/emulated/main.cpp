@@ -3,7 +3,9 @@
 // A launch is, as numbers of 8 bytes: the length of the kernel's name, the name, blocks along x, y and z, threads of a
 // block, bytes of shared memory, the count of arguments; then each argument as its kind, its length and its bytes. Kinds:
 // 0 a null pointer, 1 a buffer that is read, 2 one that is written, of which only the length comes, 3 a number.
+#include <csetjmp>
 #include <functional>
+#include <memory>
 #include <string>
 #include <ucontext.h>
 #include <utility>
@@ -18,18 +20,21 @@
 #include "norm.cu"
 
 Place place_of_thread;
-uint32_t shown[32][32][8];
+uint32_t shown[32][32][12];
 
 namespace {
 
 enum class State { RUNS, AT_BLOCK, AT_WARP, ENDED };
 
 struct Thread {
-    ucontext_t context;
+    // Where it begins, on a stack of its own, and where it goes on: a jump asks nothing of the system.
+    ucontext_t start;
+    jmp_buf here;
+    bool begun;
     State state;
 };
 
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::vector<Thread> threads;
 unsigned current;
 const std::function<void()> *body;
@@ -37,11 +42,21 @@ const std::function<void()> *body;
 void begin() {
     (*body)();
     threads[current].state = State::ENDED;
+    _longjmp(scheduler, 1);
 }
 
 void wait(State state) {
     threads[current].state = state;
-    swapcontext(&threads[current].context, &scheduler);
+    if (!_setjmp(threads[current].here)) _longjmp(scheduler, 1);
+}
+
+// Runs the current thread until it waits or ends.
+void go_on() {
+    Thread &thread = threads[current];
+    if (_setjmp(scheduler)) return;
+    if (thread.begun) _longjmp(thread.here, 1);
+    thread.begun = true;
+    setcontext(&thread.start);
 }
 
 // Lets threads go on that have all come to the same place; says whether there were any.
@@ -57,14 +72,16 @@ bool release(unsigned first, unsigned count, State state) {
     return true;
 }
 
-void run_block(std::vector<std::vector<char>> &stacks) {
+constexpr size_t STACK = 64 << 10;
+
+void run_block(char *stacks) {
     for (unsigned i = 0; i < threads.size(); i++) {
         threads[i].state = State::RUNS;
-        getcontext(&threads[i].context);
-        threads[i].context.uc_stack.ss_sp = stacks[i].data();
-        threads[i].context.uc_stack.ss_size = stacks[i].size();
-        threads[i].context.uc_link = &scheduler;
-        makecontext(&threads[i].context, begin, 0);
+        threads[i].begun = false;
+        getcontext(&threads[i].start);
+        threads[i].start.uc_stack.ss_sp = stacks + i * STACK;
+        threads[i].start.uc_stack.ss_size = STACK;
+        makecontext(&threads[i].start, begin, 0);
     }
     for (bool goes_on = true; goes_on;) {
         goes_on = false;
@@ -72,7 +89,7 @@ void run_block(std::vector<std::vector<char>> &stacks) {
             if (threads[current].state != State::RUNS) continue;
             goes_on = true;
             place_of_thread.thread = {current, 0, 0};
-            swapcontext(&scheduler, &threads[current].context);
+            go_on();
         }
         for (unsigned first = 0; first < threads.size(); first += 32)
             goes_on |= release(first, 32, State::AT_WARP);
@@ -159,12 +176,13 @@ int main() {
     place_of_thread.memory = memory.data() + (128 - uintptr_t(memory.data()) % 128) % 128;
     const std::function<void()> run = [&] { (*call)(arguments); };
     body = &run;
-    std::vector<std::vector<char>> stacks(threads.size(), std::vector<char>(128 << 10));
+    // Not cleared: most of it is never touched.
+    const std::unique_ptr<char[]> stacks(new char[threads.size() * STACK]);
     for (unsigned k = 0; k < z; k++)
         for (unsigned j = 0; j < y; j++)
             for (unsigned i = 0; i < x; i++) {
                 place_of_thread.block = {i, j, k};
-                run_block(stacks);
+                run_block(stacks.get());
             }
     for (const Argument &argument : arguments)
         if (argument.kind == 2) fwrite(argument.bytes.data(), 1, argument.bytes.size(), stdout);

@@ -49,25 +49,26 @@ inline void fetch_turned(uint32_t (&to)[4], uint32_t from) {
     meet_warp();
 }
 
-template <typename T> inline float half_of(uint32_t word, int high) {
-    const uint16_t bits = uint16_t(high ? word >> 16 : word);
-    T value;
-    memcpy(&value, &bits, 2);
-    return wide(value);
+// Shows the two values of a word, in f32.
+template <typename T> inline void show(uint32_t word, uint32_t *to) {
+    T values[2];
+    memcpy(values, &word, 4);
+    for (int i = 0; i < 2; i++) to[i] = __float_as_uint(wide(values[i]));
 }
 
 template <typename T> inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     auto &words = of_warp();
-    for (int i = 0; i < 4; i++) words[lane()][i] = a[i];
-    words[lane()][4] = b0;
-    words[lane()][5] = b1;
+    for (int i = 0; i < 4; i++) show<T>(a[i], words[lane()] + 2 * i);
+    show<T>(b0, words[lane()] + 8);
+    show<T>(b1, words[lane()] + 10);
     meet_warp();
     for (int i = 0; i < 4; i++) {
         const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
         double added = sum[i];
         for (int k = 0; k < 16; k++) {
-            const float left = half_of<T>(words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
-            added += double(left) * half_of<T>(words[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
+            const uint32_t left = words[row % 8 * 4 + k % 8 / 2][row / 8 * 2 + k / 8 * 4 + k % 2];
+            const uint32_t right = words[column * 4 + k % 8 / 2][8 + k / 8 * 2 + k % 2];
+            added += double(__uint_as_float(left)) * __uint_as_float(right);
         }
         sum[i] = float(added);
     }
