@@ -21,11 +21,13 @@ pub mod text;
 pub mod vae;
 pub mod weights;
 
+mod device;
 mod error;
 #[cfg(test)]
 mod golden;
 mod onnx;
 mod precision;
 
+pub use device::device;
 pub use error::{Error, Result};
 pub use precision::Precision;

@@ -4,6 +4,8 @@ use std::{fmt, ops::Range, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::slot::Slot;
 use super::{
     files::MappedFile,
     stored::Encoding,
@@ -31,13 +33,12 @@ enum Form {
     Packed(Packed),
 }
 
-/// A matrix on a card as its file has it; it is decoded there whenever it is needed.
+/// A matrix on a card as its file has it; it is decoded or widened there whenever it is needed.
 #[cfg(feature = "cuda")]
 #[derive(Clone)]
 pub(super) struct Packed {
-    /// All its bytes, U8.
-    pub(super) bytes: Tensor,
-    pub(super) encoding: Encoding,
+    /// Its values or bytes, which may come and go.
+    pub(super) slot: Arc<Slot>,
     /// One, or one for each row; f32.
     pub(super) scales: Tensor,
 }
@@ -73,7 +74,7 @@ impl Matrix {
         Self { form: Form::Stored(Arc::new(stored)), rows: 0..rows, columns, dtype }
     }
 
-    /// A matrix whose bytes are on a card.
+    /// A matrix whose bytes are for a card.
     #[cfg(feature = "cuda")]
     pub(super) fn packed(packed: Packed, rows: usize, columns: usize, dtype: DType) -> Self {
         Self { form: Form::Packed(packed), rows: 0..rows, columns, dtype }
@@ -103,7 +104,7 @@ impl Matrix {
                 _ => Encoding::F32,
             },
             #[cfg(feature = "cuda")]
-            Form::Packed(packed) => packed.encoding,
+            Form::Packed(packed) => packed.slot.encoding,
         }
     }
 
@@ -165,14 +166,18 @@ impl Matrix {
 #[cfg(feature = "cuda")]
 impl Packed {
     fn decode(&self, rows: Range<usize>, columns: usize, dtype: DType) -> candle_core::Result<Tensor> {
-        let (each, bytes) = self.encoding.block();
+        let (all, encoding) = (self.slot.tensor()?, self.slot.encoding);
+        if matches!(encoding, Encoding::F32 | Encoding::F16 | Encoding::Bf16) {
+            return all.narrow(0, rows.start, rows.len())?.to_dtype(dtype);
+        }
+        let (each, bytes) = encoding.block();
         let stride = columns / each * bytes;
-        let own = self.bytes.narrow(0, rows.start * stride, rows.len() * stride)?;
+        let own = all.narrow(0, rows.start * stride, rows.len() * stride)?;
         let scales = match self.scales.elem_count() {
             1 => self.scales.clone(),
             _ => self.scales.narrow(0, rows.start, rows.len())?,
         };
-        crate::cuda::decode(self.encoding, &own, &scales, [rows.len(), columns], dtype)
+        crate::cuda::decode(encoding, &own, &scales, [rows.len(), columns], dtype)
     }
 }
 

@@ -11,6 +11,8 @@ pub mod int8;
 mod matrix;
 pub mod pickle;
 mod raw;
+#[cfg(feature = "cuda")]
+mod slot;
 pub mod stored;
 mod swap;
 mod values;
@@ -47,6 +49,9 @@ struct Shared {
     dtype: DType,
     device: Device,
     used: Mutex<BTreeSet<String>>,
+    /// Matrices on a card, by name.
+    #[cfg(feature = "cuda")]
+    slots: Mutex<BTreeMap<String, Arc<slot::Slot>>>,
 }
 
 /// A checkpoint, or the part of it under a name prefix. Cloning is cheap.
@@ -54,6 +59,8 @@ struct Shared {
 pub struct Weights {
     shared: Arc<Shared>,
     prefix: String,
+    /// Whether matrices for a card go there when they are first needed.
+    later: bool,
 }
 
 /// What one tensor of a checkpoint is, as its file's header says.
@@ -115,24 +122,44 @@ impl Weights {
     }
 
     fn new(store: Store, dtype: DType, device: &Device) -> Self {
-        let shared = Shared { store, dtype, device: device.clone(), used: Mutex::default() };
-        Self { shared: Arc::new(shared), prefix: String::new() }
+        let shared = Shared {
+            store,
+            dtype,
+            device: device.clone(),
+            used: Mutex::default(),
+            #[cfg(feature = "cuda")]
+            slots: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared), prefix: String::new(), later: false }
     }
 
     /// The part of the checkpoint under `prefix.name.`.
     #[must_use]
     pub fn pp(&self, name: impl Display) -> Self {
-        Self { shared: self.shared.clone(), prefix: self.full(name) }
+        Self { shared: self.shared.clone(), prefix: self.full(name), later: self.later }
     }
 
-    /// The bytes of all tensors under this prefix; none of tensors that are not in files.
+    /// The same, for a network whose blocks come and go: what a card needs of them goes there when it is needed.
+    pub(crate) fn later(&self) -> Self {
+        Self { later: true, ..self.clone() }
+    }
+
+    /// The bytes of all tensors under this prefix; none of tensors that are not in files. To be asked when their network
+    /// has been loaded.
     pub(crate) fn extent(&self) -> Extent {
         let under = if self.prefix.is_empty() { String::new() } else { format!("{}.", self.prefix) };
         match &self.shared.store {
             Store::Memory(_) => Extent::default(),
             Store::Files { entries, .. } => {
                 let all = entries.range(under.clone()..).take_while(|(name, _)| name.starts_with(&under));
-                Extent::of(all.map(|(_, entry)| entry))
+                let extent = Extent::of(all.map(|(_, entry)| entry));
+                #[cfg(feature = "cuda")]
+                let extent = {
+                    let slots = self.shared.slots.lock().unwrap_or_else(PoisonError::into_inner);
+                    let own = slots.range(under.clone()..).take_while(|(name, _)| name.starts_with(&under));
+                    extent.on_card(own.map(|(_, slot)| slot.clone()).collect())
+                };
+                extent
             }
         }
     }
@@ -246,14 +273,14 @@ impl Weights {
         Ok(tensor.to_dtype(dtype)?)
     }
 
-    /// The weight `(rows, columns)`; on a CPU it stays in its file, on a card packed weights stay packed. Its values are
+    /// The weight `(rows, columns)`; on a CPU it stays in its file, on a card it stays in the form that the file has. Its values are
     /// those of the compute type.
     ///
     /// Errors: as [`get`](Self::get).
     pub fn matrix(&self, rows: usize, columns: usize, name: impl Display) -> Result<Matrix> {
         let full = self.full(&name);
         match &self.shared.store {
-            Store::Files { entries, .. } if entries.get(&full).is_some_and(|e| self.stays_packed(e)) => {
+            Store::Files { entries, .. } if self.stays_packed() && entries.contains_key(&full) => {
                 self.check_shape(&full, &[rows, columns])?;
                 let entry = &entries[&full];
                 self.checked(&full, entry)?;
@@ -264,11 +291,21 @@ impl Weights {
                 }
                 #[cfg(feature = "cuda")]
                 if !matches!(self.shared.device, Device::Cpu) {
-                    let (device, bytes) = (&self.shared.device, &entry.file.bytes()[entry.bytes.clone()]);
-                    memory::room(bytes.len())?;
-                    let packed = matrix::Packed {
-                        bytes: Tensor::from_slice(bytes, bytes.len(), device)?,
+                    let device = &self.shared.device;
+                    let slot = Arc::new(slot::Slot {
+                        file: entry.file.clone(),
+                        bytes: entry.bytes.clone(),
                         encoding: entry.encoding,
+                        sides: [rows, columns],
+                        device: device.clone(),
+                        there: Mutex::default(),
+                    });
+                    if !self.later {
+                        slot.tensor()?;
+                    }
+                    self.shared.slots.lock().unwrap_or_else(PoisonError::into_inner).insert(full.clone(), slot.clone());
+                    let packed = matrix::Packed {
+                        slot,
                         scales: match &entry.scale {
                             Scale::None => Tensor::new(&[1f32], device)?,
                             Scale::Tensor(scale) => Tensor::new(&[*scale], device)?,
@@ -291,15 +328,9 @@ impl Weights {
         }
     }
 
-    /// Whether a matrix is kept as its file has it: on a CPU always, elsewhere where it takes less room so.
-    fn stays_packed(&self, entry: &Entry) -> bool {
-        match self.shared.device {
-            Device::Cpu => true,
-            _ => {
-                let plain = matches!(entry.encoding, Encoding::F32 | Encoding::F16 | Encoding::Bf16);
-                cfg!(feature = "cuda") && !plain
-            }
-        }
+    /// Whether matrices are kept as their files have them.
+    fn stays_packed(&self) -> bool {
+        cfg!(feature = "cuda") || matches!(self.shared.device, Device::Cpu)
     }
 
     fn check_shape(&self, full: &str, shape: &[usize]) -> Result<()> {
