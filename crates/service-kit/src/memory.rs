@@ -1,4 +1,5 @@
-//! Counts the process's heap, byte by byte, and what each stage takes of it.
+//! Counts what the process holds of its device, and what each stage takes of it: the heap, byte by byte, or a card's
+//! memory, as the card's own allocator counts it.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -14,7 +15,7 @@ use proto::v1::MemoryReport;
 use crate::{
     ServiceError,
     device::CancelToken,
-    hardware::{DeviceConfig, host_memory},
+    hardware::{DeviceConfig, DeviceName, host_memory},
 };
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
@@ -91,6 +92,64 @@ pub fn reset_peak() {
     PEAK.store(CURRENT.load(Relaxed), Relaxed);
 }
 
+/// Which memory is counted.
+#[derive(Debug, Clone, Copy, Default)]
+enum Counted {
+    #[default]
+    Heap,
+    #[cfg(feature = "cuda")]
+    Card(u32),
+}
+
+impl Counted {
+    fn of(name: DeviceName) -> Self {
+        match name {
+            #[cfg(feature = "cuda")]
+            DeviceName::Cuda { index } => Self::Card(index),
+            _ => Self::Heap,
+        }
+    }
+
+    fn current(self) -> u64 {
+        match self {
+            Self::Heap => current_bytes(),
+            #[cfg(feature = "cuda")]
+            Self::Card(index) => crate::hardware::pool::current_bytes(index),
+        }
+    }
+
+    fn peak(self) -> u64 {
+        match self {
+            Self::Heap => peak_bytes(),
+            #[cfg(feature = "cuda")]
+            Self::Card(index) => crate::hardware::pool::peak_bytes(index),
+        }
+    }
+
+    fn reset_peak(self) {
+        match self {
+            Self::Heap => reset_peak(),
+            #[cfg(feature = "cuda")]
+            Self::Card(index) => crate::hardware::pool::reset_peak(index),
+        }
+    }
+}
+
+/// Bytes of a device's memory that no process holds now.
+fn unheld_bytes(name: DeviceName) -> u64 {
+    match name {
+        #[cfg(feature = "cuda")]
+        DeviceName::Cuda { index } => {
+            use crate::hardware::{Driver, Nvml, cards};
+
+            // A driver that does not answer leaves the process's own count to decide.
+            let cards = cards(Nvml::load().as_ref().map(|driver| driver as &dyn Driver));
+            cards.iter().find(|card| card.index == index).map_or(u64::MAX, |card| card.free_bytes)
+        }
+        _ => host_memory().free_bytes,
+    }
+}
+
 /// A device's budget. On the processor it bounds the process's whole heap; weights that are mapped from their files
 /// are not on the heap. Where other processes leave less than the budget, that is what there is.
 #[derive(Debug)]
@@ -134,10 +193,11 @@ impl Unheld {
 }
 
 impl Budget {
-    /// A budget of which nothing is used yet, in this machine's memory.
+    /// A budget of which nothing is used yet, in this machine's memory or a card's.
     #[must_use]
     pub fn new(config: DeviceConfig) -> Self {
-        Self::within(config, HOLDS, || host_memory().free_bytes)
+        let name = config.name;
+        Self::within(config, HOLDS, move || unheld_bytes(name))
     }
 
     /// A budget in a memory of which `unheld` says how many bytes no process holds; it is asked again when its answer is
@@ -168,7 +228,8 @@ impl Budget {
 
     /// Bytes of it that are held: by this process, or by others where these leave less than is left of the budget.
     fn used_bytes(&self) -> u64 {
-        current_bytes().max(self.config.budget_bytes.saturating_sub(self.unheld.bytes()))
+        let own = Counted::of(self.config.name).current();
+        own.max(self.config.budget_bytes.saturating_sub(self.unheld.bytes()))
     }
 
     /// Percent of it above which the device is nearly full.
@@ -271,12 +332,13 @@ impl Watch {
     }
 }
 
-/// What one stage holds of the heap.
+/// What one stage holds of the heap, or of a card's memory.
 ///
-/// Work is measured around one operation at a time, by the growth of the whole heap meanwhile; so only the thread
+/// Work is measured around one operation at a time, by the growth of the whole memory meanwhile; so only the thread
 /// that owns the device measures, and small allocations of other threads at that moment are counted with it.
 #[derive(Debug, Default)]
 pub struct StageMeter {
+    counted: Counted,
     resident: AtomicU64,
     kept: AtomicU64,
     peak: AtomicU64,
@@ -297,15 +359,21 @@ pub struct WeightsReport {
 }
 
 impl StageMeter {
+    /// A meter of the memory of that device; without a name it is the heap's.
+    #[must_use]
+    pub fn on(name: DeviceName) -> Self {
+        Self { counted: Counted::of(name), ..Self::default() }
+    }
+
     /// Runs `load` and takes what it leaves behind as the stage's resident bytes.
     pub fn load<R, E>(&self, load: impl FnOnce() -> Result<R, E>) -> Result<R, E> {
-        let before = current_bytes();
-        reset_peak();
+        let before = self.counted.current();
+        self.counted.reset_peak();
         let result = load();
         if result.is_ok() {
-            self.resident.store(current_bytes().saturating_sub(before), Relaxed);
+            self.resident.store(self.counted.current().saturating_sub(before), Relaxed);
         }
-        self.peak.fetch_max(peak_bytes().saturating_sub(before), Relaxed);
+        self.peak.fetch_max(self.counted.peak().saturating_sub(before), Relaxed);
         result
     }
 
@@ -334,11 +402,11 @@ impl StageMeter {
 
     /// Runs one operation; its peak is what it needs on top of what the stage held at its start.
     pub fn measure<R>(&self, work: impl FnOnce() -> R) -> R {
-        let before = current_bytes();
-        reset_peak();
+        let before = self.counted.current();
+        self.counted.reset_peak();
         let result = work();
         let held = self.resident.load(Relaxed) + self.kept.load(Relaxed);
-        self.peak.fetch_max(held + peak_bytes().saturating_sub(before), Relaxed);
+        self.peak.fetch_max(held + self.counted.peak().saturating_sub(before), Relaxed);
         result
     }
 
@@ -349,7 +417,7 @@ impl StageMeter {
         MemoryReport {
             resident_bytes: self.resident.load(Relaxed),
             peak_bytes: self.peak.load(Relaxed),
-            process_bytes: current_bytes(),
+            process_bytes: self.counted.current(),
             weight_blocks: weights.blocks,
             resident_weight_blocks: weights.resident_blocks,
             weights_waited_ms: weights.waited_ms,

@@ -25,7 +25,7 @@ use crate::{
     ServiceError,
     config::{Compute, StageConfig},
     device::{CancelToken, DeviceWorker, Pending, Tenant},
-    hardware::PRESSURE_PERCENTS,
+    hardware::{CardFault, DeviceName, PRESSURE_PERCENTS},
     memory::{StageMeter, Watch, WeightsReport},
 };
 
@@ -38,10 +38,10 @@ pub trait StageModel: Send + Sized + 'static {
     /// What the stage is told besides the settings that every stage has.
     type Options: Send + Sync + 'static;
 
-    /// Reads the stage's weights out of the folder of the models.
+    /// Reads the stage's weights out of the folder of the models, to compute with them on that device in that type.
     ///
     /// Errors: [`ServiceError::FailedPrecondition`] that names the file and the tensor.
-    fn open(models: &Path, compute: Compute, options: &Self::Options) -> Result<Self, ServiceError>;
+    fn open(models: &Path, on: (DeviceName, Compute), options: &Self::Options) -> Result<Self, ServiceError>;
 
     /// The files below `models` that decide what the stage computes; none where they cannot be found.
     fn files(models: &Path, options: &Self::Options) -> Vec<PathBuf>;
@@ -97,8 +97,8 @@ impl<M: StageModel> StageHost<M> {
             models: config.models.clone(),
             compute: config.compute,
             options,
+            meter: StageMeter::on(device.budget().device().name),
             device,
-            meter: StageMeter::default(),
             loaded: AtomicBool::new(false),
             model: Mutex::new(None),
             shutdown,
@@ -163,8 +163,36 @@ impl<M: StageModel> StageHost<M> {
                 tracing::warn!(stage = M::NAME, "stopped: {reason}");
                 Err(reason)
             }
-            (_, result) => result,
+            (_, result) => result.map_err(|error| self.settle_fault(error)),
         }
+    }
+
+    /// What an error of a card means here. Memory that was too small is the caller's to do with less; a card that
+    /// nothing works on any more ends the process, as only another one can use it.
+    fn settle_fault(&self, error: ServiceError) -> ServiceError {
+        match CardFault::of(&error) {
+            None => error,
+            Some(CardFault::OutOfMemory) => {
+                tracing::warn!(stage = M::NAME, "{error}");
+                let (free_bytes, budget_bytes) =
+                    (self.device.budget().free_bytes(), self.device.budget().device().budget_bytes);
+                // How much was asked for is in no error of the driver; it was more than there was.
+                let needed_bytes = free_bytes.saturating_add(1);
+                ServiceError::DeviceMemory { stage: M::NAME.to_owned(), needed_bytes, free_bytes, budget_bytes }
+            }
+            Some(CardFault::Lost) => {
+                self.device.lose(&error.to_string());
+                self.shutdown.cancel();
+                self.device.works().err().unwrap_or(error)
+            }
+        }
+    }
+
+    /// What a server of this stage ends with.
+    ///
+    /// Errors: as [`DeviceWorker::works`].
+    pub fn ended(&self) -> Result<(), ServiceError> {
+        self.device.works()
     }
 
     fn run<R>(&self, work: impl FnOnce(&mut M) -> Result<R, ServiceError>) -> Result<R, ServiceError> {
@@ -172,7 +200,7 @@ impl<M: StageModel> StageHost<M> {
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
             tracing::info!(stage = M::NAME, models = %self.models.display(), "loading");
-            *slot = Some(self.meter.load(|| M::open(&self.models, self.compute, &self.options))?);
+            *slot = Some(self.meter.load(|| self.open())?);
             self.loaded.store(true, Relaxed);
             tracing::info!(stage = M::NAME, resident_bytes = self.meter.report().resident_bytes, "loaded");
         }
@@ -185,6 +213,10 @@ impl<M: StageModel> StageHost<M> {
             }
             None => Err(ServiceError::internal("the model is gone")),
         }
+    }
+
+    fn open(&self) -> Result<M, ServiceError> {
+        M::open(&self.models, (self.device.budget().device().name, self.compute), &self.options)
     }
 
     fn unload(&self) {
@@ -375,7 +407,7 @@ mod tests {
         const NAME: &'static str = "vae-decode";
         type Options = ();
 
-        fn open(models: &Path, _: Compute, (): &()) -> Result<Self, ServiceError> {
+        fn open(models: &Path, _: (DeviceName, Compute), (): &()) -> Result<Self, ServiceError> {
             let file = models.join("vae-decode/w.safetensors");
             std::fs::read(&file)
                 .map(Self)
@@ -437,6 +469,48 @@ mod tests {
         let error = host.submit(|_, _| -> Result<(), _> { panic!("boom") }).unwrap().await.unwrap_err();
         assert_eq!(error.code_name(), "INTERNAL");
         assert_eq!(host.submit(|model, _| Ok(model.0.len())).unwrap().await, Ok(2));
+    }
+
+    fn with_weights() -> (tempfile::TempDir, StageServiceClient<Channel>, Arc<StageHost<Weights>>) {
+        let models = tempfile::tempdir().unwrap();
+        std::fs::create_dir(models.path().join("vae-decode")).unwrap();
+        std::fs::write(models.path().join("vae-decode/w.safetensors"), [1, 2]).unwrap();
+        let (client, host) = start(models.path());
+        (models, client, host)
+    }
+
+    #[tokio::test]
+    async fn an_allocation_that_a_card_refuses_is_out_of_memory_and_the_worker_goes_on() {
+        let (_models, _, host) = with_weights();
+        let refused = |_: &mut Weights, _: &CancelToken| -> Result<(), _> {
+            Err(ServiceError::internal("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"))
+        };
+        let error = host.submit(refused).unwrap().await.unwrap_err();
+        assert!(
+            matches!(&error, ServiceError::DeviceMemory { stage, needed_bytes, free_bytes, .. }
+            if stage == "vae-decode" && needed_bytes > free_bytes),
+            "{error:?}"
+        );
+        assert_eq!(host.submit(|model, _| Ok(model.0.len())).unwrap().await, Ok(2));
+        assert_eq!((host.ended(), host.shutdown.is_cancelled()), (Ok(()), false));
+    }
+
+    #[tokio::test]
+    async fn a_card_that_broke_takes_no_more_work_and_ends_its_server() {
+        let (_models, mut client, host) = with_weights();
+        let broken = |_: &mut Weights, _: &CancelToken| -> Result<(), _> {
+            Err(ServiceError::internal("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal address\")"))
+        };
+        let error = host.submit(broken).unwrap().await.unwrap_err();
+        assert_eq!(error.code_name(), "UNAVAILABLE");
+        assert!(error.to_string().contains("cpu is lost") && error.to_string().contains("ILLEGAL_ADDRESS"), "{error}");
+        let Err(error) = host.submit(|_, _| Ok(())) else { panic!("it took work") };
+        assert_eq!(error.code_name(), "UNAVAILABLE");
+        assert!(host.shutdown.is_cancelled() && host.ended().is_err());
+        // The server's connection ends with it.
+        while client.describe(DescribeRequest {}).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
     }
 
     #[tokio::test]

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use serde_json::{Value, json};
-use service_kit::hardware::{Card, Driver, HostMemory, Nvml, cards, host_memory};
+use service_kit::hardware::{Card, Driver, HAS_CUDA, HostMemory, Nvml, cards, host_memory};
 
 use crate::{
     config::DevicesFlags,
@@ -34,7 +34,7 @@ fn as_json(host: &HostMemory, cards: &[Card], driver: Option<&str>) -> Value {
     let cards = cards.iter().map(|card| {
         json!({
             "device": format!("cuda:{}", card.index),
-            "usable": false,
+            "usable": HAS_CUDA,
             "name": card.name,
             "uuid": card.uuid,
             "total_bytes": card.total_bytes,
@@ -73,7 +73,7 @@ fn as_text(host: &HostMemory, cards: &[Card], driver: Option<&str>) -> String {
     }
     match driver {
         None if cards.is_empty() => text.push_str("No NVIDIA driver answers, so there are no CUDA devices.\n"),
-        _ if !cards.is_empty() => text.push_str("This build has no CUDA: it computes on cpu only.\n"),
+        _ if !cards.is_empty() && !HAS_CUDA => text.push_str("This build has no CUDA: it computes on cpu only.\n"),
         _ => {}
     }
     text
@@ -120,7 +120,7 @@ mod tests {
         for part in ["GPU-1", "others hold 3.0 GiB", "81 degrees", "slowed down (temperature)", "2 memory errors"] {
             assert!(text.contains(part), "{part} in {text}");
         }
-        assert!(text.contains("no CUDA: it computes on cpu only"), "{text}");
+        assert_eq!(text.contains("no CUDA: it computes on cpu only"), !HAS_CUDA, "{text}");
         assert!(as_text(&HOST, &[], None).contains("No NVIDIA driver answers"));
     }
 

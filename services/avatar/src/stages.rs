@@ -38,6 +38,7 @@ pub struct InProcess {
     gateway: Gateway,
     channel: Channel,
     shutdown: CancellationToken,
+    device: DeviceWorker,
 }
 
 /// Starts the five stages, which share one device, and the gateway before them; `detector` finds the faces.
@@ -79,7 +80,7 @@ pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Resul
     let lifetime = Lifetime { shutdown: shutdown.clone(), drain: config.common.drain_timeout };
     let channel =
         stage("gateway", |incoming| async move { server::serve(routes, &gateway::SERVICES, incoming, lifetime).await });
-    Ok(InProcess { gateway, channel, shutdown })
+    Ok(InProcess { gateway, channel, shutdown, device })
 }
 
 /// Runs a server on an in-memory connection, and gives the channel to it.
@@ -102,6 +103,18 @@ impl InProcess {
     #[must_use]
     pub fn gateway(&self) -> &Gateway {
         &self.gateway
+    }
+
+    /// Waits until the system has stopped: it was told to, or nothing works on its device any more.
+    pub fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.shutdown.clone().cancelled_owned()
+    }
+
+    /// Whether its device still computes.
+    ///
+    /// Errors: as [`DeviceWorker::works`].
+    pub fn works(&self) -> Result<(), Failure> {
+        self.device.works().map_err(|e| Failure::local("the device failed", e))
     }
 
     /// A client of the public service, over the in-memory connection.
