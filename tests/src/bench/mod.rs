@@ -93,16 +93,33 @@ pub fn block(block: Block, tokens: usize, runs: usize, place: &Place) -> Result<
 
 /// The VAE's decoder, untiled, widths 128, 256, 512, 512.
 pub fn vae_decode(frames: usize, side: usize, runs: usize, place: &Place) -> Result<Row> {
-    let config: VaeConfig = serde_json::from_value(serde_json::json!({
-        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16,
-        "norm_num_groups": 32, "sample_size": 256, "sample_tsize": 64, "scaling_factor": 0.476986,
-        "mid_block_causal_attn": true,
-    }))?;
-    let decoder = VaeDecoder::load(&made::vae_decoder(place)?, &config)?;
+    let decoder = VaeDecoder::load(&made::vae_decoder(place)?, &published_vae()?)?;
     let z = place.random(&[1, 16, frames, side, side], 7)?;
     measure(format!("vae decode, {frames}x{side}x{side} latents"), runs, place, || {
         Ok(decoder.decode_tapped(&z, &mut |name, x| tracing::debug!("{name} {:?}", x.dims()))?)
     })
+}
+
+/// Seconds of the VAE's decoder in tiles, as the product decodes; the pictures are dropped as they come.
+///
+/// - `sides`: latent frames, rows and columns
+pub fn vae_decode_tiled(sides: [usize; 3], place: &Place) -> Result<f64> {
+    let decoder = VaeDecoder::load(&made::vae_decoder(place)?, &published_vae()?)?;
+    let [frames, rows, columns] = sides;
+    let z = place.random(&[1, 16, frames, rows, columns], 7)?;
+    place.device.synchronize()?;
+    let begin = Instant::now();
+    decoder.decode_tiled_each(&z, &mut |_| Ok(()))?;
+    place.device.synchronize()?;
+    Ok(begin.elapsed().as_secs_f64())
+}
+
+fn published_vae() -> Result<VaeConfig> {
+    Ok(serde_json::from_value(serde_json::json!({
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16,
+        "norm_num_groups": 32, "sample_size": 256, "sample_tsize": 64, "scaling_factor": 0.476986,
+        "mid_block_causal_attn": true,
+    }))?)
 }
 
 /// Whisper-tiny's encoder over 30 s of speech.

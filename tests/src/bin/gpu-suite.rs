@@ -19,6 +19,9 @@ struct Arguments {
     /// Times of PyTorch for the same, as `gpu_pytorch.py` prints them.
     #[arg(long, value_name = "FILE")]
     pytorch: Option<PathBuf>,
+    /// The product's binary, for a whole generation; it needs ffmpeg.
+    #[arg(long, value_name = "FILE")]
+    avatar: Option<PathBuf>,
     /// Where the results go.
     #[arg(long, value_name = "FILE")]
     json: PathBuf,
@@ -39,8 +42,13 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<bool> {
-    let Arguments { cases, pytorch, json, limit } = arguments;
-    let setup = Setup { cases: cases.clone(), pytorch: pytorch.clone(), limit: Duration::from_secs(*limit) };
+    let Arguments { cases, pytorch, avatar, json, limit } = arguments;
+    let setup = Setup {
+        cases: cases.clone(),
+        pytorch: pytorch.clone(),
+        avatar: avatar.clone(),
+        limit: Duration::from_secs(*limit),
+    };
     let results = gpu::run(&setup, &mut |row| {
         if row.outcome != Outcome::Skipped {
             eprintln!("{}: {}: {:?}", row.part, row.name, row.outcome);

@@ -2,6 +2,7 @@
 //!
 //! Without a card it holds the reference cases on the processor, and counts everything else as skipped, by name.
 
+mod full;
 mod parts;
 
 use std::{
@@ -43,13 +44,16 @@ pub struct Row {
     /// Median seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
+    /// Most bytes held on the card.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
     /// Floating-point operations a second, in 10^12.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tera_operations: Option<f64>,
     /// Seconds over those of PyTorch for the same on the same card.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub of_pytorch: Option<f64>,
-    /// Why it fails or was skipped.
+    /// Why it fails or was skipped, or what else was seen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -62,6 +66,7 @@ impl Row {
             outcome,
             error: None,
             seconds: None,
+            peak_bytes: None,
             tera_operations: None,
             of_pytorch: None,
             reason: None,
@@ -121,6 +126,8 @@ pub struct Setup {
     pub cases: PathBuf,
     /// Times of PyTorch, one JSON object a line with `name` and `seconds`.
     pub pytorch: Option<PathBuf>,
+    /// The product's binary, for a whole generation.
+    pub avatar: Option<PathBuf>,
     /// No question is begun after it.
     pub limit: Duration,
 }
@@ -154,7 +161,7 @@ pub fn run(setup: &Setup, show: &mut dyn FnMut(&Row)) -> Result<Results> {
         results.rows.push(row);
     };
     parts::processor(&setup.cases)?.into_iter().for_each(&mut add);
-    for question in parts::questions(&setup.cases)? {
+    for question in parts::questions(&setup.cases, setup.avatar.as_deref())? {
         let Question { part, name, ask } = question;
         let mut row = match &device {
             None => Row { reason: Some("no card".to_owned()), ..Row::new(part, name, Outcome::Skipped) },
@@ -207,23 +214,27 @@ impl Results {
             (Some(card), _) => format!("{}, driver {}", card.name, card.driver.as_deref().unwrap_or("unknown")),
             (None, why) => format!("No card: {}", why.as_deref().unwrap_or("none was looked for")),
         };
-        text.push_str("\n\n| part | what | outcome | error | seconds | 10^12 operations/s | of PyTorch's time |\n");
-        text.push_str("|---|---|---|---|---|---|---|\n");
+        text.push_str(
+            "\n\n| part | what | outcome | error | seconds | peak MB | 10^12 operations/s | of PyTorch's time |\n",
+        );
+        text.push_str("|---|---|---|---|---|---|---|---|\n");
         for row in &self.rows {
             let number = |value: Option<f64>, digits: usize| value.map_or(String::new(), |v| format!("{v:.digits$}"));
             let error = row.error.map_or(String::new(), |v| format!("{v:.1e}"));
             let outcome = match (row.outcome, &row.reason) {
-                (Outcome::Holds, _) => "holds".to_owned(),
+                (Outcome::Holds, None) => "holds".to_owned(),
+                (Outcome::Holds, Some(seen)) => format!("holds: {seen}"),
                 (Outcome::Fails, reason) => format!("FAILS: {}", reason.as_deref().unwrap_or("")).replace('\n', " "),
                 (Outcome::Skipped, reason) => format!("skipped: {}", reason.as_deref().unwrap_or("")),
             };
             // Writing to a string does not fail.
             let _ = writeln!(
                 text,
-                "| {} | {} | {outcome} | {error} | {} | {} | {} |",
+                "| {} | {} | {outcome} | {error} | {} | {} | {} | {} |",
                 row.part,
                 row.name,
                 number(row.seconds, 6),
+                number(row.peak_bytes.map(|bytes| bytes as f64 / 1e6), 0),
                 number(row.tera_operations, 1),
                 number(row.of_pytorch, 2),
             );
@@ -238,17 +249,14 @@ impl Results {
 mod tests {
     use super::*;
 
-    fn setup(cases: &Path) -> Setup {
-        Setup { cases: cases.to_owned(), pytorch: None, limit: Duration::from_secs(600) }
-    }
-
     /// This test is of the build without CUDA; with it, the suite itself is run.
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn without_a_card_cases_run_on_the_processor_and_the_rest_is_skipped_by_name() {
         let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/rope");
         let mut shown = 0;
-        let results = run(&setup(&cases), &mut |_| shown += 1).unwrap();
+        let setup = Setup { cases, pytorch: None, avatar: None, limit: Duration::from_secs(600) };
+        let results = run(&setup, &mut |_| shown += 1).unwrap();
         assert_eq!((results.count(Outcome::Holds), results.count(Outcome::Fails)), (1, 0));
         assert_eq!(shown, results.rows.len());
         let skipped: Vec<&Row> = results.rows.iter().filter(|row| row.outcome == Outcome::Skipped).collect();

@@ -2,11 +2,18 @@
 
 use std::{path::Path, time::Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use model::ops;
+use service_kit::{
+    hardware::{Driver as _, Nvml},
+    memory::StageMeter,
+};
 
-use super::{Outcome, Question, Row};
+use super::{
+    Outcome, Question, Row,
+    full::{self, CARD},
+};
 use crate::{
     bench::{self, Block, Place},
     parity::{self, Drift, Report},
@@ -26,15 +33,19 @@ pub(super) fn processor(cases: &Path) -> Result<Vec<Row>> {
 }
 
 /// All that takes a card.
-pub(super) fn questions(cases: &Path) -> Result<Vec<Question>> {
+pub(super) fn questions(cases: &Path, avatar: Option<&Path>) -> Result<Vec<Question>> {
     let mut questions = Vec::new();
     parity_on_card(cases, &mut questions)?;
     kernels(&mut questions);
     attention(&mut questions);
     blocks(&mut questions);
     vae(&mut questions);
-    questions.push(Question::new("memory", "a failed allocation leaves the card usable", out_of_memory));
     questions.push(Question::new("determinism", "a block gives the same bits twice", same_bits));
+    questions.push(Question::new("memory", "a failed allocation leaves the card usable", out_of_memory));
+    questions.push(Question::new("memory", "the meter against NVML", meter));
+    stages_out_of_memory(cases, &mut questions)?;
+    leak(cases, &mut questions)?;
+    full::questions(avatar, &mut questions);
     Ok(questions)
 }
 
@@ -106,7 +117,7 @@ fn kernels(questions: &mut Vec<Question>) {
 }
 
 /// Median seconds of three runs after one that is not counted.
-fn median(device: &Device, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+pub(super) fn median(device: &Device, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
     run()?;
     device.synchronize()?;
     let mut seconds = [0.0; 3];
@@ -207,6 +218,74 @@ fn out_of_memory(device: &Device, row: Row) -> Result<Row> {
     })?;
     ensure!(error < 1e-5, "a product after it differs by {error:.1e}");
     Ok(Row { error: Some(error), ..row })
+}
+
+/// What the card's allocator counts against what the driver sees, for a gigabyte more.
+fn meter(device: &Device, row: Row) -> Result<Row> {
+    const BYTES: usize = 1 << 30;
+    let driver = Nvml::load().context("no driver answers")?;
+    let free = || -> Result<u64> {
+        let cards = driver.cards().map_err(anyhow::Error::msg)?;
+        Ok(cards.first().context("the driver knows no card")?.free_bytes)
+    };
+    device.synchronize()?;
+    let (before, meter) = (free()?, StageMeter::on(CARD));
+    let held = meter.load(|| Tensor::zeros(BYTES, DType::U8, device))?;
+    device.synchronize()?;
+    let (seen, counted) = (before.saturating_sub(free()?) as f64, meter.report().resident_bytes as f64);
+    drop(held);
+    ensure!((counted - BYTES as f64).abs() < 1e6, "{counted} bytes were counted, {BYTES} were taken");
+    let error = (seen / counted - 1.0).abs();
+    let outcome = if error <= 0.05 { Outcome::Holds } else { Outcome::Fails };
+    Ok(Row { error: Some(error), outcome, ..row })
+}
+
+/// Takes the card's memory, down to the last kilobytes.
+fn fill(device: &Device) -> Vec<Tensor> {
+    let sizes = (10..=32).rev().step_by(2).map(|power| 1usize << power);
+    sizes.flat_map(|bytes| std::iter::from_fn(move || Tensor::zeros(bytes, DType::U8, device).ok())).collect()
+}
+
+/// Each stage's reference case on a full card, and again on an empty one.
+fn stages_out_of_memory(cases: &Path, questions: &mut Vec<Question>) -> Result<()> {
+    for case in parity::find(cases)?.into_iter().filter(|case| parity::has_network(case)) {
+        let name = case.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = format!("out of memory and again, {name}");
+        questions.push(Question::new("memory", name, move |device, row| {
+            let full = fill(device);
+            let error = parity::run_on(&case, DType::F32, device).error;
+            drop(full);
+            let said = error.context("it fitted into a full card")?;
+            let known = ["OUT_OF_MEMORY", "ALLOC_FAILED", "ALLOCATION_FAILED"].iter().any(|name| said.contains(name));
+            ensure!(known, "not told as memory: {said}");
+            let again = of(parity::run_on(&case, DType::F32, device), "memory", |_, _| None);
+            Ok(Row { outcome: again.outcome, error: again.error, reason: again.reason, ..row })
+        }));
+    }
+    Ok(())
+}
+
+/// All reference cases on the card again and again; nothing of them may stay.
+fn leak(cases: &Path, questions: &mut Vec<Question>) -> Result<()> {
+    const ROUNDS: usize = 50;
+    let cases: Vec<_> = parity::find(cases)?.into_iter().filter(|case| parity::has_network(case)).collect();
+    questions.push(Question::new(
+        "memory",
+        format!("{ROUNDS} rounds of the cases leave nothing"),
+        move |device, row| {
+            let round = || cases.iter().for_each(|case| drop(parity::run_on(case, DType::BF16, device)));
+            // The first may leave what is made once.
+            round();
+            device.synchronize()?;
+            let (before, begin) = (StageMeter::on(CARD).report().process_bytes, Instant::now());
+            (1..ROUNDS).for_each(|_| round());
+            device.synchronize()?;
+            let after = StageMeter::on(CARD).report().process_bytes;
+            ensure!(after <= before, "{before} bytes were held before, {after} after");
+            Ok(Row { seconds: Some(begin.elapsed().as_secs_f64()), ..row })
+        },
+    ));
+    Ok(())
 }
 
 fn same_bits(device: &Device, row: Row) -> Result<Row> {
