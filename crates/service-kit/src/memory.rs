@@ -135,18 +135,19 @@ impl Counted {
     }
 }
 
-/// Bytes of a device's memory that no process holds now.
-fn unheld_bytes(name: DeviceName) -> u64 {
+/// What says how many bytes of a device's memory no process holds now.
+fn unheld(name: DeviceName) -> Box<dyn Fn() -> u64 + Send + Sync> {
     match name {
         #[cfg(feature = "cuda")]
         DeviceName::Cuda { index } => {
-            use crate::hardware::{Driver, Nvml, cards};
-
-            // A driver that does not answer leaves the process's own count to decide.
-            let cards = cards(Nvml::load().as_ref().map(|driver| driver as &dyn Driver));
-            cards.iter().find(|card| card.index == index).map_or(u64::MAX, |card| card.free_bytes)
+            let driver = crate::hardware::Nvml::load();
+            Box::new(move || {
+                let free = driver.as_ref().and_then(|driver| driver.free_bytes(index));
+                // A driver that does not answer leaves the process's own count to decide.
+                free.map_or(u64::MAX, |free| free.saturating_add(crate::hardware::pool::spare_bytes(index)))
+            })
         }
-        _ => host_memory().free_bytes,
+        _ => Box::new(|| host_memory().free_bytes),
     }
 }
 
@@ -196,8 +197,8 @@ impl Budget {
     /// A budget of which nothing is used yet, in this machine's memory or a card's.
     #[must_use]
     pub fn new(config: DeviceConfig) -> Self {
-        let name = config.name;
-        Self::within(config, HOLDS, move || unheld_bytes(name))
+        let unheld = unheld(config.name);
+        Self::within(config, HOLDS, unheld)
     }
 
     /// A budget in a memory of which `unheld` says how many bytes no process holds; it is asked again when its answer is

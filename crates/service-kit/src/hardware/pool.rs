@@ -18,6 +18,11 @@ pub(crate) fn peak_bytes(card: u32) -> u64 {
     get(card, CU_MEMPOOL_ATTR_USED_MEM_HIGH).unwrap_or(0)
 }
 
+/// Bytes that the allocator keeps from the driver though nobody holds them; it gives them out again, or back.
+pub(crate) fn spare_bytes(card: u32) -> u64 {
+    get(card, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT).unwrap_or(0).saturating_sub(current_bytes(card))
+}
+
 /// Lets the peak begin again at what is held now.
 pub(crate) fn reset_peak(card: u32) {
     // The driver takes 0 and nothing else. A card that does not answer is noticed by the work itself.
