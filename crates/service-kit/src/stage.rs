@@ -471,48 +471,6 @@ mod tests {
         assert_eq!(host.submit(|model, _| Ok(model.0.len())).unwrap().await, Ok(2));
     }
 
-    fn with_weights() -> (tempfile::TempDir, StageServiceClient<Channel>, Arc<StageHost<Weights>>) {
-        let models = tempfile::tempdir().unwrap();
-        std::fs::create_dir(models.path().join("vae-decode")).unwrap();
-        std::fs::write(models.path().join("vae-decode/w.safetensors"), [1, 2]).unwrap();
-        let (client, host) = start(models.path());
-        (models, client, host)
-    }
-
-    #[tokio::test]
-    async fn an_allocation_that_a_card_refuses_is_out_of_memory_and_the_worker_goes_on() {
-        let (_models, _, host) = with_weights();
-        let refused = |_: &mut Weights, _: &CancelToken| -> Result<(), _> {
-            Err(ServiceError::internal("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"))
-        };
-        let error = host.submit(refused).unwrap().await.unwrap_err();
-        assert!(
-            matches!(&error, ServiceError::DeviceMemory { stage, needed_bytes, free_bytes, .. }
-            if stage == "vae-decode" && needed_bytes > free_bytes),
-            "{error:?}"
-        );
-        assert_eq!(host.submit(|model, _| Ok(model.0.len())).unwrap().await, Ok(2));
-        assert_eq!((host.ended(), host.shutdown.is_cancelled()), (Ok(()), false));
-    }
-
-    #[tokio::test]
-    async fn a_card_that_broke_takes_no_more_work_and_ends_its_server() {
-        let (_models, mut client, host) = with_weights();
-        let broken = |_: &mut Weights, _: &CancelToken| -> Result<(), _> {
-            Err(ServiceError::internal("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal address\")"))
-        };
-        let error = host.submit(broken).unwrap().await.unwrap_err();
-        assert_eq!(error.code_name(), "UNAVAILABLE");
-        assert!(error.to_string().contains("cpu is lost") && error.to_string().contains("ILLEGAL_ADDRESS"), "{error}");
-        let Err(error) = host.submit(|_, _| Ok(())) else { panic!("it took work") };
-        assert_eq!(error.code_name(), "UNAVAILABLE");
-        assert!(host.shutdown.is_cancelled() && host.ended().is_err());
-        // The server's connection ends with it.
-        while client.describe(DescribeRequest {}).await.is_ok() {
-            tokio::task::yield_now().await;
-        }
-    }
-
     #[tokio::test]
     async fn memory_is_streamed_and_the_interval_checked() {
         let models = tempfile::tempdir().unwrap();
