@@ -2,11 +2,13 @@
 
 use std::fmt::Write as _;
 
+use planner::cost::work::Rates;
 use serde_json::{Value, json};
 use service_kit::hardware::{Card, Driver, HAS_CUDA, HostMemory, Nvml, cards, host_memory};
 
 use crate::{
     config::DevicesFlags,
+    plan::rates,
     progress::{print_line, print_text},
 };
 
@@ -16,20 +18,22 @@ pub fn show(flags: &DevicesFlags) {
     let driver: Option<&dyn Driver> = driver.as_ref().map(|driver| driver as &dyn Driver);
     let (host, cards) = (host_memory(), cards(driver));
     let version = driver.and_then(Driver::version);
+    let rates = if flags.measure { rates::measured_now() } else { rates::kept() };
     if flags.json {
-        print_line(&as_json(&host, &cards, version.as_deref()));
+        print_line(&as_json(&host, &cards, version.as_deref(), rates.as_ref()));
     } else {
-        print_text(as_text(&host, &cards, version.as_deref()).trim_end());
+        print_text(as_text(&host, &cards, version.as_deref(), rates.as_ref()).trim_end());
     }
 }
 
-fn as_json(host: &HostMemory, cards: &[Card], driver: Option<&str>) -> Value {
+fn as_json(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Option<&Rates>) -> Value {
     let cpu = json!({
         "device": "cpu",
         "usable": true,
         "total_bytes": host.total_bytes,
         "free_bytes": host.free_bytes,
         "limit_bytes": host.limit_bytes,
+        "rates": rates,
     });
     let cards = cards.iter().map(|card| {
         json!({
@@ -48,10 +52,15 @@ fn as_json(host: &HostMemory, cards: &[Card], driver: Option<&str>) -> Value {
     json!({ "devices": std::iter::once(cpu).chain(cards).collect::<Vec<_>>(), "cuda_driver": driver })
 }
 
-fn as_text(host: &HostMemory, cards: &[Card], driver: Option<&str>) -> String {
+fn as_text(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Option<&Rates>) -> String {
     let mut text = format!("cpu     {} of {} free", gib(host.free_bytes), gib(host.total_bytes));
     if host.limit_bytes.is_some() {
         text.push_str(", the container's limit");
+    }
+    if let Some(rates) = rates {
+        let [products, convolutions] = [rates.products, rates.convolutions].map(|rate| rate / 1e9);
+        // Writing to a string does not fail.
+        let _ = write!(text, "; measured: {products:.0} GFLOP/s in products, {convolutions:.0} in convolutions");
     }
     text.push('\n');
     for card in cards {
@@ -113,7 +122,7 @@ mod tests {
 
     #[test]
     fn people_read_everything_that_is_wrong_with_a_card() {
-        let text = as_text(&HOST, &cards(Some(&OneCard)), OneCard.version().as_deref());
+        let text = as_text(&HOST, &cards(Some(&OneCard)), OneCard.version().as_deref(), None);
         for part in ["6.0 GiB of 8.0 GiB free, the container's limit", "cuda:0", "1.0 GiB of 4.0 GiB free", "Card X"] {
             assert!(text.contains(part), "{part} in {text}");
         }
@@ -121,12 +130,14 @@ mod tests {
             assert!(text.contains(part), "{part} in {text}");
         }
         assert_eq!(text.contains("no CUDA: it computes on cpu only"), !HAS_CUDA, "{text}");
-        assert!(as_text(&HOST, &[], None).contains("No NVIDIA driver answers"));
+        let text = as_text(&HOST, &[], None, Some(&Rates { products: 65.4e9, ..Rates::of_cores(2) }));
+        assert!(text.contains("measured: 65 GFLOP/s in products, 50 in convolutions"), "{text}");
+        assert!(as_text(&HOST, &[], None, None).contains("No NVIDIA driver answers"));
     }
 
     #[test]
     fn programs_read_bytes() {
-        let value = as_json(&HOST, &cards(Some(&OneCard)), Some("570.1"));
+        let value = as_json(&HOST, &cards(Some(&OneCard)), Some("570.1"), None);
         assert_eq!(
             value["devices"][0],
             json!({
@@ -135,6 +146,7 @@ mod tests {
                 "total_bytes": 8u64 << 30,
                 "free_bytes": 6u64 << 30,
                 "limit_bytes": 8u64 << 30,
+                "rates": null,
             })
         );
         assert_eq!((&value["devices"][1]["uuid"], &value["devices"][1]["ecc_errors"]), (&json!("GPU-1"), &json!(2)));

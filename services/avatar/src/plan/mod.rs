@@ -2,7 +2,7 @@
 
 pub mod flags;
 mod machine;
-mod rates;
+pub(crate) mod rates;
 mod show;
 
 use std::path::Path;

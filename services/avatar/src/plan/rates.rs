@@ -15,36 +15,37 @@ use model::{
 };
 use planner::cost::{cpu::Pace, work::Rates};
 
-/// How long each operation is run.
-const PATIENCE: Duration = Duration::from_millis(200);
+/// How long the operations take turns, and how many rounds at least.
+const PATIENCE: Duration = Duration::from_secs(3);
+const LEAST_ROUNDS: usize = 5;
 /// Which measures they are; another number wherever operations or their measures change.
-const MEASURES: u32 = 2;
+const MEASURES: u32 = 3;
 /// Most bytes of the file that keeps the rates.
 const KEPT_BYTES: u64 = 4096;
 
 /// The rates of this machine: those that were kept, or measured now; assumed ones where it cannot be measured.
 pub(super) fn of_this_machine() -> Rates {
-    let file = kept_in();
-    let known = file.as_ref().and_then(|file| {
-        let small = std::fs::metadata(file).ok().filter(|info| info.len() <= KEPT_BYTES)?;
-        let rates: Rates = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
-        (small.is_file() && rates.usable() && rates.measured && rates.pace.is_some()).then_some(rates)
-    });
-    if let Some(rates) = known {
-        return rates;
+    kept().or_else(measured_now).unwrap_or_else(|| {
+        tracing::warn!("the speed of this machine could not be measured; predicted seconds are those of another");
+        Rates::of_cores(model::ops::threads() as u64)
+    })
+}
+
+/// The rates that were kept.
+pub(crate) fn kept() -> Option<Rates> {
+    let file = kept_in()?;
+    let small = std::fs::metadata(&file).ok().filter(|info| info.len() <= KEPT_BYTES)?;
+    let rates: Rates = serde_json::from_slice(&std::fs::read(&file).ok()?).ok()?;
+    (small.is_file() && rates.usable() && rates.measured && rates.pace.is_some()).then_some(rates)
+}
+
+/// Measures the rates and keeps them instead of those that were; nothing where that fails.
+pub(crate) fn measured_now() -> Option<Rates> {
+    let rates = measure().ok().filter(Rates::usable)?;
+    if let Some(file) = kept_in() {
+        keep(&file, &rates);
     }
-    match measure() {
-        Ok(rates) if rates.usable() => {
-            if let Some(file) = &file {
-                keep(file, &rates);
-            }
-            rates
-        }
-        Ok(_) | Err(_) => {
-            tracing::warn!("the speed of this machine could not be measured; predicted seconds are those of another");
-            Rates::of_cores(model::ops::threads() as u64)
-        }
-    }
+    Some(rates)
 }
 
 /// Where the rates of this processor and this build are kept, in the user's folder for such things.
@@ -74,25 +75,75 @@ fn keep(file: &std::path::Path, rates: &Rates) {
 }
 
 /// Measures every kind of operation, at sizes that tell its parts from each other.
+///
+/// The operations take turns, round after round, and each counts with its middle time: a machine is now faster and now
+/// slower, and what was measured in one good or bad moment would be held against work of hours.
 fn measure() -> model::Result<Rates> {
     const WIDTH: usize = 2048;
     const ROWS: usize = 512;
     let x = noise(&[ROWS, WIDTH])?;
     let weight = Matrix::new(&noise(&[WIDTH, WIDTH])?)?;
-    let products = tiled(ROWS, ROW_TILE) * (2 * WIDTH * WIDTH) as f64
-        / quickest(|| linear(&[&x], &weight, None, Activation::None, None).map(drop).map_err(Into::into))?;
-    let (attention, scores) = apart(attended(128)?, attended(16)?);
-    let (convolutions, unfolded) = apart(convolved(96)?, convolved(12)?);
-    let (weights, files) = streamed(WIDTH)?;
+    let (wide, narrow) = (Attended::new(128)?, Attended::new(16)?);
+    let (many, few) = (Convolved::new(96)?, Convolved::new(12)?);
+    let streamed = Streamed::new(WIDTH)?;
+    let moved = Moved::new()?;
+    let looked = Looked::new()?;
+    let seconds = in_turn([
+        &mut || linear(&[&x], &weight, None, Activation::None, None).map(drop).map_err(Into::into),
+        &mut || wide.run(),
+        &mut || narrow.run(),
+        &mut || many.run(),
+        &mut || few.run(),
+        &mut || streamed.weights(),
+        &mut || streamed.file(),
+        &mut || moved.run(),
+        &mut || log_mel(&[0.1; CHUNK_SAMPLES]).map(drop),
+        &mut || looked.run(),
+    ])?;
+    let [product, wide_seconds, narrow_seconds, many_seconds, few_seconds, weights, file, moves, spectrum, look] =
+        seconds;
+    let (attention, scores) = apart(wide.took(wide_seconds), narrow.took(narrow_seconds));
+    let (convolutions, unfolded) = apart(many.took(many_seconds), few.took(few_seconds));
     let pace = Pace {
         scores,
         unfolded,
-        moved: moved()?,
+        moved: Moved::BYTES / moves,
         call_seconds: call()?,
-        spectrum_seconds: quickest(|| log_mel(&[0.1; CHUNK_SAMPLES]).map(drop))?,
-        looked: looked()?,
+        spectrum_seconds: spectrum,
+        looked: Looked::PIXELS / look,
     };
-    Ok(Rates { measured: true, products, attention, convolutions, weights, files, pace: Some(pace) })
+    Ok(Rates {
+        measured: true,
+        products: tiled(ROWS, ROW_TILE) * (2 * WIDTH * WIDTH) as f64 / product,
+        attention,
+        convolutions,
+        weights: streamed.bytes / weights,
+        files: streamed.bytes / file,
+        pace: Some(pace),
+    })
+}
+
+/// Runs operations in turn for some time; the middle seconds of each.
+fn in_turn<const N: usize>(mut runs: [&mut dyn FnMut() -> model::Result<()>; N]) -> model::Result<[f64; N]> {
+    let mut seconds = [(); N].map(|()| Vec::new());
+    let begin = Instant::now();
+    // The first round brings files, pages and threads to where they stay.
+    for round in 0.. {
+        for (run, seconds) in runs.iter_mut().zip(&mut seconds) {
+            let start = Instant::now();
+            run()?;
+            if round > 0 {
+                seconds.push(start.elapsed().as_secs_f64());
+            }
+        }
+        if round >= LEAST_ROUNDS && begin.elapsed() >= PATIENCE {
+            break;
+        }
+    }
+    Ok(seconds.map(|mut seconds| {
+        seconds.sort_by(f64::total_cmp);
+        seconds.get(seconds.len() / 2).copied().unwrap_or_default().max(1e-9)
+    }))
 }
 
 fn noise(shape: &[usize]) -> model::Result<Tensor> {
@@ -130,46 +181,98 @@ fn apart(long: Run, short: Run) -> (f64, f64) {
     }
 }
 
-/// Attention with heads of some width: FLOP of its products, and scores.
-fn attended(width: usize) -> model::Result<Run> {
-    let (heads, length) = (8, 960);
-    let [q, k, v] = [(); 3].map(|()| noise(&[1, heads, length, width]));
-    let (q, k, v) = (q?, k?, v?);
-    let seconds = quickest(|| attention(&q, &k, &v, 0.1, None).map(drop).map_err(Into::into))?;
-    let products = 2.0 * (heads * length * length) as f64 * (width as f64 + tiled(width, COLUMN_TILE));
-    Ok(Run { work: [products, (heads * length * length) as f64], seconds })
+/// Attention with heads of some width.
+struct Attended {
+    width: usize,
+    inputs: [Tensor; 3],
 }
 
-/// A convolution to some channels: FLOP of its products, and values that it unfolds.
-fn convolved(out: usize) -> model::Result<Run> {
-    let (channels, frames, side) = (32, 4, 64);
-    let tensors = [("weight".to_owned(), noise(&[out, channels, 3, 3, 3])?), ("bias".to_owned(), noise(&[out])?)];
-    let layer = Weights::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
-    let layer = CausalConv3d::load(&layer, channels, [1; 3])?;
-    let video = noise(&[1, channels, frames, side, side])?;
-    let seconds = quickest(|| layer.forward(&video).map(drop))?;
-    let unfolded = (27 * channels * frames * side * side) as f64;
-    Ok(Run { work: [2.0 * unfolded * tiled(out, ROW_TILE), unfolded], seconds })
+impl Attended {
+    const HEADS: usize = 8;
+    const LENGTH: usize = 960;
+
+    fn new(width: usize) -> model::Result<Self> {
+        let of = || noise(&[1, Self::HEADS, Self::LENGTH, width]);
+        Ok(Self { width, inputs: [of()?, of()?, of()?] })
+    }
+
+    fn run(&self) -> model::Result<()> {
+        let [q, k, v] = &self.inputs;
+        attention(q, k, v, 0.1, None).map(drop).map_err(Into::into)
+    }
+
+    /// FLOP of its products, and scores.
+    fn took(&self, seconds: f64) -> Run {
+        let scores = (Self::HEADS * Self::LENGTH * Self::LENGTH) as f64;
+        Run { work: [2.0 * scores * (self.width as f64 + tiled(self.width, COLUMN_TILE)), scores], seconds }
+    }
 }
 
-/// Bytes/s through the operations between products: of the VAE's norms, of the transformer's, of a plain sum.
-fn moved() -> model::Result<f64> {
-    const CHANNELS: usize = 64;
-    let (rows, width) = (1024, 2048);
-    let x = noise(&[rows, width])?;
-    let video = x.reshape((1, CHANNELS, rows * width / CHANNELS))?;
-    let scale = noise(&[width])?;
-    let tensors = [("weight".to_owned(), noise(&[CHANNELS])?), ("bias".to_owned(), noise(&[CHANNELS])?)];
-    let norm = Weights::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
-    let norm = GroupNorm::load(&norm, 32)?;
-    let seconds = quickest(|| norm.forward_silu(&video).map(drop))?
-        + quickest(|| rms_norm(&x, &scale, 1e-6).map(drop).map_err(Into::into))?
-        + quickest(|| (&x + &x).map(drop).map_err(Into::into))?;
-    Ok((3 * 2 * 4 * rows * width) as f64 / seconds)
+/// A convolution to some channels.
+struct Convolved {
+    out: usize,
+    layer: CausalConv3d,
+    video: Tensor,
+}
+
+impl Convolved {
+    const CHANNELS: usize = 32;
+    const FRAMES: usize = 4;
+    const SIDE: usize = 64;
+
+    fn new(out: usize) -> model::Result<Self> {
+        let weight = noise(&[out, Self::CHANNELS, 3, 3, 3])?;
+        let tensors = [("weight".to_owned(), weight), ("bias".to_owned(), noise(&[out])?)];
+        let layer = Weights::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
+        let layer = CausalConv3d::load(&layer, Self::CHANNELS, [1; 3])?;
+        Ok(Self { out, layer, video: noise(&[1, Self::CHANNELS, Self::FRAMES, Self::SIDE, Self::SIDE])? })
+    }
+
+    fn run(&self) -> model::Result<()> {
+        self.layer.forward(&self.video).map(drop)
+    }
+
+    /// FLOP of its products, and values that it unfolds.
+    fn took(&self, seconds: f64) -> Run {
+        let unfolded = (27 * Self::CHANNELS * Self::FRAMES * Self::SIDE * Self::SIDE) as f64;
+        Run { work: [2.0 * unfolded * tiled(self.out, ROW_TILE), unfolded], seconds }
+    }
+}
+
+/// The operations between products: the VAE's norms, the transformer's, a plain sum.
+struct Moved {
+    x: Tensor,
+    video: Tensor,
+    scale: Tensor,
+    norm: GroupNorm,
+}
+
+impl Moved {
+    const ROWS: usize = 1024;
+    const WIDTH: usize = 2048;
+    /// Each reads and writes all values.
+    const BYTES: f64 = (3 * 2 * 4 * Self::ROWS * Self::WIDTH) as f64;
+
+    fn new() -> model::Result<Self> {
+        const CHANNELS: usize = 64;
+        let x = noise(&[Self::ROWS, Self::WIDTH])?;
+        let video = x.reshape((1, CHANNELS, Self::ROWS * Self::WIDTH / CHANNELS))?;
+        let tensors = [("weight".to_owned(), noise(&[CHANNELS])?), ("bias".to_owned(), noise(&[CHANNELS])?)];
+        let norm = Weights::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
+        Ok(Self { x, video, scale: noise(&[Self::WIDTH])?, norm: GroupNorm::load(&norm, 32)? })
+    }
+
+    fn run(&self) -> model::Result<()> {
+        self.norm.forward_silu(&self.video)?;
+        rms_norm(&self.x, &self.scale, 1e-6)?;
+        (&self.x + &self.x)?;
+        Ok(())
+    }
 }
 
 /// Seconds of an operation on next to nothing, on the average.
 fn call() -> model::Result<f64> {
+    const PATIENCE: Duration = Duration::from_millis(200);
     let (x, weight) = (noise(&[1, 64])?, Matrix::new(&noise(&[64, 64])?)?);
     let (begin, mut calls) = (Instant::now(), 0u32);
     while begin.elapsed() < PATIENCE {
@@ -179,49 +282,58 @@ fn call() -> model::Result<f64> {
     Ok(begin.elapsed().as_secs_f64() / f64::from(calls.max(1)))
 }
 
-/// Pixels a second in which faces are looked for.
-fn looked() -> model::Result<f64> {
+/// A picture in which a face is looked for.
+struct Looked {
+    detector: Detector,
+    picture: Rgb8,
+}
+
+impl Looked {
     const SIDE: usize = 128;
-    let detector = Detector::open(None)?;
-    let picture = Rgb8::new(SIDE, SIDE, (0..3 * SIDE * SIDE).map(|i| (i * 7919 % 251) as u8).collect())?;
-    Ok((SIDE * SIDE) as f64 / quickest(|| detector.detect(&picture).map(drop))?)
+    const PIXELS: f64 = (Self::SIDE * Self::SIDE) as f64;
+
+    fn new() -> model::Result<Self> {
+        let values = (0..3 * Self::SIDE * Self::SIDE).map(|i| (i * 7919 % 251) as u8).collect();
+        Ok(Self { detector: Detector::open(None)?, picture: Rgb8::new(Self::SIDE, Self::SIDE, values)? })
+    }
+
+    fn run(&self) -> model::Result<()> {
+        self.detector.detect(&self.picture).map(drop)
+    }
 }
 
-/// Bytes/s of weights in 16 bits through a product of few rows, and of a file that is read.
-fn streamed(width: usize) -> model::Result<(f64, f64)> {
-    const ROWS: usize = 8192;
-    let failed = |e: std::io::Error| model::Error::file(std::path::Path::new("temporary file"), e);
-    let folder = tempfile::tempdir().map_err(failed)?;
-    let values = Tensor::rand(-1f32, 1f32, (ROWS, width), &Device::Cpu)?.to_dtype(DType::BF16)?;
-    let file = folder.path().join("weight.safetensors");
-    candle_core::safetensors::save(&[("weight".to_owned(), values)].into_iter().collect(), &file)?;
-    let bytes = (2 * ROWS * width) as f64;
-    let files = rate(bytes, || std::fs::read(&file).map(drop).map_err(failed))?;
-    let weight = Weights::open(folder.path(), DType::F32, &Device::Cpu)?.matrix(ROWS, width, "weight")?;
-    let x = Tensor::rand(-1f32, 1f32, (1, width), &Device::Cpu)?;
-    let weights = rate(bytes, || {
-        linear(&[&x], &weight, None, Activation::None, None)?;
-        Ok(())
-    })?;
-    Ok((weights, files))
+/// Weights in 16 bits in a file.
+struct Streamed {
+    folder: tempfile::TempDir,
+    weight: Matrix,
+    x: Tensor,
+    bytes: f64,
 }
 
-/// How much of `amount` is done in a second.
-fn rate(amount: f64, run: impl FnMut() -> model::Result<()>) -> model::Result<f64> {
-    Ok(amount / quickest(run)?)
-}
+impl Streamed {
+    const FILE: &str = "weight.safetensors";
 
-/// Seconds of the quickest of some runs.
-fn quickest(mut run: impl FnMut() -> model::Result<()>) -> model::Result<f64> {
-    let begin = Instant::now();
-    let mut quickest = f64::INFINITY;
-    loop {
-        let start = Instant::now();
-        run()?;
-        quickest = quickest.min(start.elapsed().as_secs_f64());
-        if begin.elapsed() >= PATIENCE {
-            return Ok(quickest.max(1e-9));
-        }
+    fn new(width: usize) -> model::Result<Self> {
+        const ROWS: usize = 8192;
+        let folder = tempfile::tempdir().map_err(Self::failed)?;
+        let values = noise(&[ROWS, width])?.to_dtype(DType::BF16)?;
+        let file = folder.path().join(Self::FILE);
+        candle_core::safetensors::save(&[("weight".to_owned(), values)].into_iter().collect(), &file)?;
+        let weight = Weights::open(folder.path(), DType::F32, &Device::Cpu)?.matrix(ROWS, width, "weight")?;
+        Ok(Self { folder, weight, x: noise(&[1, width])?, bytes: (2 * ROWS * width) as f64 })
+    }
+
+    /// Through a product of few rows.
+    fn weights(&self) -> model::Result<()> {
+        linear(&[&self.x], &self.weight, None, Activation::None, None).map(drop).map_err(Into::into)
+    }
+
+    fn file(&self) -> model::Result<()> {
+        std::fs::read(self.folder.path().join(Self::FILE)).map(drop).map_err(Self::failed)
+    }
+
+    fn failed(error: std::io::Error) -> model::Error {
+        model::Error::file(std::path::Path::new("temporary file"), error)
     }
 }
 
