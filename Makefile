@@ -13,7 +13,7 @@ LOAD_SECONDS := 60
 PROMPT := A person speaks calmly to the camera.
 
 .PHONY: help demo demo-picture quality test setup fmt lint proto-lint build rust fuzz python chaos load parity memory-proof \
-  seconds-proof full-size-proof
+  seconds-proof full-size-proof cuda gpu-pack
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -81,3 +81,9 @@ full-size-proof: ## Generates with all 13 billion weights within 4 GiB (16 GB of
 
 parity: ## Holds the networks against the reference cases, with a row for every tensor
 	cargo run --release --locked -p e2e --bin parity -- tests/goldens
+
+cuda: ## Builds every binary for NVIDIA cards (fetches the compiler; needs no card), into target/cuda/bin
+	deploy/cuda/build
+
+gpu-pack: ## Makes target/gpu-pack, whose `run` asks a card what can only be known on one
+	deploy/cuda/pack

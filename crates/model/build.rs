@@ -1,4 +1,5 @@
-//! Takes the face detector's data out of the `rustface` package, which carries it but does not export it.
+//! Takes the face detector's data out of the `rustface` package, which carries it but does not export it; with feature
+//! `cuda`, compiles the kernels.
 
 use std::{
     env,
@@ -22,7 +23,47 @@ fn main() -> Result<(), Box<dyn Error>> {
     let rustface = packages.iter().find(|p| p["name"] == "rustface").ok_or("rustface is not a dependency")?;
     let source = rustface["manifest_path"].as_str().ok_or("rustface has no manifest")?;
     let data = PathBuf::from(source).with_file_name("model").join(DATA);
-    fs::copy(&data, PathBuf::from(env::var("OUT_DIR")?).join(DATA)).map_err(|e| format!("{}: {e}", data.display()))?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::copy(&data, out.join(DATA)).map_err(|e| format!("{}: {e}", data.display()))?;
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() { compile_kernels(&out) } else { Ok(()) }
+}
+
+/// Compiles each file of kernels into one image `NAME.fatbin`: machine code for every compute capability of `CUDA_CAPS`
+/// (as `80,89,90`), and intermediate code of the first for cards newer than the last.
+#[allow(clippy::disallowed_methods)]
+fn compile_kernels(out: &Path) -> Result<(), Box<dyn Error>> {
+    const FOLDER: &str = "src/cuda/kernels";
+    /// What only cards understand; the emulation has its own.
+    const CARD: &str = "src/cuda/kernels/card";
+    for name in ["CUDA_CAPS", "NVCC"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    println!("cargo:rerun-if-changed={FOLDER}");
+    let nvcc = env::var("NVCC").unwrap_or_else(|_| "nvcc".to_owned());
+    let caps = env::var("CUDA_CAPS").unwrap_or_else(|_| "80,89,90".to_owned());
+    let first = caps.split(',').next().unwrap_or_default();
+    let codes = caps.split(',').map(|cap| (cap, format!("sm_{cap}")));
+    let codes = codes.chain([(first, format!("compute_{first}"))]);
+    let codes: Vec<String> =
+        codes.flat_map(|(cap, code)| ["-gencode".into(), format!("arch=compute_{cap},code={code}")]).collect();
+    for file in fs::read_dir(FOLDER)? {
+        let file = file?.path();
+        if file.extension().is_none_or(|e| e != "cu") {
+            continue;
+        }
+        let image = out.join(file.with_extension("fatbin").file_name().ok_or("a file without a name")?);
+        let compiled = Command::new(&nvcc)
+            .args(["-fatbin", "-std=c++17", "-O3", "-I", CARD])
+            .args(&codes)
+            .arg("-o")
+            .arg(&image)
+            .arg(&file)
+            .output()
+            .map_err(|e| format!("{nvcc}: {e}; deploy/cuda/build sets up the compiler"))?;
+        if !compiled.status.success() {
+            return Err(format!("{}: {}", file.display(), String::from_utf8_lossy(&compiled.stderr)).into());
+        }
+    }
     Ok(())
 }
 

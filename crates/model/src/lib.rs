@@ -8,6 +8,8 @@ pub mod audio;
 pub mod blueprint;
 pub mod checkpoint;
 pub mod convert;
+#[cfg(any(feature = "cuda", test))]
+pub mod cuda;
 pub mod diffusion;
 pub mod image;
 pub mod inspect;
@@ -19,11 +21,13 @@ pub mod text;
 pub mod vae;
 pub mod weights;
 
+mod device;
 mod error;
 #[cfg(test)]
 mod golden;
 mod onnx;
 mod precision;
 
+pub use device::device;
 pub use error::{Error, Result};
 pub use precision::Precision;

@@ -8,7 +8,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
@@ -69,6 +69,8 @@ struct Shared {
     waiting: AtomicUsize,
     /// Milliseconds of a task, smoothed.
     pace_ms: AtomicU64,
+    /// Why nothing can be computed on it any more.
+    lost: OnceLock<String>,
 }
 
 /// The way to a device's thread. Clones lead to the same thread; it ends when the last is gone.
@@ -94,8 +96,12 @@ impl DeviceWorker {
     ///
     /// Errors: the system gives no thread.
     pub fn spawn_several(devices: &[DeviceConfig], capacity: usize) -> Result<Vec<Self>, ServiceError> {
-        let turn = Arc::default();
-        Budget::several(devices).into_iter().map(|budget| Self::start(budget, &turn, capacity)).collect()
+        let processor: Arc<Mutex<()>> = Arc::default();
+        let start = |budget: Budget| match budget.device().name.card() {
+            None => Self::start(budget, &processor, capacity),
+            Some(_) => Self::start(budget, &Arc::default(), capacity),
+        };
+        Budget::several(devices).into_iter().map(start).collect()
     }
 
     fn start(budget: Budget, turn: &Arc<Mutex<()>>, capacity: usize) -> Result<Self, ServiceError> {
@@ -121,6 +127,7 @@ impl DeviceWorker {
             capacity,
             waiting: AtomicUsize::new(0),
             pace_ms: AtomicU64::new(1000),
+            lost: OnceLock::new(),
         })))
     }
 
@@ -140,6 +147,25 @@ impl DeviceWorker {
     #[must_use]
     pub fn unloaded(&self) -> u64 {
         self.0.unloaded.load(Relaxed)
+    }
+
+    /// Gives the device up: from now on it takes no work.
+    pub(crate) fn lose(&self, reason: &str) {
+        if self.0.lost.set(reason.to_owned()).is_ok() {
+            tracing::error!(device = %self.0.budget.device().name, "the device is lost, so its process ends: {reason}");
+        }
+    }
+
+    /// Whether the device still computes.
+    ///
+    /// Errors: [`ServiceError::Unavailable`] after a fault that only another process can get over.
+    pub fn works(&self) -> Result<(), ServiceError> {
+        match self.0.lost.get() {
+            None => Ok(()),
+            Some(reason) => {
+                Err(ServiceError::unavailable(format!("{} is lost: {reason}", self.0.budget.device().name)))
+            }
+        }
     }
 
     pub(crate) fn settle(&self, tenant: Weak<dyn Tenant>) {
@@ -185,12 +211,13 @@ impl DeviceWorker {
     /// The task sees the current tracing span. Dropping what comes back cancels it: a task that waits is skipped, one
     /// that runs finds out through its [`CancelToken`]. A panic in it ends it with [`ServiceError::Internal`].
     ///
-    /// Errors: [`ServiceError::ResourceExhausted`] at once when the queue is full.
+    /// Errors: [`ServiceError::ResourceExhausted`] at once when the queue is full; as [`works`](Self::works).
     pub fn try_submit<R, F>(&self, work: F) -> Result<Pending<R>, ServiceError>
     where
         R: Send + 'static,
         F: FnOnce(&CancelToken) -> Result<R, ServiceError> + Send + 'static,
     {
+        self.works()?;
         let (answer, result) = oneshot::channel();
         let token = CancellationToken::new();
         let cancel = CancelToken(token.clone());

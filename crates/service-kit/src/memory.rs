@@ -1,4 +1,5 @@
-//! Counts the process's heap, byte by byte, and what each stage takes of it.
+//! Counts what the process holds of its device, and what each stage takes of it: the heap, byte by byte, or a card's
+//! memory, as the card's own allocator counts it.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -15,7 +16,7 @@ use proto::v1::MemoryReport;
 use crate::{
     ServiceError,
     device::CancelToken,
-    hardware::{DeviceConfig, host_memory},
+    hardware::{DeviceConfig, DeviceName, host_memory},
 };
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
@@ -92,6 +93,49 @@ pub fn reset_peak() {
     PEAK.store(CURRENT.load(Relaxed), Relaxed);
 }
 
+/// Which memory is counted.
+#[derive(Debug, Clone, Copy, Default)]
+enum Counted {
+    #[default]
+    Heap,
+    #[cfg(feature = "cuda")]
+    Card(u32),
+}
+
+impl Counted {
+    fn of(name: DeviceName) -> Self {
+        match name {
+            #[cfg(feature = "cuda")]
+            DeviceName::Cuda { index } => Self::Card(index),
+            _ => Self::Heap,
+        }
+    }
+
+    fn current(self) -> u64 {
+        match self {
+            Self::Heap => current_bytes(),
+            #[cfg(feature = "cuda")]
+            Self::Card(index) => crate::hardware::pool::current_bytes(index),
+        }
+    }
+
+    fn peak(self) -> u64 {
+        match self {
+            Self::Heap => peak_bytes(),
+            #[cfg(feature = "cuda")]
+            Self::Card(index) => crate::hardware::pool::peak_bytes(index),
+        }
+    }
+
+    fn reset_peak(self) {
+        match self {
+            Self::Heap => reset_peak(),
+            #[cfg(feature = "cuda")]
+            Self::Card(index) => crate::hardware::pool::reset_peak(index),
+        }
+    }
+}
+
 /// What the stages of one device hold of the process's heap.
 #[derive(Debug, Default)]
 struct Share {
@@ -108,6 +152,22 @@ impl Share {
             0 => held,
             began => held.saturating_add(current_bytes().saturating_sub(began - 1)),
         }
+    }
+}
+
+/// What says how many bytes of a device's memory no process holds now.
+fn unheld(name: DeviceName) -> Box<dyn Fn() -> u64 + Send + Sync> {
+    match name {
+        #[cfg(feature = "cuda")]
+        DeviceName::Cuda { index } => {
+            let driver = crate::hardware::Nvml::load();
+            Box::new(move || {
+                let free = driver.as_ref().and_then(|driver| driver.free_bytes(index));
+                // A driver that does not answer leaves the process's own count to decide.
+                free.map_or(u64::MAX, |free| free.saturating_add(crate::hardware::pool::spare_bytes(index)))
+            })
+        }
+        _ => Box::new(|| host_memory().free_bytes),
     }
 }
 
@@ -162,10 +222,11 @@ impl Unheld {
 }
 
 impl Budget {
-    /// The budget of a process with one device, of which nothing is used yet, in this machine's memory.
+    /// The budget of a process with one device, of which nothing is used yet, in this machine's memory or a card's.
     #[must_use]
     pub fn new(config: DeviceConfig) -> Self {
-        Self::within(config, HOLDS, || host_memory().free_bytes)
+        let unheld = unheld(config.name);
+        Self::within(config, HOLDS, unheld)
     }
 
     /// A budget in a memory of which `unheld` says how many bytes no process holds; it is asked again when its answer is
@@ -190,7 +251,8 @@ impl Budget {
     pub fn several(configs: &[DeviceConfig]) -> Vec<Self> {
         let mut budgets: Vec<Self> =
             configs.iter().map(|config| Self { others: None, ..Self::new(config.clone()) }).collect();
-        let others = budgets.iter().skip(1).map(|budget| budget.own.clone()).collect();
+        let on_heap = |budget: &&Self| budget.config.name.card().is_none();
+        let others = budgets.iter().skip(1).filter(on_heap).map(|budget| budget.own.clone()).collect();
         if let Some(first) = budgets.first_mut() {
             first.others = Some(others);
         }
@@ -200,9 +262,13 @@ impl Budget {
     /// Bytes of it that this process holds now.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
-        match &self.others {
-            Some(others) => current_bytes().saturating_sub(others.iter().map(|share| share.bytes()).sum()),
-            None => self.own.bytes(),
+        match (Counted::of(self.config.name), &self.others) {
+            (Counted::Heap, Some(others)) => {
+                current_bytes().saturating_sub(others.iter().map(|share| share.bytes()).sum())
+            }
+            (Counted::Heap, None) => self.own.bytes(),
+            #[cfg(feature = "cuda")]
+            (card, _) => card.current(),
         }
     }
 
@@ -224,11 +290,12 @@ impl Budget {
             }
         }
 
-        let (held, before) = (self.held_bytes(), current_bytes());
+        let counted = Counted::of(self.config.name);
+        let (held, before) = (self.held_bytes(), counted.current());
         self.own.began.store(before.saturating_add(1), Relaxed);
         let _end = End(&self.own.began);
         let result = work();
-        self.peak.fetch_max(held.saturating_add(peak_bytes().saturating_sub(before)), Relaxed);
+        self.peak.fetch_max(held.saturating_add(counted.peak().saturating_sub(before)), Relaxed);
         result
     }
 
@@ -356,12 +423,13 @@ impl Watch {
     }
 }
 
-/// What one stage holds of the heap.
+/// What one stage holds of the heap, or of a card's memory.
 ///
-/// Work is measured around one operation at a time, by the growth of the whole heap meanwhile; so only the thread
+/// Work is measured around one operation at a time, by the growth of the whole memory meanwhile; so only the thread
 /// that owns the device measures, and small allocations of other threads at that moment are counted with it.
 #[derive(Debug, Default)]
 pub struct StageMeter {
+    counted: Counted,
     resident: AtomicU64,
     kept: AtomicU64,
     peak: AtomicU64,
@@ -382,15 +450,21 @@ pub struct WeightsReport {
 }
 
 impl StageMeter {
+    /// A meter of the memory of that device; without a name it is the heap's.
+    #[must_use]
+    pub fn on(name: DeviceName) -> Self {
+        Self { counted: Counted::of(name), ..Self::default() }
+    }
+
     /// Runs `load` and takes what it leaves behind as the stage's resident bytes.
     pub fn load<R, E>(&self, load: impl FnOnce() -> Result<R, E>) -> Result<R, E> {
-        let before = current_bytes();
-        reset_peak();
+        let before = self.counted.current();
+        self.counted.reset_peak();
         let result = load();
         if result.is_ok() {
-            self.resident.store(current_bytes().saturating_sub(before), Relaxed);
+            self.resident.store(self.counted.current().saturating_sub(before), Relaxed);
         }
-        self.peak.fetch_max(peak_bytes().saturating_sub(before), Relaxed);
+        self.peak.fetch_max(self.counted.peak().saturating_sub(before), Relaxed);
         result
     }
 
@@ -425,11 +499,11 @@ impl StageMeter {
 
     /// Runs one operation; its peak is what it needs on top of what the stage held at its start.
     pub fn measure<R>(&self, work: impl FnOnce() -> R) -> R {
-        let before = current_bytes();
-        reset_peak();
+        let before = self.counted.current();
+        self.counted.reset_peak();
         let result = work();
         let held = self.held_bytes();
-        self.peak.fetch_max(held + peak_bytes().saturating_sub(before), Relaxed);
+        self.peak.fetch_max(held + self.counted.peak().saturating_sub(before), Relaxed);
         result
     }
 
@@ -440,7 +514,7 @@ impl StageMeter {
         MemoryReport {
             resident_bytes: self.resident.load(Relaxed),
             peak_bytes: self.peak.load(Relaxed),
-            process_bytes: current_bytes(),
+            process_bytes: self.counted.current(),
             weight_blocks: weights.blocks,
             resident_weight_blocks: weights.resident_blocks,
             weights_waited_ms: weights.waited_ms,

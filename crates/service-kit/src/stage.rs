@@ -26,7 +26,7 @@ use crate::{
     ServiceError,
     config::{Compute, StageConfig},
     device::{CancelToken, DeviceWorker, Pending, Tenant},
-    hardware::PRESSURE_PERCENTS,
+    hardware::{CardFault, DeviceName, PRESSURE_PERCENTS},
     memory::{StageMeter, Watch, WeightsReport},
 };
 
@@ -39,10 +39,10 @@ pub trait StageModel: Send + Sized + 'static {
     /// What the stage is told besides the settings that every stage has.
     type Options: Send + Sync + 'static;
 
-    /// Reads the stage's weights out of the folder of the models.
+    /// Reads the stage's weights out of the folder of the models, to compute with them on that device in that type.
     ///
     /// Errors: [`ServiceError::FailedPrecondition`] that names the file and the tensor.
-    fn open(models: &Path, compute: Compute, options: &Self::Options) -> Result<Self, ServiceError>;
+    fn open(models: &Path, on: (DeviceName, Compute), options: &Self::Options) -> Result<Self, ServiceError>;
 
     /// The files below `models` that decide what the stage computes; none where they cannot be found.
     fn files(models: &Path, options: &Self::Options) -> Vec<PathBuf>;
@@ -98,8 +98,8 @@ impl<M: StageModel> StageHost<M> {
             models: config.models.clone(),
             compute: config.compute,
             options,
+            meter: StageMeter::on(device.budget().device().name),
             device,
-            meter: StageMeter::default(),
             loaded: AtomicBool::new(false),
             model: Mutex::new(None),
             shutdown,
@@ -165,8 +165,36 @@ impl<M: StageModel> StageHost<M> {
                 tracing::warn!(stage = M::NAME, "stopped: {reason}");
                 Err(reason)
             }
-            (_, result) => result,
+            (_, result) => result.map_err(|error| self.settle_fault(error)),
         }
+    }
+
+    /// What an error of a card means here. Memory that was too small is the caller's to do with less; a card that
+    /// nothing works on any more ends the process, as only another one can use it.
+    fn settle_fault(&self, error: ServiceError) -> ServiceError {
+        match CardFault::of(&error) {
+            None => error,
+            Some(CardFault::OutOfMemory) => {
+                tracing::warn!(stage = M::NAME, "{error}");
+                let (free_bytes, budget_bytes) =
+                    (self.device.budget().free_bytes(), self.device.budget().device().budget_bytes);
+                // How much was asked for is in no error of the driver; it was more than there was.
+                let (needed_bytes, device) = (free_bytes.saturating_add(1), self.device.budget().device().label());
+                ServiceError::DeviceMemory { stage: M::NAME.to_owned(), device, needed_bytes, free_bytes, budget_bytes }
+            }
+            Some(CardFault::Lost) => {
+                self.device.lose(&error.to_string());
+                self.shutdown.cancel();
+                self.device.works().err().unwrap_or(error)
+            }
+        }
+    }
+
+    /// What a server of this stage ends with.
+    ///
+    /// Errors: as [`DeviceWorker::works`].
+    pub fn ended(&self) -> Result<(), ServiceError> {
+        self.device.works()
     }
 
     fn run<R>(&self, work: impl FnOnce(&mut M) -> Result<R, ServiceError>) -> Result<R, ServiceError> {
@@ -174,8 +202,7 @@ impl<M: StageModel> StageHost<M> {
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
             tracing::info!(stage = M::NAME, models = %self.models.display(), "loading");
-            let open = || self.meter.load(|| M::open(&self.models, self.compute, &self.options));
-            *slot = Some(self.device.budget().working(open)?);
+            *slot = Some(self.device.budget().working(|| self.meter.load(|| self.open()))?);
             self.tell();
             self.loaded.store(true, Relaxed);
             tracing::info!(stage = M::NAME, resident_bytes = self.meter.report().resident_bytes, "loaded");
@@ -190,6 +217,10 @@ impl<M: StageModel> StageHost<M> {
             }
             None => Err(ServiceError::internal("the model is gone")),
         }
+    }
+
+    fn open(&self) -> Result<M, ServiceError> {
+        M::open(&self.models, (self.device.budget().device().name, self.compute), &self.options)
     }
 
     fn unload(&self) {
@@ -400,7 +431,7 @@ mod tests {
         const NAME: &'static str = "vae-decode";
         type Options = ();
 
-        fn open(models: &Path, _: Compute, (): &()) -> Result<Self, ServiceError> {
+        fn open(models: &Path, _: (DeviceName, Compute), (): &()) -> Result<Self, ServiceError> {
             let file = models.join("vae-decode/w.safetensors");
             std::fs::read(&file)
                 .map(Self)

@@ -15,7 +15,7 @@ use service_kit::{
     ServiceError,
     config::{Compute, StageConfig},
     device::DeviceWorker,
-    hardware::DeviceConfig,
+    hardware::{DeviceConfig, DeviceName},
     memory::{Budget, Watch, current_bytes},
     stage::{StageHost, StageModel},
 };
@@ -53,7 +53,7 @@ impl<const N: usize> StageModel for Model<N> {
     const STAGE: Stage = if N == 0 { Stage::Diffusion } else { Stage::VaeDecode };
     const NAME: &'static str = if N == 0 { "diffusion" } else { "vae-decode" };
 
-    fn open(_: &Path, _: Compute, (): &()) -> Result<Self, ServiceError> {
+    fn open(_: &Path, _: (DeviceName, Compute), (): &()) -> Result<Self, ServiceError> {
         Ok(Self { _weights: hold(16)?, kept: Vec::new(), forgotten: Vec::new() })
     }
 

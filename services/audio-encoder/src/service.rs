@@ -20,6 +20,7 @@ use proto::{
 use service_kit::{
     ServiceError,
     config::Compute,
+    hardware::DeviceName,
     memory::Watch,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, ReplyStream, RequestReader, reply},
@@ -34,10 +35,8 @@ impl StageModel for Model {
     const NAME: &'static str = "audio-encoder";
     type Options = ();
 
-    fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
-        AudioEncoder::open(models, &setup(compute))
-            .map(Self)
-            .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    fn open(models: &Path, on: (DeviceName, Compute), (): &()) -> Result<Self, ServiceError> {
+        AudioEncoder::open(models, &setup(on)?).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
@@ -99,13 +98,14 @@ fn wrap(part: TensorPart) -> EncodeAudioResponse {
     EncodeAudioResponse { body: Some(encode_audio_response::Body::Part(part)) }
 }
 
-fn setup(compute: Compute) -> Setup {
+fn setup((device, compute): (DeviceName, Compute)) -> Result<Setup, ServiceError> {
     let precision = match compute {
         Compute::F32 => Precision::F32,
         Compute::Bf16 => Precision::Bf16,
         Compute::F16 => Precision::F16,
     };
-    Setup { precision, ..Setup::default() }
+    let device = model::device(device.card()).map_err(ServiceError::internal)?;
+    Ok(Setup { device, precision, choice: Choice::Auto })
 }
 
 fn fault(error: model::Error) -> ServiceError {

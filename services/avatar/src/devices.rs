@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use planner::cost::work::Rates;
 use serde_json::{Value, json};
-use service_kit::hardware::{Card, Driver, HostMemory, Nvml, cards, host_memory};
+use service_kit::hardware::{Card, Driver, HAS_CUDA, HostMemory, Nvml, cards, host_memory};
 
 use crate::{
     config::DevicesFlags,
@@ -38,7 +38,7 @@ fn as_json(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Optio
     let cards = cards.iter().map(|card| {
         json!({
             "device": format!("cuda:{}", card.index),
-            "usable": false,
+            "usable": HAS_CUDA,
             "name": card.name,
             "uuid": card.uuid,
             "total_bytes": card.total_bytes,
@@ -82,7 +82,7 @@ fn as_text(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Optio
     }
     match driver {
         None if cards.is_empty() => text.push_str("No NVIDIA driver answers, so there are no CUDA devices.\n"),
-        _ if !cards.is_empty() => text.push_str("This build has no CUDA: it computes on cpu only.\n"),
+        _ if !cards.is_empty() && !HAS_CUDA => text.push_str("This build has no CUDA: it computes on cpu only.\n"),
         _ => {}
     }
     text
@@ -129,7 +129,7 @@ mod tests {
         for part in ["GPU-1", "others hold 3.0 GiB", "81 degrees", "slowed down (temperature)", "2 memory errors"] {
             assert!(text.contains(part), "{part} in {text}");
         }
-        assert!(text.contains("no CUDA: it computes on cpu only"), "{text}");
+        assert_eq!(text.contains("no CUDA: it computes on cpu only"), !HAS_CUDA, "{text}");
         let text = as_text(&HOST, &[], None, Some(&Rates { products: 65.4e9, ..Rates::of_cores(2) }));
         assert!(text.contains("measured: 65 GFLOP/s in products, 50 in convolutions"), "{text}");
         assert!(as_text(&HOST, &[], None, None).contains("No NVIDIA driver answers"));

@@ -108,9 +108,9 @@ impl ServeFlags {
     }
 }
 
-/// Serves until SIGTERM or SIGINT, then drains.
+/// Serves until SIGTERM or SIGINT, or until nothing works on the device any more, then drains.
 ///
-/// Errors: an address cannot be bound, the system cannot be started, or a server fails.
+/// Errors: an address cannot be bound, the system cannot be started, a server fails, or the device is lost.
 pub async fn serve(config: ServeConfig) -> Result<(), Failure> {
     let failed = |what: &'static str| move |e: service_kit::ServiceError| Failure::local(what, e);
     let shutdown = server::shutdown_signal().map_err(failed("cannot catch signals"))?;
@@ -120,7 +120,15 @@ pub async fn serve(config: ServeConfig) -> Result<(), Failure> {
     // Both sockets listen: whoever connects now is answered.
     server::announce(&[("grpc", grpc_address), ("http", http_address)]);
     let listeners = Listeners { grpc, http };
-    gateway::serve(system.gateway().clone(), listeners, config.common.drain_timeout, shutdown.cancelled_owned())
+    let stopped = system.stopped();
+    let end = async move {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = stopped => {}
+        }
+    };
+    gateway::serve(system.gateway().clone(), listeners, config.common.drain_timeout, end)
         .await
-        .map_err(|e| Failure::local("the server failed", e))
+        .map_err(|e| Failure::local("the server failed", e))?;
+    system.works()
 }

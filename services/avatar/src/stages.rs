@@ -39,6 +39,7 @@ pub struct InProcess {
     channel: Channel,
     placement: Option<[usize; 5]>,
     shutdown: CancellationToken,
+    devices: Vec<DeviceWorker>,
 }
 
 /// Starts the five stages on their devices, and the gateway before them.
@@ -92,7 +93,7 @@ pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Resul
     let lifetime = Lifetime { shutdown: shutdown.clone(), drain: config.common.drain_timeout };
     let channel =
         stage("gateway", |incoming| async move { server::serve(routes, &gateway::SERVICES, incoming, lifetime).await });
-    Ok(InProcess { gateway, channel, placement, shutdown })
+    Ok(InProcess { gateway, channel, placement, shutdown, devices: workers })
 }
 
 /// Runs a server on an in-memory connection, and gives the channel to it.
@@ -121,6 +122,18 @@ impl InProcess {
     #[must_use]
     pub fn placement(&self) -> Option<[usize; 5]> {
         self.placement
+    }
+
+    /// Waits until the system has stopped: it was told to, or nothing works on its device any more.
+    pub fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.shutdown.clone().cancelled_owned()
+    }
+
+    /// Whether its devices still compute.
+    ///
+    /// Errors: as [`DeviceWorker::works`].
+    pub fn works(&self) -> Result<(), Failure> {
+        self.devices.iter().try_for_each(DeviceWorker::works).map_err(|e| Failure::local("a device failed", e))
     }
 
     /// A client of the public service, over the in-memory connection.

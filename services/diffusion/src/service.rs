@@ -32,6 +32,7 @@ use service_kit::{
     ServiceError,
     config::Compute,
     device::CancelToken,
+    hardware::DeviceName,
     memory::{Watch, WeightsReport},
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
@@ -52,6 +53,7 @@ pub(crate) struct Model {
     stage: DiffusionStage,
     sizes: Transformer,
     cpu: Cpu,
+    on_card: bool,
     sessions: HashMap<String, Session>,
 }
 
@@ -67,13 +69,13 @@ impl StageModel for Model {
     /// The form of the weights.
     type Options = Choice;
 
-    fn open(models: &Path, compute: Compute, choice: &Choice) -> Result<Self, ServiceError> {
+    fn open(models: &Path, on: (DeviceName, Compute), choice: &Choice) -> Result<Self, ServiceError> {
         let fault = |e: model::Error| ServiceError::failed_precondition(e.to_string());
-        let stage = DiffusionStage::open(models, &setup(compute, *choice)).map_err(fault)?;
+        let stage = DiffusionStage::open(models, &setup(on, *choice)?).map_err(fault)?;
         let sizes = transformer_table(models, *choice).map_err(fault)?;
-        let value_bytes = if compute == Compute::F32 { 4 } else { 2 };
+        let value_bytes = if on.1 == Compute::F32 { 4 } else { 2 };
         let cpu = Cpu { threads: ops::threads() as u64, packs: ops::has_kernel(), value_bytes };
-        Ok(Self { stage, sizes, cpu, sessions: HashMap::new() })
+        Ok(Self { stage, sizes, cpu, on_card: on.0.card().is_some(), sessions: HashMap::new() })
     }
 
     fn weights(&self) -> WeightsReport {
@@ -223,8 +225,15 @@ impl Model {
         let work = |item| pass_bytes(&self.sizes, &session.pass(item, header.keep_features), self.cpu);
         let most = header.items.iter().map(work).max().unwrap_or(0);
         let transformer = &self.stage.transformer;
-        let taken = most.saturating_add(transformer.unswapped_bytes());
-        let resident = resident_blocks(&transformer.swap().sizes(), free_bytes.saturating_sub(taken));
+        let (taken, free) = if self.on_card {
+            // Weights that are on the card already are not free there, but free for weights. Beside them stands the
+            // layer that is being widened, which is no larger than a block.
+            let widened = transformer.swap().sizes().into_iter().max().unwrap_or(0);
+            (most.saturating_add(widened), free_bytes.saturating_add(transformer.swap().held_bytes()))
+        } else {
+            (most.saturating_add(transformer.unswapped_bytes()), free_bytes)
+        };
+        let resident = resident_blocks(&transformer.swap().sizes(), free.saturating_sub(taken));
         transformer.swap().keep(resident, clock);
     }
 
@@ -342,13 +351,14 @@ fn wrap(part: TensorPart) -> PredictResponse {
     PredictResponse { body: Some(predict_response::Body::Part(part)) }
 }
 
-fn setup(compute: Compute, choice: Choice) -> Setup {
+fn setup((device, compute): (DeviceName, Compute), choice: Choice) -> Result<Setup, ServiceError> {
     let precision = match compute {
         Compute::F32 => Precision::F32,
         Compute::Bf16 => Precision::Bf16,
         Compute::F16 => Precision::F16,
     };
-    Setup { precision, choice, ..Setup::default() }
+    let device = model::device(device.card()).map_err(ServiceError::internal)?;
+    Ok(Setup { device, precision, choice })
 }
 
 fn fault(error: model::Error) -> ServiceError {

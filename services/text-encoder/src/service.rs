@@ -21,6 +21,7 @@ use proto::{
 use service_kit::{
     ServiceError,
     config::Compute,
+    hardware::DeviceName,
     memory::Watch,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, ReplyStream, RequestReader, reply},
@@ -38,10 +39,8 @@ impl StageModel for Model {
     const NAME: &'static str = "text-encoder";
     type Options = ();
 
-    fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
-        TextEncoder::open(models, &setup(compute))
-            .map(Self)
-            .map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    fn open(models: &Path, on: (DeviceName, Compute), (): &()) -> Result<Self, ServiceError> {
+        TextEncoder::open(models, &setup(on)?).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
@@ -141,13 +140,14 @@ fn picture_of(tensor: HostTensor) -> Result<Rgb8, ServiceError> {
     }
 }
 
-fn setup(compute: Compute) -> Setup {
+fn setup((device, compute): (DeviceName, Compute)) -> Result<Setup, ServiceError> {
     let precision = match compute {
         Compute::F32 => Precision::F32,
         Compute::Bf16 => Precision::Bf16,
         Compute::F16 => Precision::F16,
     };
-    Setup { precision, ..Setup::default() }
+    let device = model::device(device.card()).map_err(ServiceError::internal)?;
+    Ok(Setup { device, precision, choice: Choice::Auto })
 }
 
 fn fault(error: model::Error) -> ServiceError {

@@ -32,7 +32,9 @@ where
     serve_on(config, device, incoming, shutdown).await
 }
 
-/// As [`serve`], on a device that other stages use too.
+/// As [`serve`], on a device that other stages use too. Ends by itself when nothing works on the device any more.
+///
+/// Errors: the server fails, or the device is lost.
 pub async fn serve_on<I, C>(
     config: StageConfig,
     device: DeviceWorker,
@@ -46,5 +48,6 @@ where
     let host = StageHost::new(&config, (), device, shutdown.clone());
     let service = service::Service::new(host.clone(), config.max_tensor_bytes);
     let routes = Routes::new(host.stage_service()).add_service(VaeDecodeServiceServer::new(service));
-    server::serve(routes, &SERVICES, incoming, Lifetime { shutdown, drain: config.common.drain_timeout }).await
+    server::serve(routes, &SERVICES, incoming, Lifetime { shutdown, drain: config.common.drain_timeout }).await?;
+    host.ended()
 }

@@ -22,6 +22,7 @@ use service_kit::{
     ServiceError,
     config::Compute,
     device::CancelToken,
+    hardware::DeviceName,
     memory::Watch,
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
@@ -42,8 +43,8 @@ impl StageModel for Model {
     const NAME: &'static str = "vae-decode";
     type Options = ();
 
-    fn open(models: &Path, compute: Compute, (): &()) -> Result<Self, ServiceError> {
-        VaeStage::open(models, &setup(compute)).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
+    fn open(models: &Path, on: (DeviceName, Compute), (): &()) -> Result<Self, ServiceError> {
+        VaeStage::open(models, &setup(on)?).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
@@ -142,13 +143,14 @@ fn wrap(part: TensorPart) -> DecodeLatentsResponse {
     DecodeLatentsResponse { body: Some(decode_latents_response::Body::Part(part)) }
 }
 
-fn setup(compute: Compute) -> Setup {
+fn setup((device, compute): (DeviceName, Compute)) -> Result<Setup, ServiceError> {
     let precision = match compute {
         Compute::F32 => Precision::F32,
         Compute::Bf16 => Precision::Bf16,
         Compute::F16 => Precision::F16,
     };
-    Setup { precision, ..Setup::default() }
+    let device = model::device(device.card()).map_err(ServiceError::internal)?;
+    Ok(Setup { device, precision, choice: Choice::Auto })
 }
 
 fn fault(error: model::Error) -> ServiceError {

@@ -1,12 +1,14 @@
 //! Random weights at published widths, scaled so that activations keep their size.
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use model::{
     blueprint::{Spec, TransformerSizes, VaeHalf, VaeSizes, WhisperSizes},
     synth,
     weights::Weights,
 };
+
+use super::Place;
 
 /// Deterministic values in -1..1.
 pub(super) fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
@@ -20,22 +22,22 @@ fn values(spec: &Spec, seed: u64) -> Result<Tensor> {
 }
 
 /// The tensors whose names begin so.
-fn weights(specs: Vec<Spec>, part: &str) -> Result<Weights> {
+fn weights(specs: Vec<Spec>, part: &str, place: &Place) -> Result<Weights> {
     let specs = specs.into_iter().filter(|spec| spec.name.starts_with(part));
     let tensors = specs.map(|spec| Ok((spec.name.clone(), values(&spec, 1)?))).collect::<Result<_>>()?;
-    Ok(Weights::from_tensors(tensors, DType::F32, &Device::Cpu))
+    Ok(Weights::from_tensors(tensors, place.dtype, &place.device))
 }
 
 /// The transformer's first block of one kind: `double_blocks` or `single_blocks`.
-pub(super) fn block(kind: &str) -> Result<Weights> {
+pub(super) fn block(kind: &str, place: &Place) -> Result<Weights> {
     let part = format!("{kind}.0");
-    Ok(weights(TransformerSizes::PUBLISHED.tensors(), &format!("{part}."))?.pp(part))
+    Ok(weights(TransformerSizes::PUBLISHED.tensors(), &format!("{part}."), place)?.pp(part))
 }
 
-pub(super) fn whisper() -> Result<Weights> {
-    weights(WhisperSizes::PUBLISHED.tensors(), "encoder.")
+pub(super) fn whisper(place: &Place) -> Result<Weights> {
+    weights(WhisperSizes::PUBLISHED.tensors(), "encoder.", place)
 }
 
-pub(super) fn vae_decoder() -> Result<Weights> {
-    weights(VaeSizes::published().tensors(VaeHalf::Decoder), "")
+pub(super) fn vae_decoder(place: &Place) -> Result<Weights> {
+    weights(VaeSizes::published().tensors(VaeHalf::Decoder), "", place)
 }

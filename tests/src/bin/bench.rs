@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand};
-use e2e::bench::{self, Block};
+use e2e::bench::{self, Block, Place};
 use gateway::media::{audio::MODEL_RATE, resample::Resampler};
 
 /// Times networks at their published widths, with random weights in f32, and prints one JSON object; or lends a part
@@ -93,8 +93,8 @@ fn main() -> Result<()> {
             println!("{}", serde_json::to_string(&pass)?);
             return Ok(());
         }
-        Task::Block { kind, tokens, runs } => bench::block(kind, tokens, runs.runs)?,
-        Task::VaeDecode { frames, side, runs } => bench::vae_decode(frames, side, runs.runs)?,
+        Task::Block { kind, tokens, runs } => bench::block(kind, tokens, runs.runs, &Place::processor())?,
+        Task::VaeDecode { frames, side, runs } => bench::vae_decode(frames, side, runs.runs, &Place::processor())?,
         Task::Whisper { runs } => bench::whisper(runs.runs)?,
     };
     println!("{}", serde_json::to_string(&row)?);

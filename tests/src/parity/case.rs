@@ -16,6 +16,8 @@ use serde_json::Value;
 pub struct Case {
     dir: PathBuf,
     compute: DType,
+    /// Where its networks run, and where its inputs are.
+    pub device: Device,
     /// `config.json`.
     pub config: Value,
     /// Inputs by name: f32, i64 or u8.
@@ -25,8 +27,13 @@ pub struct Case {
 }
 
 impl Case {
-    /// Reads a case's folder; its networks are to compute in `compute`.
+    /// Reads a case's folder; its networks are to compute in `compute`, on the processor.
     pub fn open(dir: &Path, compute: DType) -> Result<Self> {
+        Self::open_on(dir, compute, &Device::Cpu)
+    }
+
+    /// As [`open`](Self::open), for networks on another device.
+    pub fn open_on(dir: &Path, compute: DType, device: &Device) -> Result<Self> {
         let path = dir.join("config.json");
         let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
         let config = serde_json::from_slice(&text).with_context(|| format!("reading {}", path.display()))?;
@@ -35,8 +42,9 @@ impl Case {
             dir: dir.to_owned(),
             compute,
             config,
-            inputs: if inputs.exists() { read(&inputs)? } else { BTreeMap::new() },
-            outputs: read(&dir.join("outputs.safetensors"))?,
+            inputs: if inputs.exists() { read(&inputs, device)? } else { BTreeMap::new() },
+            outputs: read(&dir.join("outputs.safetensors"), &Device::Cpu)?,
+            device: device.clone(),
         })
     }
 
@@ -63,19 +71,19 @@ impl Case {
             Some(sibling) => self.dir.parent().unwrap_or(Path::new(".")).join(sibling),
             None => self.dir.clone(),
         };
-        let tensors = read(&dir.join("weights.safetensors"))?;
-        Ok(Weights::from_tensors(tensors.into_iter().collect(), self.compute, &Device::Cpu))
+        let tensors = read(&dir.join("weights.safetensors"), &Device::Cpu)?;
+        Ok(Weights::from_tensors(tensors.into_iter().collect(), self.compute, &self.device))
     }
 }
 
 /// Every tensor of a file; types that candle lacks become the nearest wider one that it has.
-fn read(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
     let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     let file = SafeTensors::deserialize(&bytes).with_context(|| format!("reading {}", path.display()))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {
         let (shape, data) = (view.shape(), view.data());
-        let raw = |dtype| Tensor::from_raw_buffer(data, dtype, shape, &Device::Cpu);
+        let raw = |dtype| Tensor::from_raw_buffer(data, dtype, shape, device);
         let tensor = match view.dtype() {
             Dtype::F32 => raw(DType::F32)?,
             Dtype::F64 => raw(DType::F64)?,
@@ -86,7 +94,7 @@ fn read(path: &Path) -> Result<BTreeMap<String, Tensor>> {
             Dtype::I32 => {
                 let wide: Vec<i64> =
                     data.as_chunks::<4>().0.iter().map(|b| i64::from(i32::from_le_bytes(*b))).collect();
-                Tensor::from_vec(wide, shape, &Device::Cpu)?
+                Tensor::from_vec(wide, shape, device)?
             }
             Dtype::BOOL => raw(DType::U8)?,
             other => return Err(anyhow!("{}: tensor {name:?} has type {other:?}", path.display())),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, anyhow, bail};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
 
 use super::Case;
@@ -98,7 +98,9 @@ impl<'a> Outputs<'a> {
         let levels: Option<f64> = self.case.find("max_abs_levels")?;
         let levels = levels.filter(|_| want.dtype() == DType::U8);
         let relative_limit: f64 = self.case.get("tolerance_max_rel")?;
-        let flat = |t: &Tensor| -> Result<Vec<f64>> { Ok(t.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?) };
+        let flat = |t: &Tensor| -> Result<Vec<f64>> {
+            Ok(t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+        };
         let (got, want_values) = (flat(got)?, flat(want)?);
         let dims = want.dims();
         let (mut scale, mut worst) = (0.0f64, (0.0f64, 0usize));

@@ -55,7 +55,7 @@ pub fn denoise_loop(case: &Case, outputs: &mut Outputs<'_>) -> Result<()> {
         let config = case.config.get("vae").ok_or_else(|| anyhow!("config.json has no \"vae\""))?;
         let config = vae_config(config)?;
         let decoder = VaeDecoder::load(&case.weights()?.pp("vae"), &config)?;
-        let decoded = decoder.decode_tiled(&(kept / config.scaling_factor)?)?;
+        let decoded = decoder.decode_tiled(&(kept / config.scaling_factor)?.to_device(&case.device)?)?;
         outputs.check("video", &((decoded / 2.0)? + 0.5)?.clamp(0f32, 1f32)?)?;
     }
     Ok(())
@@ -91,7 +91,7 @@ impl<'a> Passes<'a> {
     fn run(&self, request: &Request, cache: &mut FeatureCache, (rows, columns): (usize, usize)) -> Result<Tensor> {
         let (states, mask, pooled) = &self.texts[usize::from(request.prompt == Prompt::Negative)];
         let frames: Vec<u32> = request.audio_frames.iter().map(|&f| f as u32).collect();
-        let audio = self.audio.index_select(&Tensor::new(frames, &Device::Cpu)?, 0)?;
+        let audio = self.audio.index_select(&Tensor::new(frames, self.audio.device())?, 0)?;
         let given = Conditioning {
             reference_latents: self.reference_latents.clone(),
             face_mask: (&self.face_mask * f64::from(request.face_mask_scale))?,

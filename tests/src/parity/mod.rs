@@ -15,7 +15,7 @@ mod network_kinds;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use candle_core::DType;
+use candle_core::{DType, Device};
 use serde::Serialize;
 
 pub use case::Case;
@@ -60,6 +60,13 @@ pub fn find(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(cases)
 }
 
+/// Whether a case runs a network, whose results another device could give. One that cannot be read is taken for one.
+#[must_use]
+pub fn has_network(dir: &Path) -> bool {
+    let case = Case::open(dir, DType::F32);
+    case.and_then(|case| Ok(kinds::of(&case)?.network)).unwrap_or(true)
+}
+
 /// Runs one case; its networks compute in f32, as the case's tolerance asks.
 #[must_use]
 pub fn run(dir: &Path) -> Report {
@@ -69,9 +76,15 @@ pub fn run(dir: &Path) -> Report {
 /// Runs one case with networks that compute in another type, to see how far they drift.
 #[must_use]
 pub fn run_in(dir: &Path, compute: DType) -> Report {
+    run_on(dir, compute, &Device::Cpu)
+}
+
+/// As [`run_in`], on another device than the processor.
+#[must_use]
+pub fn run_on(dir: &Path, compute: DType, device: &Device) -> Report {
     let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let mut report = Report { case: name, kind: None, tensors: Vec::new(), error: None };
-    let outcome = Case::open(dir, compute).and_then(|case| {
+    let outcome = Case::open_on(dir, compute, device).and_then(|case| {
         let kind = kinds::of(&case)?;
         report.kind = Some(kind.name);
         let mut outputs = Outputs::new(&case);

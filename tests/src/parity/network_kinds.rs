@@ -127,7 +127,7 @@ pub fn rope(case: &Case, outputs: &mut Outputs<'_>) -> Result<()> {
     let grids: Vec<[usize; 3]> = case.get("grids")?;
     for (n, [frames, rows, columns]) in grids.into_iter().enumerate() {
         // The tables of a plain grid: no reference frame before it.
-        let rope = Rope::new(Grid { frames, rows, columns }, dims, case.get("theta")?, 0, &Device::Cpu)?;
+        let rope = Rope::new(Grid { frames, rows, columns }, dims, case.get("theta")?, 0, &case.device)?;
         let (cos, sin) = rope.tables()?;
         outputs.check(&format!("cos{n}"), &cos)?;
         outputs.check(&format!("sin{n}"), &sin)?;
@@ -144,7 +144,7 @@ pub fn embeddings(case: &Case, outputs: &mut Outputs<'_>) -> Result<()> {
     let (weights, hidden) = (case.weights()?, case.get("hidden")?);
     let t = numbers(case.input("t")?)?;
     let width = case.outputs["temb"].dim(1)?;
-    outputs.check("temb", &timestep_embedding(&t, width, &Device::Cpu)?)?;
+    outputs.check("temb", &timestep_embedding(&t, width, &case.device)?)?;
     outputs.check("time", &TimeEmbedder::load(&weights.pp("time"))?.forward(&t)?)?;
     let embedder = Embedder::load(&weights.pp("vec"), "in_layer", "out_layer")?;
     outputs.check("vec", &embedder.forward(case.input("vec_in")?)?)?;
@@ -314,7 +314,7 @@ pub fn whisper(case: &Case, outputs: &mut Outputs<'_>) -> Result<()> {
     let encoder = WhisperEncoder::load(&case.weights()?, case.get("heads")?)?;
     let features = encoder.hidden_states(case.input("mel")?)?; // (S, 5, d)
     let rows: Vec<u32> = case.get("hidden_rows_index")?;
-    outputs.check("hidden_rows", &features.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?)?;
+    outputs.check("hidden_rows", &features.index_select(&Tensor::new(rows, &case.device)?, 0)?)?;
     for (name, stride) in [("prompts_fps25", 1), ("prompts_fps12_5", 2)] {
         if let Some(want) = case.outputs.get(name) {
             let frames: Vec<usize> = (0..want.dim(1)?).collect();

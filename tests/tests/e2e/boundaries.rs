@@ -58,3 +58,17 @@ fn every_crate_is_named_like_its_folder() {
         assert_eq!(folder, expected);
     }
 }
+
+/// Cards are an option of the build: nothing that needs NVIDIA's compiler may come in without it.
+#[test]
+fn without_feature_cuda_no_package_of_cuda_is_built() {
+    // Packages of other platforms were never fetched.
+    let platform = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let options = ["--locked", "--offline", "--filter-platform", &platform].map(str::to_owned);
+    let metadata = MetadataCommand::new().other_options(options).exec().unwrap();
+    let names: BTreeSet<&str> = metadata.packages.iter().map(|p| p.name.as_str()).collect();
+    assert!(names.contains("candle-core"), "{names:?}");
+    for cuda in ["cudarc", "candle-kernels"] {
+        assert!(!names.contains(cuda), "{cuda} is built without feature `cuda`");
+    }
+}

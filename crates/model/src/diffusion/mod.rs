@@ -161,6 +161,13 @@ impl Transformer {
             return Err(Error::input("rope_dim_list", reason));
         }
         let adapters = weights.count("audio_adapter_blocks", "to_q.weight");
+        let coming = weights.later();
+        let double_blocks: Vec<DoubleBlock> = (0..depths.0)
+            .map(|i| DoubleBlock::load(&coming.pp(format!("double_blocks.{i}")), hidden))
+            .collect::<Result<_>>()?;
+        let single_blocks: Vec<SingleBlock> = (0..depths.1)
+            .map(|i| SingleBlock::load(&coming.pp(format!("single_blocks.{i}")), hidden))
+            .collect::<Result<_>>()?;
         let block = |kind: &'static str| move |i: usize| weights.pp(format!("{kind}.{i}")).extent();
         let blocks = (0..depths.0).map(block("double_blocks")).chain((0..depths.1).map(block("single_blocks")));
         let swap = Swap::new(blocks.collect());
@@ -174,16 +181,12 @@ impl Transformer {
             fps_proj: TimeEmbedder::load(&weights.pp("fps_proj"))?,
             vector_in: Embedder::load(&weights.pp("vector_in"), "in_layer", "out_layer")?,
             audio_proj: AudioProjection::load(&weights.pp("audio_proj"), hidden)?,
-            double_blocks: (0..depths.0)
-                .map(|i| DoubleBlock::load(&weights.pp(format!("double_blocks.{i}")), hidden))
-                .collect::<Result<_>>()?,
+            double_blocks,
             adapters: (0..adapters)
                 .map(|j| AudioAdapter::load(&weights.pp(format!("audio_adapter_blocks.{j}")), hidden))
                 .collect::<Result<_>>()?,
             adapted: config.adapted_blocks(depths.0, adapters)?,
-            single_blocks: (0..depths.1)
-                .map(|i| SingleBlock::load(&weights.pp(format!("single_blocks.{i}")), hidden))
-                .collect::<Result<_>>()?,
+            single_blocks,
             final_layer: FinalLayer::load(&weights.pp("final_layer"), hidden)?,
             rope_dims: config.rope_dim_list,
             rope_theta: config.rope_theta,

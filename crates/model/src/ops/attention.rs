@@ -8,6 +8,8 @@ use super::{
     product::{Left, View},
     simd::{self, exp, vectorised},
 };
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::memory;
 
 /// Queries and keys of one tile: its scores (f32: 255 KiB) stay in a core's second cache. The queries are whole tiles of
@@ -26,6 +28,10 @@ const APART: usize = 16;
 /// - returns: `(B, heads, Lq, dv)`, type of `q`, laid out so that joining the heads copies nothing
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
     if ![q, k, v].into_iter().all(host::here) {
+        #[cfg(feature = "cuda")]
+        if [q, k, v].into_iter().all(cuda::here) {
+            return cuda::attention(q, k, v, scale, mask);
+        }
         return attention_clear(q, k, v, scale, mask);
     }
     let (batch, heads, queries, d) = q.dims4()?;

@@ -9,6 +9,8 @@ use super::{
     product::{self, Left, View},
     simd::vectorised,
 };
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{memory, weights::Matrix};
 
 /// Most values of a weight that one thread decodes at once (f32: 4 MiB).
@@ -42,7 +44,11 @@ pub fn linear(
     gate: Option<Gate<'_>>,
 ) -> Result<Tensor> {
     let [first, ..] = xs else { candle_core::bail!("a layer without an input") };
-    if !host::here(first) || weight.on_device().is_some() {
+    if !host::here(first) || !weight.is_here() {
+        #[cfg(feature = "cuda")]
+        if cuda::here(first) {
+            return cuda::linear(xs, weight, bias, activation, gate);
+        }
         return linear_clear(xs, weight, bias, activation, gate);
     }
     let rows = first.dim(0)?;

@@ -7,6 +7,8 @@ use super::{
     host,
     simd::{fma, sum, vectorised},
 };
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::memory;
 
 /// Values that one thread takes at once.
@@ -18,6 +20,10 @@ const PIECE: usize = 64 << 10;
 /// - returns: the same shape and type
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
     if !host::here(x) {
+        #[cfg(feature = "cuda")]
+        if cuda::here(x) {
+            return cuda::layer_norm(x, weight, bias, eps);
+        }
         return layer_norm_clear(x, weight, bias, eps);
     }
     by_line(x, weight, Some(bias), |line, weight, bias, out| normalise(line, weight, bias, eps, out))
@@ -38,6 +44,10 @@ pub fn layer_norm_clear(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) ->
 /// - returns: the same shape and type
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     if !host::here(x) {
+        #[cfg(feature = "cuda")]
+        if cuda::here(x) {
+            return cuda::rms_norm(x, weight, eps);
+        }
         return rms_norm_clear(x, weight, eps);
     }
     by_line(x, weight, None, |line, weight, _, out| scale_to_unit(line, weight, eps, out))

@@ -8,6 +8,8 @@ use super::{
     norm::{rms_norm_clear, scale_to_unit},
     simd::vectorised,
 };
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::memory;
 
 /// Queries, keys and values: each `(heads, L, d)`.
@@ -29,6 +31,10 @@ pub struct QkvHeads {
 /// - `turn`: cosines and sines `(at least L, d/2)`, f32; nothing turns nothing
 pub fn heads(qkv: &Tensor, norms: [&Tensor; 2], eps: f32, turn: Option<(&Tensor, &Tensor)>) -> Result<QkvHeads> {
     if !host::here(qkv) {
+        #[cfg(feature = "cuda")]
+        if cuda::here(qkv) {
+            return cuda::heads(qkv, norms, eps, turn);
+        }
         return heads_clear(qkv, norms, eps, turn);
     }
     let (length, width) = qkv.dims2()?;
@@ -97,6 +103,10 @@ pub fn heads_clear(qkv: &Tensor, norms: [&Tensor; 2], eps: f32, turn: Option<(&T
 /// - returns: the shape and type of `x`
 pub fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if !host::here(x) {
+        #[cfg(feature = "cuda")]
+        if cuda::here(x) {
+            return cuda::turn(x, cos, sin);
+        }
         return turn_clear(x, cos, sin);
     }
     let (_, length, d) = x.dims3()?;

@@ -1,6 +1,8 @@
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
+#[cfg(any(feature = "cuda", test))]
+use crate::cuda;
 use crate::{
     Error, Result, memory,
     ops::{
@@ -33,7 +35,7 @@ impl Default for Step<'_> {
 /// A convolution over time, rows and columns that repeats the edge, in time in front only.
 #[derive(Debug, Clone)]
 pub struct CausalConv3d {
-    weight: Tensor, // (O, C·k·k·k)
+    weight: Tensor, // (O, C·k·k·k), on a card (O, k·k·k·C)
     bias: Tensor,   // (O)
     inp: usize,
     out: usize,
@@ -49,6 +51,11 @@ impl CausalConv3d {
             return Err(Error::input("vae weights", format!("a kernel of {kernel}, an odd one is needed")));
         }
         let weight = weights.get(&[out, inp, kernel, kernel, kernel], "weight")?;
+        let weight = match on_card(&weight) {
+            // There a tap's channels are read one after the other.
+            true => weight.reshape((out, inp, kernel.pow(3)))?.transpose(1, 2)?.contiguous()?,
+            false => weight,
+        };
         let weight = weight.reshape((out, inp * kernel.pow(3)))?;
         Ok(Self { weight, bias: weights.get(&[out], "bias")?, inp, out, kernel, stride })
     }
@@ -81,6 +88,10 @@ impl CausalConv3d {
             return Err(Error::input("vae residual", reason));
         }
         if !host::here(x) {
+            #[cfg(feature = "cuda")]
+            if cuda::here(x) {
+                return self.forward_on_card(x, step);
+            }
             return self.forward_portable(x, step);
         }
         memory::room_for(x.dtype(), x.elem_count(), batch * self.out * to * ho * wo)?;
@@ -97,6 +108,27 @@ impl CausalConv3d {
             }
         }
         Ok(host::tensor(y, &[batch, self.out, to, ho, wo], x.dtype())?)
+    }
+
+    /// The same by a kernel of a card.
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn forward_on_card(&self, x: &Tensor, step: Step<'_>) -> Result<Tensor> {
+        let (_, _, t, h, w) = x.dims5()?;
+        let axes = Axes::new([t, h, w], self.kernel, self.stride, step.upsample);
+        let taps = self.kernel.pow(3);
+        let weight = match on_card(&self.weight) {
+            true => self.weight.reshape((self.out, taps, self.inp))?,
+            false => self.weight.reshape((self.out, self.inp, taps))?.transpose(1, 2)?,
+        };
+        let given = cuda::Convolution {
+            weight: &weight,
+            bias: &self.bias,
+            residual: step.residual,
+            kernel: self.kernel,
+            sources: &axes.sources.iter().flatten().map(|&at| at as u32).collect::<Vec<_>>(),
+            out: axes.out,
+        };
+        Ok(cuda::convolve(x, &given)?)
     }
 
     /// Unfolds the input some positions at a time while it is multiplied: `x` `(C, T, H, W)` to `y` `(O, T', H', W')`.
@@ -131,7 +163,11 @@ impl CausalConv3d {
         let (k, [st, sh, sw]) = (self.kernel, self.stride);
         let x = x.pad_with_same(2, k - 1, 0)?.pad_with_same(3, k / 2, k / 2)?.pad_with_same(4, k / 2, k / 2)?;
         let (h, w) = (x.dim(3)?, x.dim(4)?);
-        let weight = self.weight.reshape((self.out, self.inp, k, k, k))?;
+        let weight = match on_card(&self.weight) {
+            true => self.weight.reshape((self.out, k.pow(3), self.inp))?.transpose(1, 2)?.contiguous()?,
+            false => self.weight.clone(),
+        };
+        let weight = weight.reshape((self.out, self.inp, k, k, k))?;
         let mut frames = Vec::new();
         for start in (0..t).step_by(st) {
             let mut sum: Option<Tensor> = None;
@@ -154,6 +190,11 @@ impl CausalConv3d {
             None => y,
         })
     }
+}
+
+/// Whether a weight is on a card, where kernels of our own read it.
+fn on_card(weight: &Tensor) -> bool {
+    matches!(weight.device(), Device::Cuda(_))
 }
 
 /// Output that several threads write, each its own part.
@@ -269,7 +310,7 @@ impl Axes {
 mod tests {
     use std::collections::HashMap;
 
-    use candle_core::{DType, Device};
+    use candle_core::DType;
     use proptest::prelude::*;
 
     use super::*;

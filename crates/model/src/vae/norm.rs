@@ -1,6 +1,8 @@
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{
     Error, Result, memory,
     ops::{Activation, host},
@@ -61,6 +63,10 @@ impl GroupNorm {
             return Err(Error::input("vae tensor", reason));
         }
         if !host::here(x) {
+            #[cfg(feature = "cuda")]
+            if cuda::here(x) {
+                return Ok(cuda::group_norm(x, self.groups, (&self.weight, &self.bias), EPS, silu)?);
+            }
             return self.run_portable(x, silu);
         }
         let activation = if silu { Activation::Silu } else { Activation::None };

@@ -87,27 +87,66 @@ impl MappedFile {
 
 /// Bytes of tensors that are used together, in their mapped files.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Extent(Vec<(Arc<MappedFile>, Range<usize>)>);
+pub(crate) struct Extent {
+    parts: Vec<(Arc<MappedFile>, Range<usize>)>,
+    /// Of these, the matrices that are used on a card; then it is there that they come and go.
+    #[cfg(feature = "cuda")]
+    slots: Vec<Arc<super::slot::Slot>>,
+}
+
+/// What reads extents needs besides them: nothing, or a way to a card, which is made at the first need.
+#[derive(Default)]
+pub(super) struct Reading {
+    #[cfg(feature = "cuda")]
+    way: Option<super::slot::Way>,
+}
 
 impl Extent {
     /// Of some tensors.
     pub(super) fn of<'a>(entries: impl Iterator<Item = &'a Entry>) -> Self {
-        Self(entries.map(|entry| (entry.file.clone(), entry.bytes.clone())).collect())
+        Self { parts: entries.map(|entry| (entry.file.clone(), entry.bytes.clone())).collect(), ..Self::default() }
+    }
+
+    /// With the matrices of it that are used on a card.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_card(self, slots: Vec<Arc<super::slot::Slot>>) -> Self {
+        Self { slots, ..self }
     }
 
     /// How many they are.
     pub(crate) fn bytes(&self) -> u64 {
-        self.0.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+        self.parts.iter().map(|(_, bytes)| bytes.len() as u64).sum()
     }
 
-    /// Brings them into memory.
-    pub(super) fn read(&self) {
-        self.0.iter().for_each(|(file, bytes)| file.read(bytes.clone()));
+    /// Brings them into memory, or to the card.
+    pub(super) fn read(&self, reading: &mut Reading) {
+        #[cfg(feature = "cuda")]
+        if let Some(first) = self.slots.first() {
+            if reading.way.is_none() {
+                // Without a way they come when they are used.
+                reading.way = super::slot::Way::aside(&first.device)
+                    .inspect_err(|reason| tracing::warn!("weights come when they are used: {reason}"))
+                    .ok();
+            }
+            if let Some(way) = &mut reading.way {
+                self.slots.iter().for_each(|slot| slot.bring(way));
+                way.arrive();
+            }
+            return;
+        }
+        let Reading { .. } = reading;
+        self.parts.iter().for_each(|(file, bytes)| file.read(bytes.clone()));
     }
 
     /// Lets go of them; they come back from the file when they are used.
     pub(super) fn forget(&self) {
-        self.0.iter().for_each(|(file, bytes)| file.forget(bytes.clone()));
+        #[cfg(feature = "cuda")]
+        if !self.slots.is_empty() {
+            // The files' pages stay: from there the way back is short.
+            self.slots.iter().for_each(|slot| slot.leave());
+            return;
+        }
+        self.parts.iter().for_each(|(file, bytes)| file.forget(bytes.clone()));
     }
 }
 

@@ -4,6 +4,8 @@ use std::{fmt, ops::Range, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::slot::Slot;
 use super::{
     files::MappedFile,
     stored::Encoding,
@@ -27,6 +29,18 @@ enum Form {
     Owned(Arc<Vec<f32>>),
     Stored(Arc<Stored>),
     Device(Tensor),
+    #[cfg(feature = "cuda")]
+    Packed(Packed),
+}
+
+/// A matrix on a card as its file has it; it is decoded or widened there whenever it is needed.
+#[cfg(feature = "cuda")]
+#[derive(Clone)]
+pub(super) struct Packed {
+    /// Its values or bytes, which may come and go.
+    pub(super) slot: Arc<Slot>,
+    /// One, or one for each row; f32.
+    pub(super) scales: Tensor,
 }
 
 pub(super) struct Stored {
@@ -60,6 +74,12 @@ impl Matrix {
         Self { form: Form::Stored(Arc::new(stored)), rows: 0..rows, columns, dtype }
     }
 
+    /// A matrix whose bytes are for a card.
+    #[cfg(feature = "cuda")]
+    pub(super) fn packed(packed: Packed, rows: usize, columns: usize, dtype: DType) -> Self {
+        Self { form: Form::Packed(packed), rows: 0..rows, columns, dtype }
+    }
+
     /// Outputs.
     #[must_use]
     pub fn rows(&self) -> usize {
@@ -83,6 +103,8 @@ impl Matrix {
                 DType::F16 => Encoding::F16,
                 _ => Encoding::F32,
             },
+            #[cfg(feature = "cuda")]
+            Form::Packed(packed) => packed.slot.encoding,
         }
     }
 
@@ -96,11 +118,19 @@ impl Matrix {
         Self { rows, ..self.clone() }
     }
 
+    /// Whether its values are to be had in this machine's memory.
+    #[must_use]
+    pub fn is_here(&self) -> bool {
+        matches!(self.form, Form::Owned(_) | Form::Stored(_))
+    }
+
     /// The tensor, where the matrix is on a device other than the CPU.
-    pub fn on_device(&self) -> Option<candle_core::Result<Tensor>> {
+    fn on_device(&self) -> Option<candle_core::Result<Tensor>> {
         match &self.form {
             Form::Device(tensor) => Some(tensor.narrow(0, self.rows.start, self.rows.len())),
-            _ => None,
+            #[cfg(feature = "cuda")]
+            Form::Packed(packed) => Some(packed.decode(self.rows.clone(), self.columns, self.dtype)),
+            Form::Owned(_) | Form::Stored(_) => None,
         }
     }
 
@@ -117,6 +147,8 @@ impl Matrix {
             Form::Owned(all) => &all[values],
             Form::Stored(stored) => stored.panel(rows.start, values, self.columns, self.dtype, room),
             Form::Device(_) => unreachable!("products on another device take its tensor"),
+            #[cfg(feature = "cuda")]
+            Form::Packed(_) => unreachable!("products on another device take its tensor"),
         }
     }
 
@@ -128,6 +160,24 @@ impl Matrix {
         let mut room = Vec::new();
         let values = self.panel(0..self.rows.len(), &mut room).to_vec();
         Tensor::from_vec(values, (self.rows.len(), self.columns), &Device::Cpu)?.to_dtype(self.dtype)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Packed {
+    fn decode(&self, rows: Range<usize>, columns: usize, dtype: DType) -> candle_core::Result<Tensor> {
+        let (all, encoding) = (self.slot.tensor()?, self.slot.encoding);
+        if matches!(encoding, Encoding::F32 | Encoding::F16 | Encoding::Bf16) {
+            return all.narrow(0, rows.start, rows.len())?.to_dtype(dtype);
+        }
+        let (each, bytes) = encoding.block();
+        let stride = columns / each * bytes;
+        let own = all.narrow(0, rows.start * stride, rows.len() * stride)?;
+        let scales = match self.scales.elem_count() {
+            1 => self.scales.clone(),
+            _ => self.scales.narrow(0, rows.start, rows.len())?,
+        };
+        crate::cuda::decode(encoding, &own, &scales, [rows.len(), columns], dtype)
     }
 }
 

@@ -11,6 +11,8 @@ pub mod int8;
 mod matrix;
 pub mod pickle;
 mod raw;
+#[cfg(feature = "cuda")]
+mod slot;
 pub mod stored;
 mod swap;
 mod values;
@@ -27,6 +29,8 @@ use serde::de::DeserializeOwned;
 
 use self::files::Entry;
 pub(crate) use self::files::Extent;
+#[cfg(feature = "cuda")]
+use self::values::Scale;
 pub use self::{
     matrix::Matrix,
     raw::{Raw, Scales},
@@ -45,6 +49,9 @@ struct Shared {
     dtype: DType,
     device: Device,
     used: Mutex<BTreeSet<String>>,
+    /// Matrices on a card, by name.
+    #[cfg(feature = "cuda")]
+    slots: Mutex<BTreeMap<String, Arc<slot::Slot>>>,
 }
 
 /// A checkpoint, or the part of it under a name prefix. Cloning is cheap.
@@ -52,6 +59,8 @@ struct Shared {
 pub struct Weights {
     shared: Arc<Shared>,
     prefix: String,
+    /// Whether matrices for a card go there when they are first needed.
+    later: bool,
 }
 
 /// What one tensor of a checkpoint is, as its file's header says.
@@ -106,31 +115,51 @@ impl Weights {
         files::of_index(index)
     }
 
-    /// Wraps tensors that are in memory already.
+    /// Wraps tensors that are in memory already, of this machine or of a device.
     #[must_use]
     pub fn from_tensors(tensors: HashMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
         Self::new(Store::Memory(tensors), dtype, device)
     }
 
     fn new(store: Store, dtype: DType, device: &Device) -> Self {
-        let shared = Shared { store, dtype, device: device.clone(), used: Mutex::default() };
-        Self { shared: Arc::new(shared), prefix: String::new() }
+        let shared = Shared {
+            store,
+            dtype,
+            device: device.clone(),
+            used: Mutex::default(),
+            #[cfg(feature = "cuda")]
+            slots: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared), prefix: String::new(), later: false }
     }
 
     /// The part of the checkpoint under `prefix.name.`.
     #[must_use]
     pub fn pp(&self, name: impl Display) -> Self {
-        Self { shared: self.shared.clone(), prefix: self.full(name) }
+        Self { shared: self.shared.clone(), prefix: self.full(name), later: self.later }
     }
 
-    /// The bytes of all tensors under this prefix; none of tensors that are not in files.
+    /// The same, for a network whose blocks come and go: what a card needs of them goes there when it is needed.
+    pub(crate) fn later(&self) -> Self {
+        Self { later: true, ..self.clone() }
+    }
+
+    /// The bytes of all tensors under this prefix; none of tensors that are not in files. To be asked when their network
+    /// has been loaded.
     pub(crate) fn extent(&self) -> Extent {
         let under = if self.prefix.is_empty() { String::new() } else { format!("{}.", self.prefix) };
         match &self.shared.store {
             Store::Memory(_) => Extent::default(),
             Store::Files { entries, .. } => {
                 let all = entries.range(under.clone()..).take_while(|(name, _)| name.starts_with(&under));
-                Extent::of(all.map(|(_, entry)| entry))
+                let extent = Extent::of(all.map(|(_, entry)| entry));
+                #[cfg(feature = "cuda")]
+                let extent = {
+                    let slots = self.shared.slots.lock().unwrap_or_else(PoisonError::into_inner);
+                    let own = slots.range(under.clone()..).take_while(|(name, _)| name.starts_with(&under));
+                    extent.on_card(own.map(|(_, slot)| slot.clone()).collect())
+                };
+                extent
             }
         }
     }
@@ -229,7 +258,7 @@ impl Weights {
         let full = self.full(name);
         self.check_shape(&full, shape)?;
         let tensor = match &self.shared.store {
-            Store::Memory(tensors) => tensors[&full].clone(),
+            Store::Memory(tensors) => tensors[&full].to_device(&self.shared.device)?,
             Store::Files { entries, .. } => {
                 let entry = &entries[&full];
                 let bytes = self.checked(&full, entry)?;
@@ -244,14 +273,14 @@ impl Weights {
         Ok(tensor.to_dtype(dtype)?)
     }
 
-    /// The weight `(rows, columns)`; on a CPU it stays in its file. Its values are those of the compute type.
+    /// The weight `(rows, columns)`; on a CPU it stays in its file, on a card it stays in the form that the file has. Its values are
+    /// those of the compute type.
     ///
     /// Errors: as [`get`](Self::get).
     pub fn matrix(&self, rows: usize, columns: usize, name: impl Display) -> Result<Matrix> {
         let full = self.full(&name);
-        let device = matches!(self.shared.device, Device::Cpu);
         match &self.shared.store {
-            Store::Files { entries, .. } if device && entries.contains_key(&full) => {
+            Store::Files { entries, .. } if self.stays_packed() && entries.contains_key(&full) => {
                 self.check_shape(&full, &[rows, columns])?;
                 let entry = &entries[&full];
                 self.checked(&full, entry)?;
@@ -259,6 +288,32 @@ impl Weights {
                 if !columns.is_multiple_of(each) {
                     let reason = format!("rows of {columns} values are no whole blocks of {each}");
                     return Err(self.error(&full, reason));
+                }
+                #[cfg(feature = "cuda")]
+                if !matches!(self.shared.device, Device::Cpu) {
+                    let device = &self.shared.device;
+                    let slot = Arc::new(slot::Slot {
+                        file: entry.file.clone(),
+                        bytes: entry.bytes.clone(),
+                        encoding: entry.encoding,
+                        sides: [rows, columns],
+                        device: device.clone(),
+                        there: Mutex::default(),
+                    });
+                    if !self.later {
+                        slot.tensor()?;
+                    }
+                    self.shared.slots.lock().unwrap_or_else(PoisonError::into_inner).insert(full.clone(), slot.clone());
+                    let packed = matrix::Packed {
+                        slot,
+                        scales: match &entry.scale {
+                            Scale::None => Tensor::new(&[1f32], device)?,
+                            Scale::Tensor(scale) => Tensor::new(&[*scale], device)?,
+                            Scale::Rows(scales) => Tensor::new(&**scales, device)?,
+                        },
+                    };
+                    self.use_up(full);
+                    return Ok(Matrix::packed(packed, rows, columns, self.shared.dtype));
                 }
                 let stored = matrix::Stored {
                     file: entry.file.clone(),
@@ -271,6 +326,11 @@ impl Weights {
             }
             _ => Ok(Matrix::new(&self.get(&[rows, columns], name)?)?),
         }
+    }
+
+    /// Whether matrices are kept as their files have them.
+    fn stays_packed(&self) -> bool {
+        cfg!(feature = "cuda") || matches!(self.shared.device, Device::Cpu)
     }
 
     fn check_shape(&self, full: &str, shape: &[usize]) -> Result<()> {
@@ -313,7 +373,8 @@ impl Weights {
         let tensor = match &self.shared.store {
             Store::Memory(tensors) => {
                 let index: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
-                tensors[&full].index_select(&Tensor::new(index, tensors[&full].device())?, 0)?
+                let table = &tensors[&full];
+                table.index_select(&Tensor::new(index, table.device())?, 0)?.to_device(&self.shared.device)?
             }
             Store::Files { entries, .. } => {
                 let entry = &entries[&full];

@@ -4,6 +4,10 @@
 //! its blocks stay or not. A thread of its own touches the next block's pages while one computes, so that the network
 //! itself does not wait for the disk; a block that does not stay is dropped behind, from the system's cache too, so that
 //! going round does not push out those that stay.
+//!
+//! On a card the same blocks are copied there from their files, through pinned memory and on a stream of the thread's
+//! own. What is dropped behind is given back when the work that was begun with it is done, and the next copy waits for
+//! that on its stream; so no more than two blocks are there besides those that stay.
 
 use std::{
     fmt,
@@ -15,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use super::files::Extent;
+use super::files::{Extent, Reading};
 
 /// What tells the time: from some start on, and never back.
 pub type Clock = fn() -> Duration;
@@ -68,10 +72,11 @@ impl Reader {
         let (orders, queue) = channel::<usize>();
         let (tell, arrivals) = channel();
         let read = move || {
+            let mut reading = Reading::default();
             for block in queue {
                 let began = clock();
                 if let Some(extent) = blocks.get(block) {
-                    extent.read();
+                    extent.read(&mut reading);
                 }
                 if tell.send((block, clock().saturating_sub(began))).is_err() {
                     return;
@@ -132,6 +137,12 @@ impl Swap {
             }
         }
         inside.told.held_bytes = inside.held;
+    }
+
+    /// Bytes of blocks that are there now or on their way.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.inside().held
     }
 
     /// What happened so far.
@@ -277,6 +288,7 @@ mod tests {
         assert_eq!(swap.pass().0.places.iter().filter(|p| **p != Place::Away).count(), 2);
         swap.keep(4, || Duration::ZERO);
         run(&swap, 1);
+        assert_eq!(swap.held_bytes(), 4 * 64 * 1024 * 4);
         assert!(swap.pass().0.places.iter().all(|p| *p == Place::Here));
         let single = Swap::new(blocks(folder.path(), 1));
         single.keep(0, || Duration::ZERO);

@@ -1,14 +1,22 @@
 //! The devices of this machine, and the budgets that stages compute within.
 
+mod fault;
 mod host;
 mod nvml;
+#[cfg(feature = "cuda")]
+pub(crate) mod pool;
 
 use std::{fmt, str::FromStr};
 
 pub use host::{HostMemory, host_memory};
 pub use nvml::{Card, Driver, Nvml, cards};
 
+pub(crate) use fault::CardFault;
+
 use crate::config::parse_bytes;
+
+/// Whether this build computes on CUDA devices.
+pub const HAS_CUDA: bool = cfg!(feature = "cuda");
 
 /// A device as the command line names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +31,17 @@ pub enum DeviceName {
         /// Its number.
         index: u32,
     },
+}
+
+impl DeviceName {
+    /// The card's number; nothing for the processor.
+    #[must_use]
+    pub fn card(self) -> Option<u32> {
+        match self {
+            Self::Cpu { .. } => None,
+            Self::Cuda { index } => Some(index),
+        }
+    }
 }
 
 /// Why a device cannot be used.
@@ -42,6 +61,14 @@ pub enum DeviceError {
     NoCuda {
         /// The device's number.
         index: u32,
+    },
+    /// A CUDA device that this machine does not have.
+    #[error("no CUDA device cuda:{index}; this machine has {count} of them")]
+    NoCard {
+        /// The device's number.
+        index: u32,
+        /// Devices that the driver knows; 0 where there is no driver.
+        count: usize,
     },
 }
 
@@ -92,14 +119,20 @@ pub const PRESSURE_PERCENTS: std::ops::RangeInclusive<u8> = 20..=100;
 impl DeviceConfig {
     /// A device of this build, with its budget.
     ///
-    /// Errors: the build cannot compute on it.
+    /// Errors: the build cannot compute on it, or it is not there.
     pub fn new(name: DeviceName, pressure_percent: u8) -> Result<Self, DeviceError> {
         match name {
             DeviceName::Cpu { budget_bytes } => {
                 let budget_bytes = budget_bytes.unwrap_or_else(|| host_memory().total_bytes);
                 Ok(Self { name, number: None, budget_bytes, pressure_percent })
             }
-            DeviceName::Cuda { index } => Err(DeviceError::NoCuda { index }),
+            DeviceName::Cuda { index } if !HAS_CUDA => Err(DeviceError::NoCuda { index }),
+            DeviceName::Cuda { index } => {
+                let cards = cards(Nvml::load().as_ref().map(|driver| driver as &dyn Driver));
+                let card = cards.iter().find(|card| card.index == index);
+                let budget_bytes = card.ok_or(DeviceError::NoCard { index, count: cards.len() })?.total_bytes;
+                Ok(Self { name, number: None, budget_bytes, pressure_percent })
+            }
         }
     }
 
@@ -111,12 +144,12 @@ impl DeviceConfig {
         Self { name, number: None, budget_bytes, pressure_percent: PRESSURE_PERCENT }
     }
 
-    /// What tells it from the process's other devices: its name, or `cpu.1` for the second of several.
+    /// What tells it from the process's other devices: its name, or `cpu.1` where the second of several is the processor.
     #[must_use]
     pub fn label(&self) -> String {
-        match self.number {
-            None => self.name.to_string(),
-            Some(number) => format!("cpu.{number}"),
+        match (self.name, self.number) {
+            (DeviceName::Cpu { .. }, Some(number)) => format!("cpu.{number}"),
+            (name, _) => name.to_string(),
         }
     }
 }
@@ -130,6 +163,7 @@ mod tests {
         assert_eq!("cpu".parse(), Ok(DeviceName::Cpu { budget_bytes: None }));
         assert_eq!("cpu:4GiB".parse(), Ok(DeviceName::Cpu { budget_bytes: Some(4 << 30) }));
         assert_eq!("cuda:1".parse(), Ok(DeviceName::Cuda { index: 1 }));
+        assert_eq!(["cpu", "cuda:1"].map(|name| name.parse::<DeviceName>().unwrap().card()), [None, Some(1)]);
         for wrong in ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:x", "CPU", "cuda:4294967296"] {
             assert_eq!(wrong.parse::<DeviceName>(), Err(DeviceError::Unknown), "{wrong}");
         }
@@ -139,11 +173,19 @@ mod tests {
         }
     }
 
+    #[cfg(not(feature = "cuda"))]
     #[test]
     fn a_build_without_cuda_refuses_a_card_with_a_sentence() {
         let error = DeviceConfig::new(DeviceName::Cuda { index: 2 }, 85).unwrap_err();
         assert_eq!(error, DeviceError::NoCuda { index: 2 });
         assert!(error.to_string().contains("no CUDA") && error.to_string().contains("cuda:2"), "{error}");
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_card_that_is_not_there_is_refused_with_how_many_there_are() {
+        let error = DeviceConfig::new(DeviceName::Cuda { index: 99 }, 85).unwrap_err();
+        assert!(matches!(error, DeviceError::NoCard { index: 99, .. }), "{error:?}");
     }
 
     #[test]

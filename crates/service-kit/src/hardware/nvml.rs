@@ -62,6 +62,12 @@ impl Nvml {
             .ok()
     }
 
+    /// Memory of a card that nobody holds; nothing where it does not answer.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn free_bytes(&self, index: u32) -> Option<u64> {
+        Some(self.0.device_by_index(index).ok()?.memory_info().ok()?.free)
+    }
+
     fn card(&self, index: u32) -> Result<Card, NvmlError> {
         let device = self.0.device_by_index(index)?;
         let memory = device.memory_info()?;
