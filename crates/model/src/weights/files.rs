@@ -104,7 +104,11 @@ pub(super) struct Reading {
 impl Extent {
     /// Of some tensors.
     pub(super) fn of<'a>(entries: impl Iterator<Item = &'a Entry>) -> Self {
-        Self { parts: entries.map(|entry| (entry.file.clone(), entry.bytes.clone())).collect(), ..Self::default() }
+        Self {
+            parts: entries.map(|entry| (entry.file.clone(), entry.bytes.clone())).collect(),
+            #[cfg(feature = "cuda")]
+            slots: Vec::new(),
+        }
     }
 
     /// With the matrices of it that are used on a card.
