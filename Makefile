@@ -9,9 +9,10 @@ export PATH := $(CURDIR)/$(VENV):$(PATH)
 
 DEMO_MODELS := models/demo/weights
 ROUNDS := 200
+LOAD_SECONDS := 60
 PROMPT := A person speaks calmly to the camera.
 
-.PHONY: help demo demo-picture quality test setup fmt lint proto-lint build rust fuzz python chaos parity memory-proof \
+.PHONY: help demo demo-picture quality test setup fmt lint proto-lint build rust fuzz python chaos load parity memory-proof \
   seconds-proof full-size-proof
 
 help: ## Shows this list
@@ -62,6 +63,9 @@ python: setup build ## Runs the clients and the chart's tests in Python
 
 chaos: build ## Kills processes at random moments, ROUNDS times on each database, and cancels as often
 	cargo bench --workspace --profile dev --locked --bench chaos -- --rounds $(ROUNDS)
+
+load: ## Measures what a gateway answers to many callers at once, for LOAD_SECONDS
+	cargo bench --workspace --profile dev --locked --bench load -- --seconds $(LOAD_SECONDS)
 
 memory-proof: ## Generates at full width and reduced depth within 4, 6, 8 and 12 GiB in proportion (6 GB of disk)
 	cargo build --release --locked -p avatar -p e2e --bins

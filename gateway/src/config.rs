@@ -15,7 +15,7 @@ use service_kit::config::{CommonConfig, CommonFlags, Mistakes, Settings, parse_l
 use crate::{
     stages::StageUris,
     store::{
-        Database, Records, Retention,
+        ByEnd, Database, Records, Retention,
         artifacts::place::{Access, Place},
     },
     validate::MOST_AUDIO_SECONDS,
@@ -80,11 +80,13 @@ pub struct OptionFlags {
     /// RESOURCE_EXHAUSTED.
     #[arg(long, env = "AVATAR_MIN_FREE_BYTES", value_name = "BYTES", default_value = "268435456")]
     pub min_free_bytes: String,
-    /// Hours (1 to 87600) that a generation is kept after its end. Default: until it is deleted.
-    #[arg(long, env = "AVATAR_KEEP_HOURS", value_name = "HOURS")]
+    /// Hours (1 to 87600) that a generation is kept after its end, for all or by its last state, as in
+    /// `24,completed=720`; states are completed, failed and cancelled. Default: until it is deleted.
+    #[arg(long, env = "AVATAR_KEEP_HOURS", value_name = "HOURS|STATE=HOURS,..")]
     pub keep_hours: Option<String>,
-    /// Bytes that all generations' files may have; those that ended first are removed first. Default: any number.
-    #[arg(long, env = "AVATAR_KEEP_BYTES", value_name = "BYTES")]
+    /// Bytes that the files of all generations may have, or of those that ended in a state, or both, as in
+    /// `10000000000,failed=1000000000`; those that ended first are removed first. Default: any number.
+    #[arg(long, env = "AVATAR_KEEP_BYTES", value_name = "BYTES|STATE=BYTES,..")]
     pub keep_bytes: Option<String>,
     /// Bytes that the encoders' answers may have that are kept, so that the same inputs are encoded once.
     #[arg(long, env = "AVATAR_KEEP_ENCODED_BYTES", value_name = "BYTES", default_value = "4294967296")]
@@ -96,6 +98,10 @@ pub struct OptionFlags {
     /// what is predicted of it; then its worker is suspected, and the step is begun again.
     #[arg(long, env = "AVATAR_STUCK_AFTER", value_name = "SECONDS", default_value = "60")]
     pub stuck_after: String,
+    /// How many times what is predicted of it (0 to 1000) a generation may take that has no deadline of its caller, and
+    /// never less than ten minutes; 0 lets it take as long as it does. Time in the queue does not count.
+    #[arg(long, env = "AVATAR_DEFAULT_DEADLINE", value_name = "TIMES", default_value = "4")]
+    pub default_deadline: String,
     /// Small pictures (0 to 100) of how far each generation is, evenly spread over its steps; 0 makes none. The decoder
     /// makes them beside the steps where its device has room to spare.
     #[arg(long, env = "AVATAR_PREVIEWS", value_name = "N", default_value = "5")]
@@ -284,6 +290,21 @@ impl TierOptions {
     }
 }
 
+/// How long a generation may be worked on that has no deadline of its caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DefaultDeadline {
+    /// How many times what is predicted of a stage it may take; 0 for no limit.
+    pub times: u32,
+    /// What a stage may always take: predictions of what is short can be several times too short.
+    pub least: Duration,
+}
+
+impl Default for DefaultDeadline {
+    fn default() -> Self {
+        Self { times: 0, least: Duration::from_secs(600) }
+    }
+}
+
 /// What [`OptionFlags`] say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
@@ -305,6 +326,8 @@ pub struct Options {
     pub stage_patience: Duration,
     /// The shortest time after which a call is taken for stuck.
     pub stuck_after: Duration,
+    /// How long a generation may be worked on that has no deadline of its caller; by default as long as it takes.
+    pub default_deadline: DefaultDeadline,
     /// Small pictures of how far each generation is; by default none, as nobody may be watching.
     pub previews: usize,
     /// Longest recording in seconds.
@@ -329,6 +352,7 @@ impl Default for Options {
             retention: Retention::default(),
             stage_patience: Duration::from_secs(600),
             stuck_after: Duration::from_secs(60),
+            default_deadline: DefaultDeadline::default(),
             previews: 0,
             max_audio_seconds: MOST_AUDIO_SECONDS,
             ffmpeg: "ffmpeg".into(),
@@ -347,15 +371,16 @@ impl OptionFlags {
             .queue_per_caller
             .map(|text| mistakes.check("--queue-per-caller", &text, |text| parse_number(text, 1, 10_064)));
         let min_free_bytes = mistakes.check("--min-free-bytes", &self.min_free_bytes, parse_bytes);
-        let age = self.keep_hours.map(|text| {
-            let hours = mistakes.check("--keep-hours", &text, |text| parse_number(text, 1, 87_600));
-            hours.map(|hours| Duration::from_secs(3600 * hours as u64))
-        });
-        let bytes = self.keep_bytes.map(|text| mistakes.check("--keep-bytes", &text, parse_bytes));
+        let hours = |text: &str| parse_number(text, 1, 87_600).map(|hours| Duration::from_secs(3600 * hours as u64));
+        let keep_hours = self.keep_hours.unwrap_or_default();
+        let age = mistakes.check("--keep-hours", &keep_hours, |text| parse_by_end(text, hours));
+        let keep_bytes = self.keep_bytes.unwrap_or_default();
+        let bytes = mistakes.check("--keep-bytes", &keep_bytes, |text| parse_by_end(text, parse_bytes));
         let stage_output_bytes = mistakes.check("--keep-encoded-bytes", &self.keep_encoded_bytes, parse_bytes);
         let stage_patience =
             mistakes.check("--stage-patience", &self.stage_patience, |text| parse_number(text, 0, 86_400));
         let stuck_after = mistakes.check("--stuck-after", &self.stuck_after, |text| parse_number(text, 1, 86_400));
+        let times = mistakes.check("--default-deadline", &self.default_deadline, |text| parse_number(text, 0, 1000));
         let previews = mistakes.check("--previews", &self.previews, |text| parse_number(text, 0, 100));
         let max_audio_seconds = mistakes.check("--max-audio-seconds", &self.max_audio_seconds, |text| {
             parse_number(text, 1, MOST_AUDIO_SECONDS as usize)
@@ -379,12 +404,14 @@ impl OptionFlags {
             concurrent: concurrent?,
             min_free_bytes: min_free_bytes?,
             retention: Retention {
-                age: age.map_or(Some(None), |age| age.map(Some))?,
-                bytes: bytes.map_or(Some(None), |bytes| bytes.map(Some))?,
+                age: age.map(|(all, by_end)| by_end.or(all))?,
+                bytes: bytes?.0,
+                bytes_by_end: bytes?.1,
                 stage_output_bytes: stage_output_bytes?,
             },
             stage_patience: Duration::from_secs(stage_patience? as u64),
             stuck_after: Duration::from_secs(stuck_after? as u64),
+            default_deadline: DefaultDeadline { times: times? as u32, ..DefaultDeadline::default() },
             previews: previews?,
             max_audio_seconds: max_audio_seconds? as u32,
             ffmpeg: self.ffmpeg,
@@ -445,6 +472,28 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     bytes.ok_or_else(|| "not a number of bytes from 0 to 9223372036854775807".to_owned())
 }
 
+/// Reads a limit for all, limits by last state, or both, with commas between; of nothing there are none.
+fn parse_by_end<T: Copy>(
+    text: &str,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<(Option<T>, ByEnd<T>), String> {
+    let (mut all, mut by_end) = (None, ByEnd::default());
+    for part in text.split(',').filter(|_| !text.is_empty()) {
+        let (state, limit) = part.split_once('=').map_or(("", part), |(state, limit)| (state.trim(), limit));
+        let place = match state {
+            "" => &mut all,
+            "completed" => &mut by_end.completed,
+            "failed" => &mut by_end.failed,
+            "cancelled" => &mut by_end.cancelled,
+            _ => return Err(format!("{state:?} is no last state; they are completed, failed and cancelled")),
+        };
+        if place.replace(parse(limit.trim())?).is_some() {
+            return Err(format!("{part:?} comes after another limit of the same kind"));
+        }
+    }
+    Ok((all, by_end))
+}
+
 fn parse_url(text: &str) -> Result<Uri, String> {
     service_kit::client::address_uri(text).map_err(|_| "not a URL such as http://127.0.0.1:50051".to_owned())
 }
@@ -476,15 +525,31 @@ mod tests {
         let several = parse(&["--vae-decode", "http://a:1, http://b:2,http://c:3"]).unwrap().stages;
         assert_eq!((several.vae_decode, several.spare_decoders.len()), ("http://a:1".parse().unwrap(), 2));
         assert!(parse(&["--vae-decode", "http://a:1,"]).is_err());
-        assert_eq!(config.options, Options { previews: 5, ..Options::default() });
+        let default_deadline = DefaultDeadline { times: 4, ..DefaultDeadline::default() };
+        assert_eq!(config.options, Options { previews: 5, default_deadline, ..Options::default() });
     }
 
     #[test]
     fn what_is_kept_is_told_in_hours_and_bytes() {
         let config = parse(&["--keep-hours", "24", "--keep-bytes", "1000", "--keep-encoded-bytes", "0"]).unwrap();
-        let age = Some(Duration::from_secs(86_400));
-        assert_eq!(config.options.retention, Retention { age, bytes: Some(1000), stage_output_bytes: 0 });
-        for wrong in [["--keep-hours", "0"], ["--keep-bytes", "1.5"], ["--min-free-bytes", "9223372036854775808"]] {
+        let hours = |hours: u64| Some(Duration::from_secs(3600 * hours));
+        let age = ByEnd::default().or(hours(24));
+        let retention = Retention { age, bytes: Some(1000), stage_output_bytes: 0, ..Retention::default() };
+        assert_eq!(config.options.retention, retention);
+        let by_state = parse(&["--keep-hours", "24, completed=720", "--keep-bytes", "failed=5,cancelled=0"]).unwrap();
+        let Retention { age, bytes, bytes_by_end, .. } = by_state.options.retention;
+        assert_eq!((age.completed, age.failed, age.cancelled), (hours(720), hours(24), hours(24)));
+        assert_eq!((bytes, bytes_by_end), (None, ByEnd { completed: None, failed: Some(5), cancelled: Some(0) }));
+        assert_eq!(parse(&[]).unwrap().options.retention, Retention::default());
+        for wrong in [
+            ["--keep-hours", "0"],
+            ["--keep-hours", "queued=1"],
+            ["--keep-hours", "failed=1,failed=2"],
+            ["--keep-hours", "1,"],
+            ["--keep-bytes", "1.5"],
+            ["--keep-bytes", "1,2"],
+            ["--min-free-bytes", "9223372036854775808"],
+        ] {
             assert!(matches!(parse(&wrong), Err(ConfigError::Mistakes(_))), "{wrong:?}");
         }
     }

@@ -107,6 +107,11 @@ impl Fake {
     }
 }
 
+/// What a call takes of the one device.
+fn used(seconds: f64) -> Option<v1::DeviceUse> {
+    Some(v1::DeviceUse { device: "cpu".to_owned(), device_id: "one device".to_owned(), seconds })
+}
+
 fn out_of_memory(stage: v1::Stage) -> ServiceError {
     let stage = crate::fault::stage_name(stage).to_owned();
     ServiceError::DeviceMemory { stage, device: "cpu".into(), needed_bytes: 900, free_bytes: 100, budget_bytes: 1000 }
@@ -225,7 +230,7 @@ impl v1::audio_encoder_service_server::AudioEncoderService for Fake {
         let features = constant("features", &[tensors[0].shape()[0].div_ceil(320), 5, 8]);
         let message = |body| v1::EncodeAudioResponse { body: Some(body) };
         let memory = Some(v1::MemoryReport { peak_bytes: 7, ..Default::default() });
-        let summary = message(Out::Summary(v1::EncodeAudioSummary { memory }));
+        let summary = message(Out::Summary(v1::EncodeAudioSummary { memory, device_use: used(1.0) }));
         Ok(answer(vec![features], move |part| message(Out::Part(part)), summary))
     }
 }
@@ -252,7 +257,7 @@ impl v1::text_encoder_service_server::TextEncoderService for Fake {
             tensors.push(constant(&format!("{side}.pooled"), &[8]));
         }
         let message = |body| v1::EncodePromptResponse { body: Some(body) };
-        let summary = message(Out::Summary(v1::EncodePromptSummary::default()));
+        let summary = message(Out::Summary(v1::EncodePromptSummary { device_use: used(1.0), ..Default::default() }));
         Ok(answer(tensors, move |part| message(Out::Part(part)), summary))
     }
 }
@@ -273,7 +278,8 @@ impl v1::image_encoder_service_server::ImageEncoderService for Fake {
         let tensors = vec![constant("reference_latents", &[2, 1, h, w]), constant("face_mask", &[1, 1, h, w])];
         let message = |body| v1::EncodeReferenceResponse { body: Some(body) };
         let (faces, face) = (self.0.faces.clone(), self.0.faces.first().copied());
-        let summary = message(Out::Summary(v1::EncodeReferenceSummary { faces, face, memory: None }));
+        let summary =
+            message(Out::Summary(v1::EncodeReferenceSummary { faces, face, memory: None, device_use: used(1.0) }));
         Ok(answer(tensors, move |part| message(Out::Part(part)), summary))
     }
 }
@@ -291,7 +297,7 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         self.0.opened.fetch_add(1, Ordering::SeqCst);
         self.0.heard.store(header.audio_frames as usize, Ordering::SeqCst);
         self.0.sessions.lock().unwrap().insert(header.session_id, tensors.len());
-        Ok(Response::new(v1::OpenSessionResponse::default()))
+        Ok(Response::new(v1::OpenSessionResponse { memory: None, device_use: used(0.25) }))
     }
 
     async fn predict(
@@ -332,7 +338,7 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         let message = |body| v1::PredictResponse { body: Some(body) };
         let pressure = self.0.pressed.contains(&call);
         let memory = Some(v1::MemoryReport { pressure, ..Default::default() });
-        let summary = message(Out::Summary(v1::PredictSummary { memory, ..Default::default() }));
+        let summary = message(Out::Summary(v1::PredictSummary { memory, device_use: used(0.5), ..Default::default() }));
         Ok(answer(velocities, move |part| message(Out::Part(part)), summary))
     }
 
@@ -380,7 +386,8 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
             let parts: Vec<Result<_, Status>> = frames.parts().map(|part| Ok(message(Out::Part(part)))).collect();
             return Ok(Response::new(Box::pin(stream::iter(parts.into_iter().chain([Err(full.into())])))));
         }
-        let summary = message(Out::Summary(v1::DecodeLatentsSummary { frames: n as u32, memory: None }));
+        let summary =
+            message(Out::Summary(v1::DecodeLatentsSummary { frames: n as u32, memory: None, device_use: used(2.0) }));
         Ok(answer(vec![frames], move |part| message(Out::Part(part)), summary))
     }
 }

@@ -33,7 +33,9 @@ pub struct Order {
     pub idempotency_key: String,
     /// Whom to call back at the end; empty for nobody.
     pub webhook: String,
-    /// Seconds in which it must have ended; without it there is no limit.
+    /// The caller's own word for it, by which it can be listed; empty for none.
+    pub label: String,
+    /// Seconds in which it must have ended; without it there is the server's own limit, if any.
     pub deadline_seconds: Option<u64>,
 }
 
@@ -71,6 +73,16 @@ impl Order {
         Self { webhook: webhook.to_owned(), ..self }
     }
 
+    /// The same with a label.
+    ///
+    /// Errors: it is too long or has other characters than visible ASCII.
+    pub fn labelled(self, label: &str) -> Result<Self, Fault> {
+        match visible(label, LABEL_BYTES) {
+            Some(message) => Err(Fault::invalid("label", message)),
+            None => Ok(Self { label: label.to_owned(), ..self }),
+        }
+    }
+
     /// The same with a deadline in seconds; an empty one is none.
     ///
     /// Errors: it is no number in the range.
@@ -100,6 +112,8 @@ const DEADLINE_SECONDS: RangeInclusive<u64> = 1..=2_592_000;
 const PRIORITIES: RangeInclusive<i64> = -9..=9;
 /// Most bytes of a caller's name.
 const CALLER_BYTES: usize = 64;
+/// Most bytes of a label.
+const LABEL_BYTES: usize = 64;
 /// Most bytes of a caller's key.
 const KEY_BYTES: usize = 255;
 
@@ -225,6 +239,10 @@ mod tests {
         let fault = Order::read(&"c".repeat(65), "10", "").unwrap_err();
         assert_eq!(fault.violations.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(), ["caller", "priority"]);
         assert!(Order::read("", "high", "").is_err());
+        assert_eq!(Order::default().labelled("scene-7").unwrap().label, "scene-7");
+        for wrong in ["scene 7", &"l".repeat(65)] {
+            assert_eq!(Order::default().labelled(wrong).unwrap_err().field(), Some("label"), "{wrong}");
+        }
         assert_eq!(Order::default().within("90").unwrap().deadline_seconds, Some(90));
         for wrong in ["0", "-1", "2592001", "soon", "1e3"] {
             assert_eq!(Order::default().within(wrong).unwrap_err().field(), Some("deadline"), "{wrong}");

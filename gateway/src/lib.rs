@@ -21,6 +21,7 @@ pub mod webhook;
 
 use std::{future::Future, time::Duration};
 
+use axum::serve::ListenerExt as _;
 use service_kit::{
     ServiceError,
     server::{self, Lifetime},
@@ -64,7 +65,13 @@ pub async fn serve(
     let grpc = server::serve(gateway.grpc_routes(), &SERVICES, server::tcp(listeners.grpc), lifetime);
     let http = async {
         let stopped = stop.clone().cancelled_owned();
-        let serving = axum::serve(listeners.http, gateway.http_router()).with_graceful_shutdown(stopped);
+        // Events are small, and wait for no acknowledgement of those before.
+        let listener = listeners.http.tap_io(|stream| {
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "answers of a connection may be held back");
+            }
+        });
+        let serving = axum::serve(listener, gateway.http_router()).with_graceful_shutdown(stopped);
         tokio::select! {
             ended = serving => ended.map_err(|error| ServiceError::internal(format!("the REST server failed: {error}"))),
             () = async { stop.cancelled().await; tokio::time::sleep(LAST_CALLS).await } => Ok(()),

@@ -15,7 +15,7 @@ use crate::{
     fault::{Fault, Kind},
     intake::{Order, Upload},
     planning::FleetSource,
-    runner::{self, Pace, Previews, Workshop, prepare::Prepared},
+    runner::{self, Allowance, Pace, Previews, Workshop, prepare::Prepared},
     stages::Stages,
     store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
     validate, webhook,
@@ -324,6 +324,7 @@ impl Gateway {
             directory: self.inner.store.work_dir(),
             patience: self.inner.options.stage_patience,
             pace: Pace::new(self.inner.options.concurrent, self.inner.options.stuck_after),
+            allowance: Allowance::new(self.inner.options.default_deadline, self.inner.options.concurrent),
             previews: self.inner.previews.clone(),
             stopping: self.inner.stopping.clone(),
         };

@@ -92,6 +92,7 @@ async fn receive<M: Into<Piece> + Keyed>(
         Some(Err(_)) => Err(Fault::invalid(field, format!("{name} is no visible ASCII text"))),
     };
     let order = Order::read(text("avatar-caller", "caller")?, text("avatar-priority", "priority")?, &key)?
+        .labelled(text("avatar-label", "label")?)?
         .calling(text("avatar-webhook", "webhook")?)
         .within(text("avatar-deadline", "deadline")?)?;
     let place = gateway.admit(&order).await?;
@@ -331,6 +332,8 @@ impl AvatarService for Service {
                 created_from_ms: request.created_from_unix_ms,
                 created_before_ms: request.created_before_unix_ms,
                 oldest_first: request.oldest_first,
+                caller: request.caller,
+                label: request.label,
                 after: after.map(|token| Uuid::try_parse(token)).transpose().map_err(token)?,
                 limit,
             };

@@ -7,8 +7,8 @@ use http::Uri;
 use proto::{
     tensor::{HostTensor, TensorReader},
     v1::{
-        self, DecodeLatentsHeader, EncodeAudioHeader, EncodePromptHeader, EncodeReferenceHeader, GenerationDefaults,
-        MemoryReport, OpenSessionHeader, PredictHeader, Stage, TensorPart,
+        self, DecodeLatentsHeader, DeviceUse, EncodeAudioHeader, EncodePromptHeader, EncodeReferenceHeader,
+        GenerationDefaults, MemoryReport, OpenSessionHeader, PredictHeader, Stage, TensorPart,
         audio_encoder_service_client::AudioEncoderServiceClient, diffusion_service_client::DiffusionServiceClient,
         image_encoder_service_client::ImageEncoderServiceClient, stage_service_client::StageServiceClient,
         text_encoder_service_client::TextEncoderServiceClient, vae_decode_service_client::VaeDecodeServiceClient,
@@ -175,7 +175,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok((Encoded { tensors, memory: summary.memory.unwrap_or_default() }, summary))
+        Ok((Encoded::new(tensors, summary.memory, summary.device_use.clone()), summary))
     }
 
     /// Prompt and picture to the text states of both prompts.
@@ -194,7 +194,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok((Encoded { tensors, memory: summary.memory.unwrap_or_default() }, summary))
+        Ok((Encoded::new(tensors, summary.memory, summary.device_use.clone()), summary))
     }
 
     /// Picture to reference latents and face mask.
@@ -213,7 +213,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok((Encoded { tensors, memory: summary.memory.unwrap_or_default() }, summary))
+        Ok((Encoded::new(tensors, summary.memory, summary.device_use.clone()), summary))
     }
 
     /// Gives the transformer what stays the same for a generation.
@@ -221,13 +221,14 @@ impl Stages {
         &self,
         header: OpenSessionHeader,
         tensors: Vec<HostTensor>,
-    ) -> Result<MemoryReport, Fault> {
+    ) -> Result<(MemoryReport, Option<DeviceUse>), Fault> {
         use v1::open_session_request::Body;
         let messages = tensor_stream(Body::Header(header), tensors, Body::Part)
             .map(|body| v1::OpenSessionRequest { body: Some(body) });
         let call = DiffusionServiceClient::new(self.diffusion.clone()).open_session(messages).await;
         let answer = call.map_err(|status| fault(&status, Stage::Diffusion))?;
-        Ok(answer.into_inner().memory.unwrap_or_default())
+        let v1::OpenSessionResponse { memory, device_use } = answer.into_inner();
+        Ok((memory.unwrap_or_default(), device_use))
     }
 
     /// Runs the transformer: `latents.{i}` of every item in, `velocity.{i}` out.
@@ -241,7 +242,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok(Encoded { tensors, memory: summary.memory.unwrap_or_default() })
+        Ok(Encoded::new(tensors, summary.memory, summary.device_use))
     }
 
     /// Frees a session.
@@ -258,7 +259,7 @@ impl Stages {
             .map(|body| v1::DecodeLatentsRequest { body: Some(body) });
         let call = VaeDecodeServiceClient::new(self.vae_decode.clone()).decode_latents(messages).await;
         let stream = call.map_err(|status| fault(&status, Stage::VaeDecode))?.into_inner();
-        Ok(Frames { stream, reader: TensorReader::new(TENSOR_BYTES, u64::MAX), memory: None })
+        Ok(Frames { stream, reader: TensorReader::new(TENSOR_BYTES, u64::MAX), memory: None, device_use: None })
     }
 }
 
@@ -296,13 +297,19 @@ pub struct Encoded {
     tensors: HashMap<String, HostTensor>,
     /// The stage's memory after the call.
     pub memory: MemoryReport,
+    /// What the call took of the stage's device; nothing of an answer that was kept.
+    pub device_use: Option<DeviceUse>,
 }
 
 impl Encoded {
+    fn new(tensors: HashMap<String, HostTensor>, memory: Option<MemoryReport>, device_use: Option<DeviceUse>) -> Self {
+        Self { tensors, memory: memory.unwrap_or_default(), device_use }
+    }
+
     /// An answer that was kept.
     #[must_use]
     pub fn kept(tensors: HashMap<String, HostTensor>, memory: MemoryReport) -> Self {
-        Self { tensors, memory }
+        Self { tensors, memory, device_use: None }
     }
 
     /// The tensors in the order of their names.
@@ -325,6 +332,7 @@ pub struct Frames {
     stream: Streaming<v1::DecodeLatentsResponse>,
     reader: TensorReader,
     memory: Option<MemoryReport>,
+    device_use: Option<DeviceUse>,
 }
 
 impl Frames {
@@ -346,10 +354,17 @@ impl Frames {
                 Some(Some(Body::Summary(summary))) => {
                     self.reader.finish().map_err(|error| broken(stage, &error))?;
                     self.memory = Some(summary.memory.unwrap_or_default());
+                    self.device_use = summary.device_use;
                 }
                 Some(None) => return Err(broken(stage, &"a message of the answer is empty")),
             }
         }
+    }
+
+    /// What the call took of the stage's device, once all frames are there.
+    #[must_use]
+    pub fn device_use(&self) -> Option<DeviceUse> {
+        self.device_use.clone()
     }
 
     /// The stage's memory, once all frames are there.

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::{
     Gateway, Options,
-    config::TierOptions,
+    config::{DefaultDeadline, TierOptions},
     fakes::{self, Script},
     fault::{Fault, Kind},
     intake::{Order, Upload},
@@ -89,10 +89,14 @@ impl Desk {
 
     /// Stops the gateway without letting anything end, and starts one on the same folder.
     async fn restart(self, script: &Arc<Script>) -> Self {
+        self.restart_with(script, Options::default()).await
+    }
+
+    async fn restart_with(self, script: &Arc<Script>, options: Options) -> Self {
         let Self { gateway, folder } = self;
         gateway.drain(Duration::ZERO).await;
         drop(gateway);
-        let options = Options { data_dir: folder.path().to_owned(), ..Options::default() };
+        let options = Options { data_dir: folder.path().to_owned(), ..options };
         // Clones that were in use by calls are dropped soon.
         let gateway = loop {
             match Gateway::new(&options, fakes::start(script)).await {
@@ -822,6 +826,91 @@ async fn what_has_not_ended_by_its_deadline_fails_whether_it_runs_or_waits() {
     assert!(script.sessions.lock().unwrap().is_empty());
 }
 
+/// Options under which a stage may always take so many seconds, and little more if it is predicted to take less.
+fn allowing(seconds: u64) -> Options {
+    let default_deadline = DefaultDeadline { times: 4, least: Duration::from_secs(seconds) };
+    Options { default_deadline, ..Options::default() }
+}
+
+#[tokio::test]
+async fn without_a_deadline_of_the_caller_work_ends_that_takes_much_longer_than_predicted_and_its_latents_are_kept() {
+    let script = Arc::new(Script { hold: Mutex::new(Some(1)), ..Script::default() });
+    let desk = Desk::with(&script, allowing(1)).await;
+    let request = |seed| upload(GenerationSpec { steps: Some(2), seed: Some(seed), ..Default::default() }, 5);
+    let patient = Order::default().within("3600").unwrap();
+    let patient = desk.accept(Upload { order: patient, ..request(1) }).await.unwrap();
+    steps_done(&desk, patient, 1).await;
+    let id = desk.accept(request(2)).await.unwrap();
+    let generation = desk.ended(id).await;
+    let failure = generation.failure.unwrap();
+    assert_eq!(failure.code, "DEADLINE_EXCEEDED", "{failure:?}");
+    assert!(failure.message.contains("predicted"), "{failure:?}");
+    let progress = generation.progress.unwrap();
+    assert!(progress.step == 1 && progress.elapsed_seconds >= progress.allowed_seconds.unwrap(), "{progress:?}");
+    assert_eq!(generation.deadline_unix_ms, None);
+    let told: Vec<f64> =
+        desk.events(id).await.iter().filter_map(|event| event.progress.unwrap().allowed_seconds).collect();
+    assert!(told.len() >= 2 && told.iter().all(|allowed| *allowed == told[0]), "it is settled once: {told:?}");
+    // Picture and recording, which both have, and the latents of each.
+    assert_eq!(desk.files(), 4);
+    *script.hold.lock().unwrap() = None;
+    let generation = desk.ended(patient).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "its own deadline holds: {generation:?}");
+    assert_eq!(generation.progress.unwrap().allowed_seconds, None);
+}
+
+#[tokio::test]
+async fn a_restart_gives_no_more_time_than_there_was_and_takes_none() {
+    let script = Arc::new(Script { hold: Mutex::new(Some(1)), identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = Desk::with(&script, allowing(20)).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)).await.unwrap();
+    steps_done(&desk, id, 1).await;
+    let before = desk.gateway.store().get(&id.to_string()).await.unwrap().progress.unwrap();
+    let again = Arc::new(Script { hold: Mutex::new(Some(1)), identity: Mutex::new("m".into()), ..Script::default() });
+    // A prediction of its own would allow this one an hour.
+    let desk = desk.restart_with(&again, allowing(3600)).await;
+    until(|| again.opened.load(Ordering::SeqCst) > 0).await;
+    let after = desk.gateway.store().get(&id.to_string()).await.unwrap().progress.unwrap();
+    assert_eq!(after.allowed_seconds, before.allowed_seconds);
+    assert!(after.elapsed_seconds >= before.elapsed_seconds, "{after:?}");
+    *again.hold.lock().unwrap() = None;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    assert!(again.passes.lock().unwrap().iter().all(|(header, _)| header.step == 1));
+}
+
+#[tokio::test]
+async fn waits_for_a_stage_that_is_away_are_no_work() {
+    // Waits of 0.1, 0.25, 0.5, 1 and 2 s.
+    let script = Arc::new(Script { away_at: Some((1, 5)), ..Script::default() });
+    let desk = Desk::with(&script, allowing(2)).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)).await.unwrap();
+    let generation = desk.ended(id).await;
+    assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+    assert!(generation.progress.unwrap().elapsed_seconds > 3.85);
+}
+
+/// Pretended seconds: 1 of each encoder, 0.25 of a session's opening, 0.5 of a step, 2 of the decoder.
+#[tokio::test]
+async fn a_record_says_what_it_took_of_each_device_also_over_a_restart_and_when_it_is_cancelled() {
+    let seconds = |generation: &Generation| {
+        generation.devices.iter().map(|used| (used.device.clone(), used.seconds)).collect::<Vec<_>>()
+    };
+    let script = Arc::new(Script { hold: Mutex::new(Some(1)), identity: Mutex::new("m".into()), ..Script::default() });
+    let (desk, id) = start(&script, 3).await;
+    steps_done(&desk, id, 1).await;
+    let again = Arc::new(Script { hold: Mutex::new(Some(2)), identity: Mutex::new("m".into()), ..Script::default() });
+    let desk = desk.restart(&again).await;
+    steps_done(&desk, id, 2).await;
+    // Nothing of the encoders, whose answers were kept; another session.
+    assert_eq!(seconds(&desk.gateway.store().get(&id.to_string()).await.unwrap()), [("cpu".to_owned(), 4.5)]);
+    let cancelled = desk.gateway.store().cancel(&id.to_string()).await.unwrap();
+    assert_eq!((cancelled.state(), seconds(&cancelled)), (GenerationState::Cancelled, vec![("cpu".to_owned(), 4.5)]));
+    let (desk, id) = start(&Arc::new(Script::default()), 3).await;
+    assert_eq!(seconds(&desk.ended(id).await), [("cpu".to_owned(), 6.75)]);
+    let shown = json(&desk, &format!("/v1/videos/{id}")).await;
+    assert_eq!(shown["devices"][0]["seconds"], 6.75);
+}
+
 #[tokio::test]
 async fn a_velocity_that_is_not_finite_fails_with_the_step_and_frees_the_session() {
     let script = Arc::new(Script { not_finite_at: Some(1), ..Script::default() });
@@ -884,6 +973,24 @@ async fn a_full_queue_refuses_at_once_with_a_delay_unless_the_request_was_accept
     let id = desk.accept(request()).await.unwrap();
     assert!(matches!(desk.accept(upload(GenerationSpec::default(), 5)).await.unwrap_err().kind, Kind::Busy { .. }));
     assert_eq!(desk.accept(request()).await.unwrap(), id);
+}
+
+#[tokio::test]
+async fn the_delay_of_a_refusal_is_that_of_the_generations_before() {
+    let took = Duration::from_millis(1500);
+    let script = Arc::new(Script { predict_time: took, ..Script::default() });
+    let desk = Desk::with(&script, Options { queue: 0, concurrent: 1, ..Options::default() }).await;
+    let request = || upload(GenerationSpec { steps: Some(1), ..Default::default() }, 2);
+    let began = std::time::Instant::now();
+    let first = desk.accept(request()).await.unwrap();
+    desk.ended(first).await;
+    *script.hold.lock().unwrap() = Some(0);
+    desk.accept(request()).await.unwrap();
+    // Begun only once the first one's time is known.
+    until(|| script.opened.load(Ordering::SeqCst) == 2).await;
+    let bound = began.elapsed();
+    let Kind::Busy { retry_after } = desk.accept(request()).await.unwrap_err().kind else { panic!("it was taken") };
+    assert!((took..=bound).contains(&retry_after), "{retry_after:?} of {bound:?}");
 }
 
 #[tokio::test]
@@ -976,6 +1083,8 @@ async fn latents_of_another_model_are_not_gone_on_with() {
     let desk = desk.restart(&again).await;
     assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
     assert_eq!((again.encoded.load(Ordering::SeqCst), again.predicted.load(Ordering::SeqCst)), (3, 3));
+    let warnings = desk.ended(id).await.outcome.unwrap().warnings;
+    assert!(warnings.iter().any(|said| said.contains("may differ in the last place")), "{warnings:?}");
 }
 
 #[tokio::test]
@@ -1104,6 +1213,16 @@ async fn pages_of_a_list_have_each_generation_once_whatever_is_created_meanwhile
     assert_eq!(oldest["data"][0]["id"], ids[0].as_str());
     assert_eq!(json(&desk, "/v1/videos?status=failed,cancelled").await["data"].as_array().unwrap().len(), 0);
     assert_eq!(json(&desk, "/v1/videos?created_before=1").await["data"].as_array().unwrap().len(), 0);
+    let spec = GenerationSpec { steps: Some(1), ..Default::default() };
+    let order = Order { caller: "studio".into(), ..Order::default() }.labelled("scene-7").unwrap();
+    let labelled = desk.accept(Upload { order, ..upload(spec, 2) }).await.unwrap().to_string();
+    for query in ["caller=studio", "label=scene-7", "caller=studio&label=scene-7&limit=1"] {
+        let page = json(&desk, &format!("/v1/videos?{query}")).await;
+        assert_eq!((page["data"].as_array().unwrap().len(), &page["has_more"]), (1, &false.into()), "{query}");
+        let shown = [&page["data"][0]["id"], &page["data"][0]["caller"], &page["data"][0]["label"]];
+        assert_eq!(shown, [labelled.as_str(), "studio", "scene-7"], "{query}");
+    }
+    assert_eq!(json(&desk, "/v1/videos?caller=studio&label=scene-8").await["data"].as_array().unwrap().len(), 0);
     for wrong in ["limit=0", "limit=101", "after=x", "order=up", "status=lost", "page=2"] {
         assert_eq!(rest(&desk, &format!("/v1/videos?{wrong}"), &[]).await.0, 400, "{wrong}");
     }

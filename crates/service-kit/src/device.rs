@@ -214,7 +214,7 @@ impl DeviceWorker {
                 shared.pace_ms.store(before - before / 4 + now / 4, Relaxed);
             }
             // Nobody may wait any more.
-            let _ = answer.send(outcome);
+            let _ = answer.send((outcome, begin.elapsed()));
         };
         // Counted before it is sent, as the thread may take it at once.
         self.0.waiting.fetch_add(1, Relaxed);
@@ -260,8 +260,22 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
 
 /// The result of a task, to be awaited. Dropping it cancels the task.
 pub struct Pending<R> {
-    result: oneshot::Receiver<Result<R, ServiceError>>,
+    result: oneshot::Receiver<(Result<R, ServiceError>, Duration)>,
     _cancel: DropGuard,
+}
+
+impl<R> Pending<R> {
+    /// The result, and how long the device was at it: without the wait for its turn.
+    ///
+    /// Errors: as the task.
+    pub async fn timed(mut self) -> Result<(R, Duration), ServiceError> {
+        let (result, took) = (&mut self.result).await.map_err(|_| thread_ended())?;
+        Ok((result?, took))
+    }
+}
+
+fn thread_ended() -> ServiceError {
+    ServiceError::unavailable("the device's thread has ended")
 }
 
 impl<R> Future for Pending<R> {
@@ -270,7 +284,7 @@ impl<R> Future for Pending<R> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.result)
             .poll(context)
-            .map(|answer| answer.unwrap_or_else(|_| Err(ServiceError::unavailable("the device's thread has ended"))))
+            .map(|answer| answer.map_err(|_| thread_ended()).and_then(|(result, _)| result))
     }
 }
 
@@ -311,6 +325,23 @@ mod tests {
         }
         assert_eq!(worker.try_submit(|_| Ok(7)).unwrap().await, Ok(7));
         assert_eq!(worker.waiting(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_tasks_time_is_that_on_the_device_without_the_wait_for_its_turn() {
+        let worker = DeviceWorker::spawn(&DeviceConfig::cpu(), 2).unwrap();
+        let (release, running) = block(&worker).await;
+        let waits = Instant::now();
+        let pending = worker.try_submit(|_| Ok(())).unwrap();
+        let wait = Duration::from_millis(50);
+        while waits.elapsed() < wait {
+            thread::yield_now();
+        }
+        drop(release);
+        let ((), took) = pending.timed().await.unwrap();
+        assert!(took + wait <= waits.elapsed(), "{took:?}");
+        let ((), held) = running.timed().await.unwrap();
+        assert!(held >= wait, "{held:?}");
     }
 
     #[tokio::test]

@@ -7,11 +7,13 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
 };
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
     service::Routes,
-    transport::{Server, server::Connected},
+    transport::{
+        Server,
+        server::{Connected, TcpIncoming},
+    },
 };
 use tonic_health::{ServingStatus, server::health_reporter};
 
@@ -76,10 +78,10 @@ pub fn shutdown_signal() -> Result<CancellationToken, ServiceError> {
     Ok(token)
 }
 
-/// Connections over TCP for [`serve`].
-#[must_use]
-pub fn tcp(listener: TcpListener) -> TcpListenerStream {
-    TcpListenerStream::new(listener)
+/// Connections over TCP for [`serve`]. Small answers are not held back until earlier ones are acknowledged, which a peer
+/// may put off for 40 ms.
+pub fn tcp(listener: TcpListener) -> TcpIncoming {
+    TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
 /// Serves `routes` with health and reflection (v1 and v1alpha) until the lifetime ends.
@@ -117,7 +119,6 @@ where
     };
     let serving = Server::builder()
         .trace_fn(|request| tracing::info_span!("rpc", path = request.uri().path()))
-        .tcp_nodelay(true)
         .max_concurrent_streams(256)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -225,6 +226,15 @@ mod tests {
         for server in [tcp_server, memory_server] {
             tokio::time::timeout(Duration::from_secs(20), server).await.unwrap().unwrap().unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn small_answers_over_tcp_are_not_held_back() {
+        use futures::StreamExt as _;
+        let (listener, address) = bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
+        let mut incoming = tcp(listener);
+        let _caller = tokio::net::TcpStream::connect(address).await.unwrap();
+        assert!(incoming.next().await.unwrap().unwrap().nodelay().unwrap());
     }
 
     #[tokio::test]

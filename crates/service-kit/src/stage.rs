@@ -13,8 +13,9 @@ use std::{
 
 use futures::{Stream, StreamExt as _};
 use proto::v1::{
-    DescribeRequest, DescribeResponse, GenerationDefaults, LoadRequest, LoadResponse, MemoryReport, SetPressureRequest,
-    SetPressureResponse, Stage, UnloadRequest, UnloadResponse, WatchMemoryRequest, WatchMemoryResponse,
+    DescribeRequest, DescribeResponse, DeviceUse, GenerationDefaults, LoadRequest, LoadResponse, MemoryReport,
+    SetPressureRequest, SetPressureResponse, Stage, UnloadRequest, UnloadResponse, WatchMemoryRequest,
+    WatchMemoryResponse,
     stage_service_server::{StageService, StageServiceServer},
 };
 use tokio_stream::wrappers::IntervalStream;
@@ -219,6 +220,16 @@ impl<M: StageModel> StageHost<M> {
             device_bytes: budget.held_bytes(),
             device_peak_bytes: budget.peak_bytes(),
             ..self.meter.report()
+        }
+    }
+
+    /// What a call took of the stage's device.
+    #[must_use]
+    pub fn used(&self, took: Duration) -> DeviceUse {
+        DeviceUse {
+            device: self.device.budget().device().name.to_string(),
+            device_id: self.device.id().to_owned(),
+            seconds: took.as_secs_f64(),
         }
     }
 

@@ -30,6 +30,10 @@ pub(crate) struct Wanted {
     order: Option<String>,
     /// Only those with one of these statuses, with commas between.
     status: Option<String>,
+    /// Only those of the caller of this name.
+    caller: Option<String>,
+    /// Only those with this label.
+    label: Option<String>,
     /// Only those created at this Unix time in seconds or later.
     created_from: Option<u64>,
     /// Only those created before this Unix time in seconds.
@@ -87,7 +91,9 @@ impl Wanted {
         }
         let milliseconds = |seconds: Option<u64>| seconds.unwrap_or_default().saturating_mul(1000);
         let (created_from_ms, created_before_ms) = (milliseconds(self.created_from), milliseconds(self.created_before));
-        Ok(Listing { states, created_from_ms, created_before_ms, oldest_first, after, limit })
+        let text = |wanted: &Option<String>| wanted.clone().unwrap_or_default();
+        let (caller, label) = (text(&self.caller), text(&self.label));
+        Ok(Listing { states, caller, label, created_from_ms, created_before_ms, oldest_first, after, limit })
     }
 }
 

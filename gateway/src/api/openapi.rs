@@ -9,7 +9,7 @@ use super::{
     list::{self, VideoList},
     plan::{self, PlanBody, TierList},
     preview, rest,
-    video::{Deleted, ErrorBody, ErrorObject, Face, Video, VideoError},
+    video::{Deleted, DeviceSeconds, ErrorBody, ErrorObject, Face, Video, VideoError},
 };
 
 /// The form of a new generation. Unknown fields are refused.
@@ -78,6 +78,7 @@ pub(crate) struct CreateVideo {
         VideoEvent,
         VideoPreview,
         VideoError,
+        DeviceSeconds,
         Face,
         Deleted,
         ErrorBody,

@@ -55,8 +55,11 @@ pub(crate) fn router(gateway: Gateway) -> Router {
         ("Avatar-Caller" = Option<String>, Header,
             description = "Who asks: at most 64 visible ASCII characters. Callers of one priority take turns."),
         ("Avatar-Priority" = Option<i64>, Header, description = "-9 to 9, the higher the earlier; 0 if absent."),
+        ("Avatar-Label" = Option<String>, Header,
+            description = "A word of the caller's own, to list by: at most 64 visible ASCII characters."),
         ("Avatar-Deadline" = Option<u64>, Header,
-            description = "Seconds, 1 to 2592000, in which it must have ended; else it fails. Absent: no limit."),
+            description = "Seconds, 1 to 2592000, in which it must have ended; else it fails. \
+                Absent: when it takes much longer than predicted."),
         ("Avatar-Webhook" = Option<String>, Header,
             description = "Whom to call back once the video is completed, failed or cancelled: an https URL of at most \
                 2048 bytes. Signed as the Standard Webhooks specification says, tried for 24 hours, at least once."),
@@ -94,6 +97,7 @@ fn order(headers: &HeaderMap) -> Result<Order, Fault> {
     };
     let (caller, priority) = (text("avatar-caller", "caller")?, text("avatar-priority", "priority")?);
     let order = Order::read(caller, priority, text("idempotency-key", "idempotency_key")?)?;
+    let order = order.labelled(text("avatar-label", "label")?)?;
     order.calling(text("avatar-webhook", "webhook")?).within(text("avatar-deadline", "deadline")?)
 }
 

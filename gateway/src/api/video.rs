@@ -5,7 +5,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::header::RETRY_AFTER;
-use proto::v1::{FaceBox, Failure, Generation, GenerationState, Parity};
+use proto::v1::{DeviceUse, FaceBox, Failure, Generation, GenerationState, Parity};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -26,6 +26,10 @@ pub struct Video {
     pub object: &'static str,
     /// Always `hunyuan-video-avatar`.
     pub model: &'static str,
+    /// Who asked for it, where a name was given.
+    pub caller: Option<String>,
+    /// The caller's own word for it, where one was given.
+    pub label: Option<String>,
     /// `queued`, `in_progress`, `completed`, `failed` or `cancelled`.
     pub status: &'static str,
     /// 0 to 100.
@@ -74,6 +78,25 @@ pub struct Video {
     pub faces: Vec<Face>,
     /// The face that was animated: of those found the largest. `face` in a request names another.
     pub face: Option<Face>,
+    /// Seconds that it took of each device so far.
+    pub devices: Vec<DeviceSeconds>,
+}
+
+/// What a generation took of a device.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DeviceSeconds {
+    /// The device's name in its process, such as `cpu`.
+    pub device: String,
+    /// Tells it from all other devices; another one after the process was started again.
+    pub device_id: String,
+    /// Seconds of work, without waits for the device.
+    pub seconds: f64,
+}
+
+impl From<&DeviceUse> for DeviceSeconds {
+    fn from(used: &DeviceUse) -> Self {
+        Self { device: used.device.clone(), device_id: used.device_id.clone(), seconds: used.seconds }
+    }
 }
 
 /// A face's box in pixels of the upright picture, from its top left corner.
@@ -153,6 +176,8 @@ impl From<&Generation> for Video {
             id: generation.generation_id.clone(),
             object: "video",
             model: MODEL,
+            caller: Some(generation.caller.clone()).filter(|caller| !caller.is_empty()),
+            label: Some(generation.label.clone()).filter(|label| !label.is_empty()),
             status: status_name(state),
             progress: percent.clamp(0.0, 100.0) as u32,
             created_at: generation.created_unix_ms / 1000,
@@ -177,6 +202,7 @@ impl From<&Generation> for Video {
             clip_tokens_kept: outcome.map(|outcome| outcome.clip_tokens_kept),
             faces: outcome.map(|outcome| outcome.faces.iter().map(Face::from).collect()).unwrap_or_default(),
             face: outcome.and_then(|outcome| outcome.face.as_ref()).map(Face::from),
+            devices: generation.devices.iter().map(DeviceSeconds::from).collect(),
         }
     }
 }

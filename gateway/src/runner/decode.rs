@@ -70,6 +70,7 @@ async fn attempt(
 ) -> Result<(mp4::Clip, proto::v1::MemoryReport), Fault> {
     let (width, height, wanted) = (prepared.size.width, prepared.size.height, prepared.plan.frames);
     let settings = mp4::Settings { program: target.ffmpeg, directory: target.directory, width, height };
+    run.begins_anew();
     let began = Instant::now();
     let mut frames = stages.decode_latents(header, latents).await?;
     let mut writer = mp4::Writer::start(settings, &prepared.audio.soundtrack).await.map_err(refused)?;
@@ -89,6 +90,7 @@ async fn attempt(
         let message = format!("vae-decode: {done} frames came, {wanted} were asked for");
         return Err(Fault::new(Kind::Internal, message).at(Stage::VaeDecode));
     }
+    run.devices.add(frames.device_use());
     gate.finish()?;
     Ok((writer.finish().await.map_err(refused)?, frames.memory()))
 }

@@ -77,6 +77,13 @@ impl Denoise {
                 Err(error) => tracing::warn!(generation_id = run.id(), %error, "the stored latents cannot be used"),
             }
         }
+        let before = run.lease.stored_plan();
+        if !before.is_empty() && before != followed.as_str() {
+            let sentence = "The denoise begins again: what was done before is of another checkpoint, device or type of \
+                            numbers. The video may differ in the last place from one that nothing interrupted.";
+            run.warn(Stage::Diffusion, sentence.into()).await;
+        }
+        run.begins_anew();
         let start = noise(settings.seed, shape.values(clip.latent_frames));
         let sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
         Ok(Self { sampler, plan: hash, full_plan: full_hash, full: false, shape })

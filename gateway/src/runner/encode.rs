@@ -127,7 +127,8 @@ where
         tracing::warn!(generation_id = run.id(), role, "what was kept of a stage cannot be read; it is asked again");
     }
     let began = run.stage_began(stage).await;
-    let (encoded, summary) = climb(run, stage, call).await?;
+    let (mut encoded, summary) = climb(run, stage, call).await?;
+    run.devices.add(encoded.device_use.take());
     if known {
         let bytes = kept::to_bytes(&encoded.sorted(), &summary);
         if let Err(fault) = run.lease.keep_stage_output(role, &key, bytes).await {

@@ -1,7 +1,9 @@
 //! Drives one generation from its inputs to its video.
 
+mod allowance;
 mod decode;
 mod denoise;
+mod devices;
 mod encode;
 mod gate;
 mod kept;
@@ -19,6 +21,7 @@ use futures::FutureExt as _;
 use proto::v1::{Generation, GenerationDefaults, GenerationState, OpenSessionHeader, Outcome, Stage};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::{allowance::Allowance, pace::Pace, preview::Previews};
 use self::{
     decode::{Target, Video},
     denoise::Denoise,
@@ -27,7 +30,6 @@ use self::{
     run::Run,
     session::Session,
 };
-pub(crate) use self::{pace::Pace, preview::Previews};
 use crate::{
     fault::{Fault, Kind},
     intake::{Order, Upload},
@@ -49,6 +51,8 @@ pub(crate) struct Workshop {
     pub(crate) patience: Duration,
     /// What is known of the transformer's pace, from which it is told whether a call is stuck.
     pub(crate) pace: Pace,
+    /// How long a generation may be worked on that has no deadline of its caller, if that is limited.
+    pub(crate) allowance: Option<Allowance>,
     /// How the denoise is shown meanwhile.
     pub(crate) previews: Previews,
     /// Cancelled when this process stops; the generation can be gone on with then.
@@ -71,7 +75,7 @@ pub(crate) async fn run(lease: Arc<Lease>, workshop: Workshop) {
         lease.publish(Change { state: Some(GenerationState::Queued), message, ..Change::default() }).await;
     }
     let patience = Patience::new(Arc::clone(&lease), workshop.patience);
-    let run = Run::begin(Arc::clone(&lease), workshop.stages.clone(), patience).await;
+    let run = Run::begin(Arc::clone(&lease), workshop.stages.clone(), (patience, workshop.allowance)).await;
     let driven = AssertUnwindSafe(drive(&run, &workshop)).catch_unwind();
     let end = tokio::select! {
         biased;
@@ -82,6 +86,7 @@ pub(crate) async fn run(lease: Arc<Lease>, workshop: Workshop) {
         () = workshop.stopping.cancelled() => End::LetGo,
         () = lease.keep_alive() => End::LetGo,
         fault = lease.deadline() => End::Failed(fault),
+        fault = run.overdue() => End::Failed(fault),
         ended = driven => match ended {
             Ok(Ok((video, outcome))) => End::Done(video, Box::new(outcome)),
             Ok(Err(fault)) => End::Failed(fault),
@@ -107,6 +112,7 @@ async fn conclude(run: &Run, end: End) {
             let completed = Change {
                 state: Some(GenerationState::Completed),
                 progress: Some(run.last_progress(true)),
+                devices: run.devices.list(),
                 outcome: Some(*outcome),
                 ..Change::default()
             };
@@ -117,16 +123,17 @@ async fn conclude(run: &Run, end: End) {
         }
         End::Failed(fault) => fault,
     };
-    let progress = Some(run.last_progress(false));
+    let (progress, devices) = (Some(run.last_progress(false)), run.devices.list());
     if fault.kind == Kind::Cancelled {
         tracing::info!(generation_id, "cancelled");
-        run.lease.publish(Change { progress, ..Change::cancelled(&fault.message) }).await;
+        run.lease.publish(Change { progress, devices, ..Change::cancelled(&fault.message) }).await;
         return;
     }
     tracing::error!(generation_id, %fault, "failed");
     let failed = Change {
         state: Some(GenerationState::Failed),
         progress,
+        devices,
         stage: fault.stage,
         message: fault.message.clone(),
         fault: Some(fault),
@@ -173,8 +180,12 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
             // What an earlier process left open holds memory that opening it again may need.
             Session::close(&run.stages, run.earlier_session_id()).await;
         }
-        let mut session =
-            Session::new(run.stages.clone(), (run.patience.clone(), workshop.pace), header, conditions.tensors);
+        let mut session = Session::new(
+            run.stages.clone(),
+            (run.patience.clone(), workshop.pace),
+            (header, &run.devices),
+            conditions.tensors,
+        );
         denoise.run(run, &prepared, (&mut session, &mut viewer)).await?;
         run.stage_ended(Stage::Diffusion, began, session.memory()).await;
         drop(session);

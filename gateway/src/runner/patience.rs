@@ -1,6 +1,13 @@
 //! Waiting for a stage that does not answer, or has no room.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -22,12 +29,19 @@ pub(crate) struct Patience {
     lease: Arc<Lease>,
     /// How long a stage may stay away.
     limit: Duration,
+    /// Milliseconds that were waited before calls were made again.
+    waited_ms: Arc<AtomicU64>,
 }
 
 impl Patience {
     /// Waits up to `limit` for a stage, and says so in the generation's events.
     pub(crate) fn new(lease: Arc<Lease>, limit: Duration) -> Self {
-        Self { lease, limit }
+        Self { lease, limit, waited_ms: Arc::default() }
+    }
+
+    /// How long was waited before calls were made again, the wait that goes on now in full.
+    pub(crate) fn waited(&self) -> Duration {
+        Duration::from_millis(self.waited_ms.load(Relaxed))
     }
 
     /// Repeats a call while its stage cannot be reached, up to the limit, or while it has no room.
@@ -70,6 +84,7 @@ impl Patience {
                 _ => return Err(fault),
             };
             tracing::warn!(%fault, wait_ms = wait.as_millis() as u64, "a stage did not take a call; it is tried again");
+            self.waited_ms.fetch_add(wait.as_millis() as u64, Relaxed);
             tokio::time::sleep(wait).await;
         }
     }

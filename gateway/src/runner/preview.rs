@@ -13,7 +13,7 @@ use proto::{
 use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::run::Run;
+use super::{devices::Devices, run::Run};
 use crate::{
     fault::{Fault, Kind},
     stages::Stages,
@@ -80,9 +80,9 @@ impl Viewer<'_> {
             Ok(latents) => latents,
             Err(error) => return tracing::warn!(generation_id = id, step = done, %error, "no preview"),
         };
-        let (lease, stages) = (Arc::clone(&run.lease), run.stages.clone());
+        let (lease, stages, devices) = (Arc::clone(&run.lease), run.stages.clone(), Arc::clone(&run.devices));
         let making = tokio::spawn(async move {
-            if let Err(fault) = make(&lease, &stages, done as u32, latents).await {
+            if let Err(fault) = make(&lease, (&stages, &devices), done as u32, latents).await {
                 tracing::info!(generation_id = %lease.id(), step = done, %fault, "no preview");
             }
             drop(turn);
@@ -92,7 +92,12 @@ impl Viewer<'_> {
 }
 
 /// Has a frame decoded and kept, and tells of it.
-async fn make(lease: &Arc<Lease>, stages: &Stages, step: u32, latents: HostTensor) -> Result<(), Fault> {
+async fn make(
+    lease: &Arc<Lease>,
+    (stages, devices): (&Stages, &Devices),
+    step: u32,
+    latents: HostTensor,
+) -> Result<(), Fault> {
     let wrong = |what: String| Fault::new(Kind::Internal, what).at(Stage::VaeDecode);
     let decoder = stages.describe(Stage::VaeDecode).await?;
     if !has_room(&decoder) {
@@ -104,6 +109,7 @@ async fn make(lease: &Arc<Lease>, stages: &Stages, step: u32, latents: HostTenso
     let mut frames = stages.decode_latents(header, latents).await?;
     let frame = frames.next().await?.ok_or_else(|| wrong("the decoder gave no frame".into()))?;
     while frames.next().await?.is_some() {}
+    devices.add(frames.device_use());
     let (rows, columns) = match *frame.shape() {
         [1, rows, columns, 3] if frame.dtype() == DataType::U8 => (rows as u32, columns as u32),
         _ => return Err(wrong(frame.mismatch("U8 [1, H, W, 3]").to_string())),

@@ -3,14 +3,14 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use proto::v1::{FaceBox, GenerationState, MemoryReport, Progress, Stage, StageReport};
+use proto::v1::{FaceBox, Generation, GenerationState, MemoryReport, Progress, Stage, StageReport};
 
-use super::{patience::Patience, session::Eased};
+use super::{allowance::Allowance, devices::Devices, patience::Patience, session::Eased};
 use crate::{
-    fault::stage_name,
+    fault::{Fault, Kind, stage_name},
     stages::Stages,
     store::{Change, Lease},
 };
@@ -18,6 +18,8 @@ use crate::{
 /// How much of the work, in percent, is done when encoding and denoising are.
 const ENCODED_PERCENT: f32 = 5.0;
 const DENOISED_PERCENT: f32 = 90.0;
+/// How often it is looked whether a generation is worked on for too long.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// One generation that runs.
 #[derive(Debug)]
@@ -28,6 +30,10 @@ pub(crate) struct Run {
     pub(crate) stages: Stages,
     /// How they are waited for.
     pub(crate) patience: Patience,
+    /// What it took of devices.
+    pub(crate) devices: Arc<Devices>,
+    /// How long it may be worked on, if that is limited.
+    allowance: Option<Allowance>,
     began: Instant,
     /// Seconds that earlier processes worked on it.
     earlier_seconds: f64,
@@ -45,17 +51,28 @@ struct Inside {
     pressure: BTreeMap<i32, (bool, u64)>,
     /// How often steps came to need less because their device was nearly full.
     eased: u32,
+    /// What was waited for stages already lets it take longer.
+    waited: Duration,
 }
 
 impl Run {
     /// Begins the run of a generation, or goes on with it.
-    pub(crate) async fn begin(lease: Arc<Lease>, stages: Stages, patience: Patience) -> Self {
-        let progress = lease.generation().await.progress.unwrap_or_default();
+    pub(crate) async fn begin(
+        lease: Arc<Lease>,
+        stages: Stages,
+        (patience, allowance): (Patience, Option<Allowance>),
+    ) -> Self {
+        let Generation { progress, deadline_unix_ms, devices, .. } = lease.generation().await;
+        let allowance = allowance.filter(|_| deadline_unix_ms.is_none());
+        let mut progress = progress.unwrap_or_default();
+        progress.allowed_seconds = progress.allowed_seconds.filter(|_| allowance.is_some());
         let warned = lease.warned().await;
         let (reports, pressure) = (BTreeMap::new(), BTreeMap::new());
-        let inside = Mutex::new(Inside { progress, reports, warnings: Vec::new(), pressure, eased: 0 });
+        let devices = Arc::new(Devices::new(devices));
+        let (warnings, waited) = (Vec::new(), Duration::ZERO);
+        let inside = Mutex::new(Inside { progress, reports, warnings, pressure, eased: 0, waited });
         let earlier_seconds = progress.elapsed_seconds;
-        Self { lease, stages, patience, began: Instant::now(), earlier_seconds, warned, inside }
+        Self { lease, stages, patience, devices, allowance, began: Instant::now(), earlier_seconds, warned, inside }
     }
 
     /// The id for headers.
@@ -156,11 +173,42 @@ impl Run {
             progress.step = done;
             let share = done as f32 / progress.steps.max(1) as f32;
             progress.percent = ENCODED_PERCENT + (DENOISED_PERCENT - ENCODED_PERCENT) * share;
-            progress.remaining_seconds = Some(pace_seconds * f64::from(progress.steps.saturating_sub(done)));
+            self.predicted(progress, pace_seconds * f64::from(progress.steps.saturating_sub(done)));
         });
-        let message = said_of_memory(&memory).unwrap_or_default();
-        let change = Change { progress: Some(progress), stage: Stage::Diffusion, message, ..Change::default() };
+        let (message, devices) = (said_of_memory(&memory).unwrap_or_default(), self.devices.list());
+        let change =
+            Change { progress: Some(progress), devices, stage: Stage::Diffusion, message, ..Change::default() };
         self.lease.publish(change).await;
+    }
+
+    /// Takes a prediction of what is left of a stage; how long that may take follows from its first one.
+    fn predicted(&self, progress: &mut Progress, remaining_seconds: f64) {
+        progress.remaining_seconds = Some(remaining_seconds);
+        if let (None, Some(allowance)) = (progress.allowed_seconds, self.allowance) {
+            progress.allowed_seconds = Some(allowance.until(progress.elapsed_seconds, remaining_seconds));
+        }
+    }
+
+    /// Drops what followed from a prediction: what is begun now was not predicted.
+    pub(crate) fn begins_anew(&self) {
+        self.lock().progress.allowed_seconds = None;
+    }
+
+    /// Resolves once it has been worked on for longer than is allowed; never where that is not limited. Time in the
+    /// queue, between two processes and in waits for stages that are away or have no room is no work.
+    pub(crate) async fn overdue(&self) -> Fault {
+        loop {
+            let Progress { elapsed_seconds, allowed_seconds, .. } = self.progress(|_| {});
+            let left = allowed_seconds.map_or(f64::INFINITY, |allowed| allowed - elapsed_seconds);
+            if left <= 0.0 {
+                let message = format!(
+                    "after {elapsed_seconds:.0} s of work a stage has taken longer than the server allows by what was \
+                     predicted of it; a request with a deadline of its own may take as long as that says"
+                );
+                return Fault::new(Kind::Deadline, message);
+            }
+            tokio::time::sleep(Duration::from_secs_f64(left.min(LOOK.as_secs_f64()))).await;
+        }
     }
 
     /// Says when a stage's device becomes nearly full, when it is so no more, and when idle stages had to go.
@@ -197,7 +245,7 @@ impl Run {
         let progress = self.progress(|progress| {
             let share = done as f32 / frames.max(1) as f32;
             progress.percent = DENOISED_PERCENT + (99.0 - DENOISED_PERCENT) * share.min(1.0);
-            progress.remaining_seconds = Some(pace_seconds * frames.saturating_sub(done) as f64);
+            self.predicted(progress, pace_seconds * frames.saturating_sub(done) as f64);
         });
         let message = format!("{done} of {frames} frames decoded");
         let change = Change { progress: Some(progress), stage: Stage::VaeDecode, message, ..Change::default() };
@@ -242,13 +290,17 @@ impl Run {
     /// Says something that the caller need not act on.
     pub(crate) async fn note(&self, stage: Stage, message: String) {
         tracing::info!(generation_id = %self.lease.id(), "{message}");
-        let progress = self.progress(|_| {});
-        self.lease.publish(Change { progress: Some(progress), stage, message, ..Change::default() }).await;
+        let (progress, devices) = (Some(self.progress(|_| {})), self.devices.list());
+        self.lease.publish(Change { progress, devices, stage, message, ..Change::default() }).await;
     }
 
     fn progress(&self, change: impl FnOnce(&mut Progress)) -> Progress {
         let mut inside = self.lock();
-        inside.progress.elapsed_seconds = self.earlier_seconds + self.began.elapsed().as_secs_f64();
+        let elapsed = self.earlier_seconds + self.began.elapsed().as_secs_f64();
+        let waited = self.patience.waited();
+        let more = waited.saturating_sub(std::mem::replace(&mut inside.waited, waited)).as_secs_f64();
+        inside.progress.elapsed_seconds = elapsed;
+        inside.progress.allowed_seconds = inside.progress.allowed_seconds.map(|allowed| allowed + more);
         change(&mut inside.progress);
         inside.progress
     }

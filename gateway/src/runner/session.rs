@@ -11,7 +11,7 @@ use proto::{
     v1::{MemoryReport, OpenSessionHeader, PassMode, PredictHeader, PredictItem, Stage},
 };
 
-use super::{gate::rejected, ladder::Rung, pace::Pace, patience::Patience};
+use super::{devices::Devices, gate::rejected, ladder::Rung, pace::Pace, patience::Patience};
 use crate::{
     fault::{Fault, Kind},
     stages::Stages,
@@ -57,6 +57,7 @@ pub(crate) struct Session {
     stages: Stages,
     patience: Patience,
     pace: Pace,
+    devices: Arc<Devices>,
     header: OpenSessionHeader,
     tensors: Vec<HostTensor>,
     /// The passes whose features a cached step needs; run again when a worker has lost them.
@@ -75,12 +76,25 @@ impl Session {
     pub(crate) fn new(
         stages: Stages,
         (patience, pace): (Patience, Pace),
-        header: OpenSessionHeader,
+        (header, devices): (OpenSessionHeader, &Arc<Devices>),
         tensors: Vec<HostTensor>,
     ) -> Self {
+        let devices = Arc::clone(devices);
         let (memory, items_per_call) = (MemoryReport::default(), ITEMS_PER_CALL);
         let (last_kept, eased) = (None, false);
-        Self { stages, patience, pace, header, tensors, last_kept, memory, items_per_call, eased, features: true }
+        Self {
+            stages,
+            patience,
+            pace,
+            devices,
+            header,
+            tensors,
+            last_kept,
+            memory,
+            items_per_call,
+            eased,
+            features: true,
+        }
     }
 
     /// Whether steps may keep features and reuse them.
@@ -123,7 +137,9 @@ impl Session {
     /// Opens it, or opens it again.
     pub(crate) async fn open(&mut self) -> Result<(), Fault> {
         let (header, tensors, stages) = (&self.header, &self.tensors, &self.stages);
-        self.memory = self.patience.call(|| stages.open_session(header.clone(), tensors.clone())).await?;
+        let (memory, used) = self.patience.call(|| stages.open_session(header.clone(), tensors.clone())).await?;
+        self.memory = memory;
+        self.devices.add(used);
         Ok(())
     }
 
@@ -206,6 +222,7 @@ impl Session {
             let (mut answer, took) = self.patience.call(call).await?;
             self.pace.learn(items.len(), took);
             self.memory = answer.memory;
+            self.devices.add(answer.device_use.take());
             for i in 0..items.len() {
                 let velocity = answer.take(&format!("velocity.{i}"), Stage::Diffusion)?;
                 velocities.push(checked(&velocity, passes)?);

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use proto::v1::{FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Preview, Progress, Stage};
+use proto::v1::{DeviceUse, FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Preview, Progress, Stage};
 use tokio::{sync::Mutex, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -35,6 +35,8 @@ pub(crate) struct Change {
     pub(crate) state: Option<GenerationState>,
     /// How far it is now.
     pub(crate) progress: Option<Progress>,
+    /// What it took of devices so far; empty where that is as before.
+    pub(crate) devices: Vec<DeviceUse>,
     /// The stage that began or ended.
     pub(crate) stage: Stage,
     /// A sentence for people.
@@ -453,6 +455,9 @@ fn after(before: &Generation, number: u64, state: GenerationState, change: Chang
     }
     if change.progress.is_some() {
         generation.progress = change.progress;
+    }
+    if !change.devices.is_empty() {
+        generation.devices = change.devices;
     }
     generation.failure.clone_from(&failure);
     generation.outcome.clone_from(&change.outcome);

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ops::RangeInclusive,
     sync::Arc,
 };
 
@@ -73,6 +74,10 @@ pub(crate) struct Page {
     pub(crate) before_id: Uuid,
     /// Only those in one of these states; empty for all.
     pub(crate) states: Vec<GenerationState>,
+    /// Only those of this caller; empty for all.
+    pub(crate) caller: String,
+    /// Only those with this label; empty for all.
+    pub(crate) label: String,
     /// The oldest first.
     pub(crate) oldest_first: bool,
     /// How many at most.
@@ -134,7 +139,7 @@ impl Ledger {
     pub(crate) async fn insert(&self, new: NewRow<'_>) -> Result<Inserted, SqlError> {
         let id = new.generation.generation_id.as_str();
         let mut transaction = self.engine.begin(Access::Write).await?;
-        let Order { caller, priority, idempotency_key, webhook, .. } = new.order;
+        let Order { caller, priority, idempotency_key, webhook, label, .. } = new.order;
         if !idempotency_key.is_empty() {
             let known = transaction
                 .rows(
@@ -149,8 +154,8 @@ impl Ledger {
         transaction
             .execute(
                 "INSERT INTO generations (id, state, ended_ms, last_event, caller, priority, idempotency_key, request_hash, \
-                 attached, cancel, lease, lease_until_ms, resume_step, resume_plan, body, replica, deadline_ms) \
-                 VALUES ($1, $2, 0, $3, $4, $5, $6, $7, $8, 0, 0, 0, 0, '', $9, $10, $11)",
+                 attached, cancel, lease, lease_until_ms, resume_step, resume_plan, body, replica, deadline_ms, label) \
+                 VALUES ($1, $2, 0, $3, $4, $5, $6, $7, $8, 0, 0, 0, 0, '', $9, $10, $11, $12)",
                 &[
                     id.into(),
                     i64::from(new.generation.state).into(),
@@ -163,6 +168,7 @@ impl Ledger {
                     new.generation.encode_to_vec().into(),
                     new.replica.into(),
                     new.generation.deadline_unix_ms.unwrap_or(u64::MAX).into(),
+                    label.as_str().into(),
                 ],
             )
             .await?;
@@ -202,16 +208,25 @@ impl Ledger {
             page.before_id.to_string().into(),
             if page.states.is_empty() { -1_i64 } else { states }.into(),
             (page.limit as u64).into(),
+            page.caller.as_str().into(),
+            page.label.as_str().into(),
         ];
         self.read(query, &values).await?.iter().map(|row| message(row.bytes(0)?)).collect()
     }
 
-    /// Up to `limit` generations that ended before a time, the longest ago first.
-    pub(crate) async fn ended_before(&self, ended_ms: u64, limit: i64) -> Result<Vec<Uuid>, SqlError> {
+    /// Up to `limit` generations that ended in one of these states before a time, the longest ago first.
+    pub(crate) async fn ended_before(
+        &self,
+        states: RangeInclusive<GenerationState>,
+        ended_ms: u64,
+        limit: i64,
+    ) -> Result<Vec<Uuid>, SqlError> {
+        let (first, last) = (*states.start() as i64, *states.end() as i64);
         let rows = self
             .read(
-                "SELECT id FROM generations WHERE state >= $1 AND ended_ms < $2 ORDER BY ended_ms, id LIMIT $3",
-                &[FIRST_END.into(), ended_ms.into(), limit.into()],
+                "SELECT id FROM generations WHERE state >= $1 AND state <= $4 AND ended_ms < $2 \
+                 ORDER BY ended_ms, id LIMIT $3",
+                &[first.into(), ended_ms.into(), limit.into(), last.into()],
             )
             .await?;
         rows.iter().map(|row| identity(row.text(0)?)).collect()
@@ -222,6 +237,13 @@ impl Ledger {
         let query = "SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) \
                      FROM (SELECT DISTINCT hash, bytes FROM artifacts) AS files";
         self.read(query, &[]).await?.first().map_or(Ok(0), |row| row.count(0))
+    }
+
+    /// Bytes of all files of the generations in a state; one that two of them share counts once.
+    pub(crate) async fn artifact_bytes_of(&self, state: GenerationState) -> Result<u64, SqlError> {
+        let query = "SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM (SELECT DISTINCT hash, bytes FROM artifacts \
+                     WHERE generation_id IN (SELECT id FROM generations WHERE state = $1)) AS files";
+        self.read(query, &[(state as i64).into()]).await?.first().map_or(Ok(0), |row| row.count(0))
     }
 
     /// Forgets stages' outputs, those used longest ago first, until at most `limit_bytes` are left; gives the hashes
@@ -593,9 +615,11 @@ impl Ledger {
 }
 
 const LIST_NEWEST_FIRST: &str = "SELECT body FROM generations WHERE id > $1 AND id < $2 \
-     AND ($3 >> CAST(state AS INTEGER)) & 1 = 1 ORDER BY id DESC LIMIT $4";
+     AND ($3 >> CAST(state AS INTEGER)) & 1 = 1 AND ($5 = '' OR caller = $5) AND ($6 = '' OR label = $6) \
+     ORDER BY id DESC LIMIT $4";
 const LIST_OLDEST_FIRST: &str = "SELECT body FROM generations WHERE id > $1 AND id < $2 \
-     AND ($3 >> CAST(state AS INTEGER)) & 1 = 1 ORDER BY id LIMIT $4";
+     AND ($3 >> CAST(state AS INTEGER)) & 1 = 1 AND ($5 = '' OR caller = $5) AND ($6 = '' OR label = $6) \
+     ORDER BY id LIMIT $4";
 /// Gives a caller the latest turn.
 const SERVED: &str = "INSERT INTO callers (caller, served) \
      VALUES ($1, (SELECT COALESCE(MAX(served), 0) + 1 FROM callers)) \

@@ -9,6 +9,7 @@ mod lease;
 mod ledger;
 pub mod life;
 mod postgres;
+mod retention;
 mod schema;
 mod sqlite;
 #[cfg(test)]
@@ -19,6 +20,7 @@ mod webhooks;
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -48,6 +50,7 @@ use crate::{
 use lease::patiently;
 pub(crate) use lease::{Change, Lease, Resume};
 pub use postgres::Database;
+pub use retention::{ByEnd, Retention};
 pub(crate) use turns::seconds_until;
 pub(crate) use webhooks::Due;
 
@@ -123,6 +126,10 @@ pub(crate) struct Accepted {
 pub(crate) struct Listing {
     /// Only those in one of these states; empty for all.
     pub(crate) states: Vec<GenerationState>,
+    /// Only those of this caller; empty for all.
+    pub(crate) caller: String,
+    /// Only those with this label; empty for all.
+    pub(crate) label: String,
     /// Only those created from this time on.
     pub(crate) created_from_ms: u64,
     /// Only those created before this time; 0 for no limit.
@@ -133,23 +140,6 @@ pub(crate) struct Listing {
     pub(crate) after: Option<Uuid>,
     /// How many at most.
     pub(crate) limit: usize,
-}
-
-/// How much is kept of what has ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Retention {
-    /// How long a generation is kept after its end; without it until it is deleted.
-    pub age: Option<Duration>,
-    /// How many bytes the files of all generations may have; the generations that ended first go first.
-    pub bytes: Option<u64>,
-    /// How many bytes the encoders' answers may have that are kept for other generations.
-    pub stage_output_bytes: u64,
-}
-
-impl Default for Retention {
-    fn default() -> Self {
-        Self { age: None, bytes: None, stage_output_bytes: 4 << 30 }
-    }
 }
 
 /// Where records and files are, and who may go on with what another process had begun.
@@ -352,6 +342,8 @@ impl Store {
             state: GenerationState::Queued.into(),
             created_unix_ms: now,
             ended_unix_ms: 0,
+            caller: order.caller.clone(),
+            label: order.label.clone(),
             deadline_unix_ms: order.deadline_seconds.map(|seconds| now + 1000 * seconds),
             ..generation
         };
@@ -412,6 +404,8 @@ impl Store {
             after_id: first_of(wanted.created_from_ms),
             before_id: if wanted.created_before_ms == 0 { Uuid::max() } else { first_of(wanted.created_before_ms) },
             states: wanted.states.clone(),
+            caller: wanted.caller.clone(),
+            label: wanted.label.clone(),
             oldest_first: wanted.oldest_first,
             limit: wanted.limit + 1,
         };
@@ -435,19 +429,32 @@ impl Store {
         self.remove_leftovers().await?;
         let forgotten = self.inner.ledger.forget_stage_outputs(keep.stage_output_bytes).await?;
         self.remove_unused(forgotten).await?;
-        if let Some(age) = keep.age {
+        for (state, age) in keep.age.limits() {
             let before = unix_ms().saturating_sub(u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
-            while self.remove_ended(before, 64).await? {}
+            while self.remove_ended(state..=state, before, 64).await? {}
+        }
+        for (state, bytes) in keep.bytes_by_end.limits() {
+            while self.inner.ledger.artifact_bytes_of(state).await? > bytes
+                && self.remove_ended(state..=state, u64::MAX, 1).await?
+            {}
         }
         if let Some(bytes) = keep.bytes {
-            while self.inner.ledger.artifact_bytes().await? > bytes && self.remove_ended(u64::MAX, 1).await? {}
+            let any = GenerationState::Completed..=GenerationState::Cancelled;
+            while self.inner.ledger.artifact_bytes().await? > bytes
+                && self.remove_ended(any.clone(), u64::MAX, 1).await?
+            {}
         }
         Ok(())
     }
 
-    /// Removes up to `limit` generations that ended before a time; false when there are none.
-    async fn remove_ended(&self, before_ms: u64, limit: i64) -> Result<bool, Fault> {
-        let ended = self.inner.ledger.ended_before(before_ms, limit).await?;
+    /// Removes up to `limit` generations that ended in one of these states before a time; false when there are none.
+    async fn remove_ended(
+        &self,
+        states: RangeInclusive<GenerationState>,
+        before_ms: u64,
+        limit: i64,
+    ) -> Result<bool, Fault> {
+        let ended = self.inner.ledger.ended_before(states, before_ms, limit).await?;
         for id in &ended {
             tracing::info!(generation_id = %id, "removed: it was kept as long as was wanted");
             self.delete(*id).await?;

@@ -3,7 +3,7 @@
 use super::engine::{Access, Engine, SqlError};
 
 /// Steps from nothing to the newest schema; a step that was released is never changed. `{bytes}` is a column of bytes.
-const STEPS: [&str; 4] = [
+const STEPS: [&str; 5] = [
     "
     CREATE TABLE generations (
         id TEXT PRIMARY KEY,
@@ -76,6 +76,9 @@ const STEPS: [&str; 4] = [
         name TEXT PRIMARY KEY,
         value TEXT NOT NULL
     );
+",
+    "
+    ALTER TABLE generations ADD COLUMN label TEXT NOT NULL DEFAULT '';
 ",
 ];
 

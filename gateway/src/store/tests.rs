@@ -62,6 +62,7 @@ on_every_database! {
     calls_of_an_ended_process_are_not_gone_on_with,
     lists_go_by_state_and_time_page_by_page,
     what_is_kept_longer_or_is_more_than_wanted_goes_the_longest_ended_first,
+    what_ended_in_one_state_goes_by_its_own_limits_alone,
     stage_outputs_that_nobody_used_lately_go_first_and_those_in_use_keep_their_file,
 }
 
@@ -436,7 +437,8 @@ async fn what_is_kept_longer_or_is_more_than_wanted_goes_the_longest_ended_first
         ended.push(id.to_string());
     }
     let running = driven(&store).await.0.to_string();
-    let all = Retention { age: Some(Duration::from_secs(3600)), bytes: Some(1 << 20), ..Retention::default() };
+    let ages = |age| ByEnd::default().or(Some(age));
+    let all = Retention { age: ages(Duration::from_secs(3600)), bytes: Some(1 << 20), ..Retention::default() };
     store.tidy(&all).await.unwrap();
     assert!(store.get(&ended[0]).await.is_ok(), "nothing is old, and it is not much");
     // All share the files of 12 bytes, so only the last one's end makes room: what runs is never removed.
@@ -449,8 +451,39 @@ async fn what_is_kept_longer_or_is_more_than_wanted_goes_the_longest_ended_first
     while unix_ms() == old {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    store.tidy(&Retention { age: Some(Duration::ZERO), ..Retention::default() }).await.unwrap();
+    store.tidy(&Retention { age: ages(Duration::ZERO), ..Retention::default() }).await.unwrap();
     assert_eq!(store.get(&id.to_string()).await.unwrap_err().kind, Kind::NotFound);
+}
+
+async fn what_ended_in_one_state_goes_by_its_own_limits_alone(home: &Home) {
+    let store = home.open().await;
+    let mut ended = Vec::new();
+    for state in [GenerationState::Cancelled, GenerationState::Failed, GenerationState::Failed] {
+        let (id, lease) = driven(&store).await;
+        // What a failure was made from stays: 12 bytes that both share, and 4 of its own.
+        lease.checkpoint(1, "plan", &[ended.len() as f32]).await.unwrap();
+        lease.publish(to(state)).await;
+        while store.get(&id.to_string()).await.unwrap().ended_unix_ms == unix_ms() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        ended.push(id.to_string());
+    }
+    let there = async || {
+        let mut there = Vec::new();
+        for id in &ended {
+            there.push(store.get(id).await.is_ok());
+        }
+        there
+    };
+    let limits = ByEnd { failed: Some(20), completed: Some(0), cancelled: Some(0) };
+    store.tidy(&Retention { bytes_by_end: limits, ..Retention::default() }).await.unwrap();
+    assert_eq!(there().await, [true; 3], "nobody has more than may be");
+    let limits = ByEnd { failed: Some(19), ..ByEnd::default() };
+    store.tidy(&Retention { bytes_by_end: limits, ..Retention::default() }).await.unwrap();
+    assert_eq!(there().await, [true, false, true], "the failure that is longest ago");
+    let ages = ByEnd { failed: Some(Duration::ZERO), completed: Some(Duration::ZERO), cancelled: None };
+    store.tidy(&Retention { age: ages, ..Retention::default() }).await.unwrap();
+    assert_eq!(there().await, [true, false, false]);
 }
 
 async fn stage_outputs_that_nobody_used_lately_go_first_and_those_in_use_keep_their_file(home: &Home) {

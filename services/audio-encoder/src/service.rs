@@ -80,8 +80,8 @@ impl AudioEncoderService for Service {
             let features = model.0.encode(&samples).map_err(fault)?;
             HostTensor::from_candle("features", &features).map_err(ServiceError::internal)
         };
-        let features = self.host.submit_new(work)?.await?;
-        let summary = EncodeAudioSummary { memory: Some(self.host.memory()) };
+        let (features, took) = self.host.submit_new(work)?.timed().await?;
+        let summary = EncodeAudioSummary { memory: Some(self.host.memory()), device_use: Some(self.host.used(took)) };
         let summary = EncodeAudioResponse { body: Some(encode_audio_response::Body::Summary(summary)) };
         Ok(Response::new(reply(vec![features], wrap, summary)))
     }

@@ -452,7 +452,7 @@ mod tests {
         let event = GenerationEvent {
             generation_id: "g".into(),
             state: GenerationState::Denoising.into(),
-            progress: Some(Pace { step: 2, steps: 8, percent: 30.0, elapsed_seconds: 1.5, remaining_seconds: None }),
+            progress: Some(Pace { step: 2, steps: 8, percent: 30.0, elapsed_seconds: 1.5, ..Pace::default() }),
             ..Default::default()
         };
         let value = event_json(&event);

@@ -147,8 +147,10 @@ impl DiffusionService for Service {
             return Err(ServiceError::invalid("fps", format!("{}, allowed are over 0 to 1000", header.fps)).into());
         }
         let tensors = reader.all(TENSORS).await?;
-        self.host.submit_new(move |model, _| model.open_session(header, &tensors))?.await?;
-        Ok(Response::new(OpenSessionResponse { memory: Some(self.host.memory()) }))
+        let opening = self.host.submit_new(move |model, _| model.open_session(header, &tensors))?;
+        let ((), took) = opening.timed().await?;
+        let (memory, device_use) = (Some(self.host.memory()), Some(self.host.used(took)));
+        Ok(Response::new(OpenSessionResponse { memory, device_use }))
     }
 
     type PredictStream = ReplyStream<PredictResponse>;
@@ -181,7 +183,9 @@ impl DiffusionService for Service {
             };
             let pending = self.host.submit(work)?;
             Ok(async move {
-                let summary = PredictSummary { device_seconds: pending.await?, memory: Some(host.memory()) };
+                let (device_seconds, took) = pending.timed().await?;
+                let (memory, device_use) = (Some(host.memory()), Some(host.used(took)));
+                let summary = PredictSummary { device_seconds, memory, device_use };
                 Ok(PredictResponse { body: Some(predict_response::Body::Summary(summary)) })
             })
         })?;

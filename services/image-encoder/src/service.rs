@@ -100,11 +100,11 @@ impl ImageEncoderService for Service {
                 vec![host("reference_latents", &reference.latents)?, host("face_mask", &reference.face_mask)?];
             Ok((tensors, reference.faces, reference.face))
         };
-        let (tensors, faces, face) = self.host.submit_new(work)?.await?;
+        let ((tensors, faces, face), took) = self.host.submit_new(work)?.timed().await?;
         // A face that the caller gave counts as found.
         let faces = if faces.is_empty() { face.iter().map(boxed).collect() } else { faces.iter().map(boxed).collect() };
-        let summary =
-            EncodeReferenceSummary { faces, face: face.as_ref().map(boxed), memory: Some(self.host.memory()) };
+        let (memory, device_use) = (Some(self.host.memory()), Some(self.host.used(took)));
+        let summary = EncodeReferenceSummary { faces, face: face.as_ref().map(boxed), memory, device_use };
         let summary = EncodeReferenceResponse { body: Some(encode_reference_response::Body::Summary(summary)) };
         Ok(Response::new(reply(tensors, wrap, summary)))
     }

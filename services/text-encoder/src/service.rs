@@ -100,12 +100,13 @@ impl TextEncoderService for Service {
                 prompt_token_limit: number(states.prompt_token_limit),
                 clip_tokens: number(states.clip_tokens),
                 clip_tokens_kept: number(states.clip_tokens_kept),
-                memory: None,
+                ..EncodePromptSummary::default()
             };
             Ok((tensors, summary))
         };
-        let (tensors, summary) = self.host.submit_new(work)?.await?;
-        let summary = EncodePromptSummary { memory: Some(self.host.memory()), ..summary };
+        let ((tensors, summary), took) = self.host.submit_new(work)?.timed().await?;
+        let (memory, device_use) = (Some(self.host.memory()), Some(self.host.used(took)));
+        let summary = EncodePromptSummary { memory, device_use, ..summary };
         let summary = EncodePromptResponse { body: Some(encode_prompt_response::Body::Summary(summary)) };
         Ok(Response::new(reply(tensors, wrap, summary)))
     }

@@ -89,7 +89,9 @@ impl VaeDecodeService for Service {
         let messages = streamed_reply(WAITING_TILES, wrap, |outbox| {
             let pending = self.host.submit(move |model, cancel| decode(model, &latents, &header, (&outbox, cancel)))?;
             Ok(async move {
-                let summary = DecodeLatentsSummary { frames: pending.await?, memory: Some(host.memory()) };
+                let (frames, took) = pending.timed().await?;
+                let (memory, device_use) = (Some(host.memory()), Some(host.used(took)));
+                let summary = DecodeLatentsSummary { frames, memory, device_use };
                 Ok(DecodeLatentsResponse { body: Some(decode_latents_response::Body::Summary(summary)) })
             })
         })?;

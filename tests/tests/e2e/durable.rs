@@ -1,6 +1,12 @@
 //! Nothing accepted is lost: processes are killed at chosen moments, and the videos are those of undisturbed runs.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use proto::v1::{
     self, CreateGenerationRequest, Generation, GenerationEvent, GenerationSpec, GenerationState,
@@ -10,7 +16,7 @@ use proto::v1::{
 use crate::{
     inputs::{portrait, tone},
     processes::client,
-    stack::{Stack, avatar, text, tiny_models, video_stream},
+    stack::{Stack, avatar, binary, text, tiny_models, video_stream},
 };
 
 /// How long a generation may take on a slow machine.
@@ -169,7 +175,8 @@ async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
     fs::write(path("speech.wav"), tone(0.3, 16_000)).unwrap();
     let (picture, speech, out) = (path("portrait.png"), path("speech.wav"), path("talk.mp4"));
     let submit = ["submit", "--image", &picture, "--audio", &speech, "--steps", "2", "--size", "64"];
-    let (code, first) = ask(&stack, &[&submit[..], &["--idempotency-key", "k1", "--caller", "desk"]].concat());
+    let (code, first) =
+        ask(&stack, &[&submit[..], &["--idempotency-key", "k1", "--caller", "desk", "--label", "scene-7"]].concat());
     assert_eq!(code, Some(0), "{first:?}");
     let id = first[0]["generation_id"].as_str().unwrap();
     let (_, again) = ask(&stack, &[&submit[..], &["--idempotency-key", "k1", "--caller", "desk"]].concat());
@@ -188,8 +195,20 @@ async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
     }
     let (_, status) = ask(&stack, &["status", id]);
     assert_eq!((&status[0]["state"], &status[0]["step"]), (&"completed".into(), &2.into()));
+    let devices = status[0]["devices"].as_array().unwrap();
+    assert_eq!(devices.len(), 1, "one process has one device: {devices:?}");
+    assert!(devices[0]["device"] == "cpu" && devices[0]["seconds"].as_f64().unwrap() > 0.0, "{devices:?}");
     let (_, listed) = ask(&stack, &["list", "--state", "completed"]);
     assert_eq!(listed.iter().map(|one| one["generation_id"].clone()).collect::<Vec<_>>(), [id]);
+    for (filter, found) in [
+        (["--caller", "desk"], 1),
+        (["--label", "scene-7"], 1),
+        (["--label", "scene-8"], 0),
+        (["--created-from", "1"], 1),
+        (["--created-before", "1"], 0),
+    ] {
+        assert_eq!(ask(&stack, &[&["list"][..], &filter].concat()).1.len(), found, "{filter:?}");
+    }
     let (code, fetched) = ask(&stack, &["download", id, "--out", &out]);
     assert_eq!(code, Some(0), "{fetched:?}");
     assert!(!video_stream(Path::new(&out)).is_empty());
@@ -200,4 +219,35 @@ async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
     assert_eq!((code, &gone[0]["code"]), (Some(1), &"NOT_FOUND".into()), "{gone:?}");
     let (code, wrong) = ask(&stack, &[&submit[..], &["--priority", "10"]].concat());
     assert_eq!((code, &wrong[0]["field"]), (Some(2), &"priority".into()), "{wrong:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupted_watch_leaves_the_generation_running_and_says_how_to_return_and_a_delete_ends_it() {
+    let (models, folder) = (tiny_models(), tempfile::tempdir().unwrap());
+    let stack = Stack::one(&models);
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("portrait.png"), portrait()).unwrap();
+    fs::write(path("speech.wav"), tone(3.0, 16_000)).unwrap();
+    let (picture, speech) = (path("portrait.png"), path("speech.wav"));
+    let submit = ["submit", "--image", &picture, "--audio", &speech, "--steps", "200", "--size", "64"];
+    let (code, handed_in) = ask(&stack, &submit);
+    assert_eq!(code, Some(0), "{handed_in:?}");
+    let id = handed_in[0]["generation_id"].as_str().unwrap();
+    let mut watching = Command::new(binary("avatar"))
+        .args(["watch", id, "--server", &stack.grpc(), "--json"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.contains("\"denoising\"")));
+    assert!(Command::new("kill").args(["-INT", &watching.id().to_string()]).status().unwrap().success());
+    let last = lines.last().unwrap();
+    assert_eq!(watching.wait().unwrap().code(), Some(130));
+    let back = format!("avatar watch {id} --server {} --from ", stack.grpc());
+    assert!(last.contains("the generation goes on") && last.contains(&back), "{last}");
+    let (_, status) = ask(&stack, &["status", id]);
+    assert_eq!(status[0]["state"], "denoising", "{status:?}");
+    assert_eq!(ask(&stack, &["delete", id]).0, Some(0));
+    let (code, gone) = ask(&stack, &["status", id]);
+    assert_eq!((code, &gone[0]["code"]), (Some(1), &"NOT_FOUND".into()), "{gone:?}");
 }

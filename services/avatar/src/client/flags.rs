@@ -44,10 +44,13 @@ pub struct OrderFlags {
     /// How urgent it is, -9 to 9, the higher the earlier.
     #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true)]
     pub priority: i32,
+    /// A word of your own, by which `avatar list` finds it: at most 64 visible ASCII characters.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub label: String,
     /// Have the server call this https URL back at the end, signed as the Standard Webhooks specification says.
     #[arg(long, value_name = "URL", default_value = "")]
     pub webhook: String,
-    /// Seconds, 1 to 2592000, in which it must have ended; else it fails. Default: no limit.
+    /// Seconds, 1 to 2592000, in which it must have ended; else it fails. Default: the server's own limit.
     #[arg(long, value_name = "SECONDS")]
     pub deadline: Option<u64>,
 }
@@ -113,6 +116,18 @@ pub struct ListFlags {
     /// Show only those in these states, with commas between.
     #[arg(long, value_enum, value_name = "STATE,..", value_delimiter = ',')]
     pub state: Vec<State>,
+    /// Show only those of this caller.
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub caller: String,
+    /// Show only those with this label.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub label: String,
+    /// Show only those created at this Unix time in seconds or later.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub created_from: u64,
+    /// Show only those created before this Unix time in seconds; 0 for no limit.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub created_before: u64,
     /// Show at most this many.
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub limit: usize,

@@ -75,7 +75,7 @@ pub async fn submit(flags: &SubmitFlags) -> Result<(), Failure> {
 
 /// The call that hands a request in, under a key of the caller's choice.
 ///
-/// Errors: the caller's name or the address to call back has other than visible ASCII characters.
+/// Errors: the caller's name, the label or the address to call back has other than visible ASCII characters.
 pub(crate) fn creation(
     spec: GenerationSpec,
     (picture, audio): (&[u8], &[u8]),
@@ -90,9 +90,11 @@ pub(crate) fn creation(
         .map(|body| CreateGenerationRequest { body: Some(body), idempotency_key: key.take().unwrap_or_default() })
         .collect();
     let mut request = Request::new(tokio_stream::iter(messages));
-    let caller = MetadataValue::try_from(&order.caller);
-    let caller = caller.map_err(|_| Failure::input("caller", "it has other than visible ASCII characters"))?;
-    request.metadata_mut().insert("avatar-caller", caller);
+    for (name, field, text) in [("avatar-caller", "caller", &order.caller), ("avatar-label", "label", &order.label)] {
+        let text = MetadataValue::try_from(text);
+        let text = text.map_err(|_| Failure::input(field, "it has other than visible ASCII characters"))?;
+        request.metadata_mut().insert(name, text);
+    }
     request.metadata_mut().insert("avatar-priority", MetadataValue::from(order.priority));
     if let Some(seconds) = order.deadline {
         request.metadata_mut().insert("avatar-deadline", MetadataValue::from(seconds));
@@ -141,7 +143,10 @@ pub async fn list(flags: &ListFlags) -> Result<(), Failure> {
             page_token,
             states: flags.state.iter().map(|&state| GenerationState::from(state).into()).collect(),
             oldest_first: flags.oldest_first,
-            ..ListGenerationsRequest::default()
+            caller: flags.caller.clone(),
+            label: flags.label.clone(),
+            created_from_unix_ms: flags.created_from.saturating_mul(1000),
+            created_before_unix_ms: flags.created_before.saturating_mul(1000),
         };
         let page = client.list_generations(request).await.map_err(|status| refused(&status))?.into_inner();
         page.generations.iter().for_each(|generation| print(&flags.server, generation));
@@ -364,9 +369,16 @@ fn shown(generation: &Generation) -> Value {
     let progress = generation.progress.unwrap_or_default();
     let failure =
         generation.failure.as_ref().map(|f| json!({ "code": f.code, "message": f.message, "field": f.field }));
+    let devices: Vec<Value> = generation
+        .devices
+        .iter()
+        .map(|used| json!({ "device": used.device, "device_id": used.device_id, "seconds": used.seconds }))
+        .collect();
     json!({
         "generation_id": generation.generation_id,
         "state": state_name(generation.state()),
+        "caller": generation.caller,
+        "label": generation.label,
         "created_unix_ms": generation.created_unix_ms,
         "ended_unix_ms": (generation.ended_unix_ms > 0).then_some(generation.ended_unix_ms),
         "percent": progress.percent,
@@ -379,5 +391,6 @@ fn shown(generation: &Generation) -> Value {
         "width": generation.width,
         "height": generation.height,
         "failure": failure,
+        "devices": devices,
     })
 }
