@@ -3,12 +3,19 @@
 mod home;
 mod replicas;
 
+use bytes::Bytes;
 use futures::StreamExt as _;
 use postgres_server::Server;
 use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
+use proto::v1::GenerationEvent;
 
 use self::home::{Home, LEASE_MS};
-use super::*;
+use super::{
+    artifacts::sha256,
+    engine::{Hold, SqlError},
+    *,
+};
+use crate::intake::Order;
 
 /// Runs the same cases on a file, with the files in a folder and in a bucket, each as a test of its own, and one after
 /// the other on one PostgreSQL.
