@@ -1,9 +1,12 @@
 //! What callers are told where the disk, the database or the object store does not do it.
 
-use std::io;
+use std::{io, time::Duration};
 
 use super::{artifacts::ArtifactError, engine::SqlError};
 use crate::fault::{Fault, Kind};
+
+/// When to try again after the disk was full.
+pub(crate) const SPACE_RETRY: Duration = Duration::from_secs(60);
 
 /// Does what waits for the disk where that holds nobody up.
 pub(super) async fn blocking<T: Send + 'static>(
@@ -44,5 +47,6 @@ impl From<SqlError> for Fault {
 }
 
 fn full(detail: &str) -> Fault {
-    Fault::new(Kind::Exhausted, format!("no space is left in the data folder: {detail}"))
+    let message = format!("no space is left for the gateway's files and records: {detail}");
+    Fault::new(Kind::Busy { retry_after: SPACE_RETRY }, message)
 }

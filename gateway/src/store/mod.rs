@@ -31,14 +31,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use proto::v1::{Generation, GenerationState};
+use proto::v1::{Generation, GenerationState, Progress};
 use tempfile::TempDir;
 use tokio::sync::{Notify, watch as bell};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::{
-    artifacts::{Artifact, ArtifactError, Artifacts, Bucket, Content, Folder, make_folders, place::Place},
+    artifacts::{Artifact, ArtifactError, Artifacts, Bucket, Content, Disk, Folder, Real, make_folders, place::Place},
     engine::Engine,
     faults::blocking,
     folders::{lock_folder, own_folder},
@@ -49,11 +49,12 @@ use self::{
 use crate::fault::{Fault, Kind};
 
 pub(crate) use create::{Accepted, request_hash};
+pub(crate) use faults::SPACE_RETRY;
 pub(crate) use lease::{Change, Lease, Resume};
 pub(crate) use list::Listing;
 pub use postgres::Database;
 pub use retention::{ByEnd, Retention};
-pub(crate) use turns::seconds_until;
+pub(crate) use turns::{Queue, Running, seconds_until};
 pub(crate) use webhooks::Due;
 
 /// Files of a generation.
@@ -119,6 +120,14 @@ impl Default for Records {
     }
 }
 
+/// Where the files are to be.
+#[derive(Debug)]
+enum Files {
+    /// In the data folder, on a disk.
+    Folder(Arc<dyn Disk>),
+    Bucket(Bucket),
+}
+
 /// All generations. Clones are the same store.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -174,31 +183,34 @@ impl Store {
         let refused = |reason: String| StoreError { place: place.clone(), reason };
         let engine = opened.map_err(|error| refused(error.to_string()))?;
         schema::migrate(&*engine).await.map_err(|error| refused(error.to_string()))?;
-        let bucket = records.artifacts.as_ref().map(|place| {
-            let refused = |reason| StoreError { place: format!("the files {place}"), reason };
-            place.open().map_err(refused)
-        });
-        Self::with(dir, lock, engine, bucket.transpose()?, records.lease).await
+        let files = match &records.artifacts {
+            None => Files::Folder(Arc::new(Real)),
+            Some(place) => {
+                let refused = |reason| StoreError { place: format!("the files {place}"), reason };
+                Files::Bucket(place.open().map_err(refused)?)
+            }
+        };
+        Self::with(dir, lock, engine, files, records.lease).await
     }
 
-    /// A store of migrated records, a locked folder, and a bucket if the files are not in the folder.
+    /// A store of migrated records, a locked folder, and files.
     async fn with(
         dir: &Path,
         lock: fs::File,
         engine: Arc<dyn Engine>,
-        bucket: Option<Bucket>,
+        files: Files,
         lease: Duration,
     ) -> Result<Self, StoreError> {
         let refused = |error: io::Error| StoreError::of_folder(dir, error);
         let (work, work_lock) = own_folder(&dir.join("work")).map_err(refused)?;
         let ledger = Ledger::new(engine);
-        let (artifacts, place) = match bucket {
-            None => {
+        let (artifacts, place) = match files {
+            Files::Folder(disk) => {
                 let folder = dir.join("artifacts");
                 let place = format!("the files in {}", folder.display());
-                (Artifacts::Folder(Folder::open(&folder, work.path()).map_err(refused)?), place)
+                (Artifacts::Folder(Folder::open(disk, &folder, work.path()).map_err(refused)?), place)
             }
-            Some(bucket) => {
+            Files::Bucket(bucket) => {
                 let place = format!("the files {}", bucket.name());
                 let named = ledger.name(&Uuid::now_v7().to_string()).await;
                 let named = named.map_err(|error| StoreError::of_folder(dir, error))?;
@@ -269,14 +281,14 @@ impl Store {
         Ok(self.inner.ledger.unfinished(caller).await?)
     }
 
-    /// Ids of what waits, in the order in which it is begun, and the seconds that are left of each that runs, where
-    /// they are known.
-    pub(crate) async fn queue(&self) -> Result<(Vec<Uuid>, Vec<Option<f64>>), Fault> {
+    /// What waits, in the order in which it is begun, and what runs.
+    pub(crate) async fn queue(&self) -> Result<Queue, Fault> {
         let now = self.inner.ledger.now_ms().await?;
-        let waiting = self.inner.ledger.waiting(now).await?.into_iter().map(|one| one.id).collect();
+        let waiting = self.inner.ledger.waiting(now).await?;
         let driven = self.inner.ledger.driven(now).await?.into_iter();
-        let left = driven.map(|one| one.progress.and_then(|progress| progress.remaining_seconds)).collect();
-        Ok((waiting, left))
+        let left = |progress: Option<Progress>| progress.and_then(|progress| progress.remaining_seconds);
+        let running = driven.map(|one| Running { caller: one.caller, left_seconds: left(one.progress) }).collect();
+        Ok(Queue { waiting, running })
     }
 
     /// The generation with an id as it came over the wire.

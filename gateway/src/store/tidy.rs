@@ -23,13 +23,28 @@ impl Store {
             ledger.present(&self.inner.replica, u64::MAX).await?;
         }
         self.remove_abandoned().await?;
+        self.compare(files).await
+    }
+
+    /// Looks for files that no record names, which are removed, and for records whose files are gone: the encoders'
+    /// answers among these are forgotten, and generations are named in the log.
+    pub(crate) async fn sweep(&self) -> Result<(), Fault> {
+        self.check_files().await?;
+        let files = self.inner.artifacts.hashes().await?;
+        self.compare(files).await
+    }
+
+    /// Holds the files of a moment ago against what the records name now.
+    async fn compare(&self, files: Vec<String>) -> Result<(), Fault> {
+        let ledger = &self.inner.ledger;
         let (files, used): (HashSet<String>, _) = (files.into_iter().collect(), ledger.used_files().await?);
         for hash in used.difference(&files) {
-            // Another process may have kept it meanwhile.
-            if !self.inner.artifacts.has(hash).await? {
-                let encoded = ledger.forget_file(hash).await?;
-                tracing::error!(hash, encoded, "a file that the records name is gone");
+            // It may have been kept, or removed with the last record that named it, meanwhile.
+            if self.inner.artifacts.has(hash).await? || !ledger.is_used(hash).await? {
+                continue;
             }
+            let (encoded, generations) = (ledger.forget_file(hash).await?, ledger.users_of(hash).await?);
+            tracing::error!(hash, encoded, ?generations, "a file that the records name is gone");
         }
         // Most are used; each of the others is looked at again while nobody can name it.
         self.remove_unused(files.difference(&used).cloned().collect()).await

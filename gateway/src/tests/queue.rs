@@ -46,6 +46,17 @@ async fn the_delay_of_a_refusal_is_that_of_the_generations_before() {
 }
 
 #[tokio::test]
+async fn the_delay_of_a_refusal_is_what_is_left_of_the_one_that_runs_where_that_is_known() {
+    let script = Arc::new(Script { predict_time: Duration::from_millis(200), ..Script::default() });
+    let desk = Desk::with(&script, Options { queue: 0, concurrent: 1, ..Options::default() }).await;
+    let request = |steps| upload(GenerationSpec { steps: Some(steps), ..Default::default() }, 2);
+    let id = desk.accept(request(100)).await.unwrap();
+    steps_done(&desk, id, 1).await;
+    let Kind::Busy { retry_after } = desk.accept(request(1)).await.unwrap_err().kind else { panic!("it was taken") };
+    assert!(retry_after > Duration::from_secs(15), "99 steps of 0.2 s and more: {retry_after:?}");
+}
+
+#[tokio::test]
 async fn the_same_key_gives_the_same_generation_and_another_request_under_it_is_refused() {
     let script = Arc::new(Script::default());
     let desk = Desk::new(&script).await;
