@@ -1,5 +1,10 @@
 //! Downloads, lists and events over REST.
 
+use std::time::Instant;
+
+use proto::v1::WatchGenerationRequest;
+use tokio_util::sync::CancellationToken;
+
 use super::*;
 
 #[tokio::test]
@@ -77,11 +82,103 @@ async fn server_sent_events_come_once_each_and_go_on_after_the_last_one_seen() {
     let numbers: Vec<u64> = all.iter().map(|event| event["number"].as_u64().unwrap()).collect();
     assert_eq!(numbers, (1..=all.len() as u64).collect::<Vec<_>>());
     assert_eq!(all.last().unwrap()["state"], "completed");
+    let heard = all.iter().find(|event| event["stage"] == "audio-encoder" && !event["memory"].is_null()).unwrap();
+    assert_eq!(heard["memory"]["peak_bytes"], 7);
     let last = (all.len() - 2).to_string();
     assert_eq!(events(rest(&desk, &path, &[("last-event-id", &last)]).await.2), all[all.len() - 2..]);
     assert_eq!(events(rest(&desk, &format!("{path}?from={last}"), &[]).await.2), all[all.len() - 3..]);
     assert_eq!(rest(&desk, &path, &[("last-event-id", "x")]).await.0, 400);
     assert_eq!(rest(&desk, "/v1/videos/x/events", &[]).await.0, 404);
+}
+
+/// A generation that nothing happens to for a while.
+#[tokio::test]
+async fn who_watches_hears_something_every_15_seconds_at_both_doors() {
+    use proto::v1::avatar_service_client::AvatarServiceClient;
+    let script = Arc::new(Script { hold: Mutex::new(Some(0)), ..Script::default() });
+    let (desk, id) = start(&script, 1).await;
+    until(|| script.opened.load(Ordering::SeqCst) > 0).await;
+    let (channel, incoming) = service_kit::client::in_memory();
+    let lifetime = service_kit::server::Lifetime { shutdown: CancellationToken::new(), drain: Duration::ZERO };
+    tokio::spawn(service_kit::server::serve(desk.gateway.grpc_routes(), &[], incoming, lifetime));
+    let over_grpc = async {
+        let request = WatchGenerationRequest { generation_id: id.to_string(), from_number: 0 };
+        let mut answers = AvatarServiceClient::new(channel).watch_generation(request).await.unwrap().into_inner();
+        let mut last = Instant::now();
+        while answers.message().await.unwrap().unwrap().event.is_some() {
+            last = Instant::now();
+        }
+        last.elapsed()
+    };
+    let over_rest = async {
+        let request = http::Request::get(format!("/v1/videos/{id}/events")).body(axum::body::Body::empty()).unwrap();
+        let mut body = desk.gateway.http_router().oneshot(request).await.unwrap().into_body().into_data_stream();
+        let mut last = Instant::now();
+        while !body.next().await.unwrap().unwrap().starts_with(b":") {
+            last = Instant::now();
+        }
+        last.elapsed()
+    };
+    let (grpc, rest) = tokio::join!(over_grpc, over_rest);
+    for silence in [grpc, rest] {
+        // A machine that does much else may be late.
+        assert!(silence > Duration::from_secs(14) && silence < Duration::from_secs(30), "{grpc:?} {rest:?}");
+    }
+    *script.hold.lock().unwrap() = None;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+}
+
+#[tokio::test]
+async fn watchers_that_read_nothing_slow_nobody_and_miss_nothing() {
+    let script = Arc::new(Script { hold: Mutex::new(Some(0)), ..Script::default() });
+    let (desk, id) = start(&script, 50).await;
+    let mut watchers = Vec::new();
+    for _ in 0..100 {
+        let request = http::Request::get(format!("/v1/videos/{id}/events")).body(axum::body::Body::empty()).unwrap();
+        watchers.push(desk.gateway.http_router().oneshot(request).await.unwrap().into_body());
+    }
+    *script.hold.lock().unwrap() = None;
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    let last = desk.events(id).await.len();
+    for body in watchers {
+        let text = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+        let numbers = String::from_utf8(text.to_vec()).unwrap();
+        let numbers = numbers.lines().filter_map(|line| line.strip_prefix("id: ")?.parse::<usize>().ok());
+        assert!(numbers.eq(1..=last));
+    }
+}
+
+#[tokio::test]
+async fn a_key_of_another_request_is_a_409_and_a_full_queue_a_429_with_a_delay() {
+    let script = Arc::new(Script { hold: Mutex::new(Some(0)), ..Script::default() });
+    let desk = Desk::with(&script, Options { queue: 0, concurrent: 1, ..Options::default() }).await;
+    let Upload { picture, audio, .. } = upload(GenerationSpec::default(), 2);
+    let post = async |key: &str, prompt: &str| {
+        let mut body = Vec::new();
+        for (name, value) in
+            [("prompt", prompt.as_bytes()), ("size", b"64"), ("input_reference", &picture), ("audio", &audio)]
+        {
+            let file = if value.len() > 100 { "; filename=\"f\"" } else { "" };
+            let head = format!("--line\r\ncontent-disposition: form-data; name=\"{name}\"{file}\r\n\r\n");
+            body.extend([head.as_bytes(), value, b"\r\n"].concat());
+        }
+        body.extend(b"--line--\r\n");
+        let request = http::Request::post("/v1/videos").header("content-type", "multipart/form-data; boundary=line");
+        let request = request.header("idempotency-key", key).body(axum::body::Body::from(body)).unwrap();
+        let (head, body) = desk.gateway.http_router().oneshot(request).await.unwrap().into_parts();
+        let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+        (head.status.as_u16(), head.headers, serde_json::from_slice::<serde_json::Value>(&body).unwrap())
+    };
+    let (status, _, first) = post("order-7", "speaks").await;
+    assert_eq!(status, 200, "{first}");
+    let (status, _, again) = post("order-7", "speaks").await;
+    assert_eq!((status, &again["id"]), (200, &first["id"]), "{again}");
+    let (status, _, other) = post("order-7", "sings").await;
+    assert_eq!((status, &other["error"]["code"]), (409, &"already_exists".into()), "{other}");
+    let (status, headers, full) = post("order-8", "speaks").await;
+    assert_eq!((status, &full["error"]["type"]), (429, &"rate_limit_error".into()), "{full}");
+    let seconds: u64 = headers["retry-after"].to_str().unwrap().parse().unwrap();
+    assert!((1..=600).contains(&seconds), "{seconds}");
 }
 
 #[tokio::test]
