@@ -55,6 +55,8 @@ pub(crate) struct Script {
     pub(crate) unload_hangs: bool,
     /// What the stages say that they are.
     pub(crate) identity: Mutex<String>,
+    /// The device that the stages say that they are on.
+    pub(crate) device: Mutex<String>,
     /// The text encoder refuses the prompt.
     pub(crate) refuse_prompt: bool,
     /// Faces that the image encoder finds, the largest first.
@@ -126,7 +128,8 @@ impl v1::stage_service_server::StageService for Fake {
         let device_id = "one device".to_owned();
         // Four of them share the device with whoever asks.
         let loaded = self.0.unloads.load(Ordering::SeqCst) < 4;
-        let said = v1::DescribeResponse { checkpoint_digest, device_id, loaded, ..Default::default() };
+        let device = self.0.device.lock().unwrap().clone();
+        let said = v1::DescribeResponse { checkpoint_digest, device, device_id, loaded, ..Default::default() };
         Ok(Response::new(said))
     }
 

@@ -17,7 +17,7 @@ use crate::{
     planning::FleetSource,
     runner::{self, Allowance, Pace, Previews, Workshop, prepare::Prepared},
     stages::Stages,
-    store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
+    store::{Accepted, Listing, SPACE_RETRY, Store, StoreError, request_hash, seconds_until, unix_ms},
     validate, webhook,
 };
 
@@ -28,14 +28,14 @@ const LEAST_RETRY: Duration = Duration::from_secs(1);
 const MOST_RETRY: Duration = Duration::from_secs(600);
 /// Completed generations whose time is the pace.
 const PACE: usize = 16;
-/// When to try again after the disk was full.
-const SPACE_RETRY: Duration = Duration::from_secs(60);
 /// Callbacks that are made at the same time, so that a slow receiver does not keep the others waiting.
 const SENDERS: usize = 4;
 /// How often deadlines of what waits are looked at.
 const DEADLINES: Duration = Duration::from_secs(1);
 /// How often the data folder is tidied.
 const TIDY: Duration = Duration::from_secs(60);
+/// How often files are held against the records, besides at the start.
+const SWEEP: Duration = Duration::from_secs(3600);
 /// How long generations may take to be let go.
 const STOP_TIME: Duration = Duration::from_secs(10);
 
@@ -177,29 +177,26 @@ impl Gateway {
         let place = Place { inner: Arc::clone(&self.inner), caller: caller.clone() };
         let (all, own) = self.inner.store.unfinished(caller).await?;
         let Options { concurrent, queue, queue_per_caller, .. } = self.inner.options;
-        let message = if all + uploads > (concurrent + queue) as u64 {
-            format!("the queue is full: {concurrent} may run and {queue} may wait")
+        let (message, whose) = if all + uploads > (concurrent + queue) as u64 {
+            (format!("the queue is full: {concurrent} may run and {queue} may wait"), None)
         } else if queue_per_caller.is_some_and(|limit| own + own_uploads > limit as u64) {
             let limit = queue_per_caller.unwrap_or_default();
-            format!("this caller has {own} generations that wait or run; {limit} are allowed")
+            (format!("this caller has {own} generations that wait or run; {limit} are allowed"), Some(caller.as_str()))
         } else {
             return Ok(place);
         };
         if !idempotency_key.is_empty() && self.inner.store.has_key(caller, idempotency_key).await? {
             return Ok(place);
         }
-        Err(Fault::new(Kind::Busy { retry_after: self.until_room() }, message))
+        Err(Fault::new(Kind::Busy { retry_after: self.until_room(whose).await? }, message))
     }
 
-    /// How long it takes until a generation ends and makes room, by how long the last ones took.
-    fn until_room(&self) -> Duration {
-        match self.seconds_each() {
-            None => FULL_RETRY,
-            Some(seconds) => {
-                let seconds = seconds / self.inner.options.concurrent as f64;
-                Duration::try_from_secs_f64(seconds).unwrap_or(MOST_RETRY).clamp(LEAST_RETRY, MOST_RETRY)
-            }
-        }
+    /// How long it takes until a generation ends and makes room, one of `caller` where those are too many.
+    async fn until_room(&self, caller: Option<&str>) -> Result<Duration, Fault> {
+        let queue = self.inner.store.queue().await?;
+        let seconds = queue.seconds_until_room(caller, self.inner.options.concurrent, self.seconds_each());
+        let Some(seconds) = seconds else { return Ok(FULL_RETRY) };
+        Ok(Duration::try_from_secs_f64(seconds).unwrap_or(MOST_RETRY).clamp(LEAST_RETRY, MOST_RETRY))
     }
 
     /// Seconds that a generation took of late; nothing before the first is completed.
@@ -227,10 +224,10 @@ impl Gateway {
         if generations.iter().all(|one| one.state() != GenerationState::Queued) {
             return Ok(());
         }
-        let (waiting, left) = self.inner.store.queue().await?;
-        let each = self.seconds_each();
-        let left: Vec<f64> = left.into_iter().map(|seconds| seconds.or(each).unwrap_or(0.0)).collect();
-        let places: HashMap<String, usize> = waiting.iter().map(Uuid::to_string).zip(1..).collect();
+        let (queue, each) = (self.inner.store.queue().await?, self.seconds_each());
+        let left = queue.running.iter().map(|one| one.left_seconds.or(each).unwrap_or(0.0));
+        let left: Vec<f64> = left.collect();
+        let places: HashMap<String, usize> = queue.waiting.iter().map(|one| one.id.to_string()).zip(1..).collect();
         for one in generations.iter_mut().filter(|one| one.state() == GenerationState::Queued) {
             let Some(&position) = places.get(&one.generation_id) else { continue };
             one.queue_position = position as u32;
@@ -275,15 +272,22 @@ impl Gateway {
         Ok(generation)
     }
 
-    /// Removes now and then what is kept longer or is more than wanted.
+    /// Removes now and then what is kept longer or is more than wanted, and what no record names.
     async fn tidy(self) {
         let closing = self.inner.closing.clone();
         let tidying = async {
-            let mut pace = tokio::time::interval(TIDY);
+            let (mut pace, mut swept) = (tokio::time::interval(TIDY), Instant::now());
             loop {
                 pace.tick().await;
                 if let Err(fault) = self.inner.store.tidy(&self.inner.options.retention).await {
                     tracing::error!(%fault, "the data folder was not tidied");
+                }
+                if swept.elapsed() < SWEEP {
+                    continue;
+                }
+                swept = Instant::now();
+                if let Err(fault) = self.inner.store.sweep().await {
+                    tracing::error!(%fault, "the files were not held against the records");
                 }
             }
         };

@@ -53,6 +53,15 @@ pub struct Stages {
     pub spare_decoders: Vec<Channel>,
 }
 
+/// What decides a stage's answers besides its inputs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// Its checkpoint: another one gives other answers. Empty where the stage cannot say it.
+    pub checkpoint: String,
+    /// Its version, its kind of device and its type of numbers: others give answers that differ in the last place.
+    pub manner: String,
+}
+
 /// Where the five stages are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StageUris {
@@ -97,15 +106,14 @@ impl Stages {
         }
     }
 
-    /// What decides a stage's answers besides its inputs: its checkpoint and how it computes. Empty where the stage
-    /// cannot say it.
-    pub async fn identity(&self, stage: Stage) -> Result<String, Fault> {
+    /// What decides a stage's answers besides its inputs. Empty where the stage cannot say it.
+    pub async fn identity(&self, stage: Stage) -> Result<Identity, Fault> {
         let answer = self.describe(stage).await?;
         if answer.checkpoint_digest.is_empty() {
-            return Ok(String::new());
+            return Ok(Identity::default());
         }
-        let device = kind_of_device(&answer.device);
-        Ok(format!("{} {} {device} {}", answer.checkpoint_digest, answer.version, answer.compute))
+        let manner = format!("{} {} {}", answer.version, kind_of_device(&answer.device), answer.compute);
+        Ok(Identity { checkpoint: answer.checkpoint_digest, manner })
     }
 
     /// What a stage says of itself.

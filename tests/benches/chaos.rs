@@ -4,6 +4,8 @@
 mod calls;
 #[path = "../tests/e2e/chaos/cancels.rs"]
 mod cancels;
+#[path = "../tests/e2e/chaos/replicas.rs"]
+mod replicas;
 #[path = "../tests/e2e/chaos/rounds.rs"]
 mod rounds;
 // The whole-system tests use the rest of these.
@@ -14,9 +16,15 @@ mod inputs;
 #[path = "../tests/e2e/stack.rs"]
 mod stack;
 
+use std::time::Duration;
+
 use clap::Parser;
 
 use rounds::Plan;
+
+/// How long a gateway stands still, and the lease that it loses meanwhile: that of the default settings.
+const PAUSE: Duration = Duration::from_secs(60);
+const LEASE: Duration = Duration::from_secs(15);
 
 /// Kills processes and cancels generations at random moments, and holds what comes out against undisturbed runs.
 #[derive(Parser)]
@@ -36,7 +44,8 @@ struct Arguments {
 async fn main() {
     let Arguments { rounds, seed, bench: _ } = Arguments::parse();
     for on_postgresql in [false, true] {
-        println!("{}\n", rounds::run(Plan { rounds, time: None, seed, on_postgresql }).await);
+        println!("{}\n", rounds::run(Plan { rounds, seed, on_postgresql }).await);
     }
-    println!("{}", cancels::run(rounds, None, seed).await);
+    println!("{}\n", cancels::run(rounds, None, seed).await);
+    println!("{}", replicas::run(LEASE, PAUSE).await);
 }

@@ -61,6 +61,21 @@ pub(crate) struct VideoEvent {
     error: Option<VideoError>,
     /// A picture of how far it is.
     preview: Option<VideoPreview>,
+    /// What the stage and its device hold.
+    memory: Option<VideoMemory>,
+}
+
+/// Memory of a stage after a step or at its end, in bytes.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct VideoMemory {
+    /// The stage's loaded weights.
+    resident_bytes: u64,
+    /// The most that the stage held at once since it started.
+    peak_bytes: u64,
+    /// What is held on the stage's device now, by all its stages.
+    device_bytes: u64,
+    /// What may be held on the device.
+    budget_bytes: u64,
 }
 
 /// What the video's first frame would be, as foreseen after a step. It may be told of after later steps; where the
@@ -139,6 +154,12 @@ impl From<&GenerationEvent> for VideoEvent {
                 height: preview.height,
                 bytes: preview.bytes,
                 url: format!("/v1/videos/{}/previews/{}", event.generation_id, preview.step),
+            }),
+            memory: event.memory.map(|memory| VideoMemory {
+                resident_bytes: memory.resident_bytes,
+                peak_bytes: memory.peak_bytes,
+                device_bytes: memory.device_bytes,
+                budget_bytes: memory.budget_bytes,
             }),
         }
     }

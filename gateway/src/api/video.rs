@@ -259,7 +259,7 @@ impl IntoResponse for Fault {
         };
         let mut response = (status, Json(ErrorBody { error })).into_response();
         if let Kind::Busy { retry_after } = self.kind {
-            response.headers_mut().insert(RETRY_AFTER, retry_after.as_secs().max(1).into());
+            response.headers_mut().insert(RETRY_AFTER, (retry_after.as_secs_f64().ceil() as u64).max(1).into());
         }
         response
     }

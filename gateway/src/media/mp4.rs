@@ -15,6 +15,8 @@ use super::{Error, Result};
 
 /// Threads of the video encoder. Fixed, because x264's output depends on their number and on nothing else.
 const ENCODER_THREADS: &str = "4";
+/// What the encoder says where its disk is full: the system's words, which it never has translated.
+const NO_SPACE: &str = "No space left on device";
 /// What of the encoder's messages is kept for an error, bytes.
 const KEPT_MESSAGES: usize = 4096;
 
@@ -232,6 +234,10 @@ fn not_started(program: &Path, fault: &io::Error) -> Error {
 fn failed(program: &str, status: ExitStatus, messages: &[u8]) -> Error {
     let messages = String::from_utf8_lossy(messages);
     let messages = messages.trim();
+    if messages.contains(NO_SPACE) {
+        let source = io::Error::new(io::ErrorKind::StorageFull, format!("{program}: {messages}"));
+        return Error::Io { action: "writing the video", source };
+    }
     let said = if messages.is_empty() { "said nothing" } else { messages };
     Error::Tool { program: program.to_owned(), reason: format!("ended with {status}: {said}") }
 }

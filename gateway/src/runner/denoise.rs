@@ -8,6 +8,7 @@ use proto::{
 };
 
 use super::{
+    followed::Followed,
     gate::check_latents,
     ladder::{Ladder, Rung, still_without_features},
     prepare::Prepared,
@@ -18,80 +19,73 @@ use super::{
 use crate::{
     fault::{Fault, Kind},
     sampler::{Branch, FrameShape, Prompt, Request, Rounding, Sampler, SamplerError, Schedule, Setup, StepPlan, noise},
-    store::{Resume, artifacts::sha256},
+    stages::Identity,
+    store::Resume,
 };
 
 /// Stands for the hash of a plan with latents that were rejected.
 const REJECTED_PLAN: &str = "rejected";
 
-/// A clip between two steps, and the hash of the plan that it follows.
+/// A clip between two steps, and what it follows.
 #[derive(Debug)]
 pub(crate) struct Denoise {
     sampler: Sampler,
-    plan: String,
-    /// The hash of what is left of the plan when all steps run in full, because features find no memory.
-    full_plan: String,
-    /// Whether the steps that are left are of the full plan already.
-    full: bool,
+    followed: Followed,
     /// (channels, rows, columns) of a latent frame.
     shape: FrameShape,
 }
 
 impl Denoise {
-    /// Begins with noise, or goes on with latents that were stored under the same plan.
+    /// Begins with noise, or goes on with latents that were stored for the same video.
     ///
-    /// `models` says which checkpoints give what it is conditioned on and the velocities.
-    pub(crate) async fn begin(run: &Run, prepared: &Prepared, channels: usize, models: &str) -> Result<Self, Fault> {
-        let (clip, settings) = (&prepared.plan, &prepared.settings);
-        let (rows, columns) = prepared.size.latent();
-        let shape = FrameShape { channels, rows, columns };
-        let schedule = Schedule {
-            steps: settings.steps as usize,
-            flow_shift: settings.flow_shift,
-            guidance_scale: settings.guidance_scale,
-        };
-        let (plan, rounding) = match settings.parity {
-            Parity::Unspecified => (StepPlan::scaled(schedule), Rounding::Nowhere),
-            Parity::Reference => (StepPlan::reference(schedule), Rounding::Reference),
-        };
-        let plan = if settings.no_feature_cache { plan.without_features() } else { plan };
-        // All that decides the latents, besides the inputs, which a generation never changes.
-        let followed = format!("{settings:?} {clip:?} {shape:?} {rounding:?} {plan:?} {models}");
-        let hash = sha256(followed.as_bytes());
-        let full_hash = sha256(format!("{followed} without features").as_bytes());
-        // What an earlier process decided for want of memory holds, or the rest would be that of no single run.
-        let full = run.lease.stored_plan() == full_hash;
-        let followed = if full { &full_hash } else { &hash };
-        let stored = run.lease.resume(followed).await;
-        let setup = Setup { plan, clip: clip.clone(), shape, rounding };
-        if let Some(Resume { step, latents }) = stored {
-            let plan = if full { setup.plan.without_features() } else { setup.plan.clone() };
-            match Sampler::resume(Setup { plan, ..setup.clone() }, step, latents) {
-                Ok(sampler) => {
-                    run.resumed(step as u32).await;
-                    if full {
-                        still_without_features(run).await;
-                    }
-                    return Ok(Self { sampler, plan: hash, full_plan: full_hash, full, shape });
+    /// `models` are the stages that give what it is conditioned on and the velocities.
+    pub(crate) async fn begin(
+        run: &Run,
+        prepared: &Prepared,
+        channels: usize,
+        models: [Identity; 4],
+    ) -> Result<Self, Fault> {
+        let (shape, setup) = setup(prepared, channels);
+        let Setup { plan, clip, rounding, .. } = &setup;
+        let [checkpoints, manners] =
+            [models.each_ref().map(|one| &one.checkpoint), models.each_ref().map(|one| &one.manner)];
+        let what = format!("{:?} {clip:?} {shape:?} {rounding:?} {plan:?} {checkpoints:?}", prepared.settings);
+        let begun = Followed::new(&what, &format!("{manners:?}"));
+        let stored = run.lease.stored_plan();
+        match Followed::parse(stored).and_then(|before| begun.after(&before)) {
+            // What an earlier process decided for want of memory holds, or the rest would be that of no single run.
+            Some(followed) => {
+                if let Some(resume) = run.lease.resume(stored).await
+                    && let Some(sampler) = go_on(run, setup.clone(), (&followed, resume)).await
+                {
+                    return Ok(Self { sampler, followed, shape });
                 }
-                Err(error) => tracing::warn!(generation_id = run.id(), %error, "the stored latents cannot be used"),
+            }
+            None if stored.is_empty() => {}
+            None => {
+                let sentence = "The denoise begins again: what was done before is of another checkpoint. The video is \
+                                not the one that would have been made without an interruption.";
+                run.warn(Stage::Diffusion, sentence.into()).await;
             }
         }
-        let before = run.lease.stored_plan();
-        if !before.is_empty() && before != followed.as_str() {
-            let sentence = "The denoise begins again: what was done before is of another checkpoint, device or type of \
-                            numbers. The video may differ in the last place from one that nothing interrupted.";
-            run.warn(Stage::Diffusion, sentence.into()).await;
-        }
         run.begins_anew();
-        let start = noise(settings.seed, shape.values(clip.latent_frames));
+        let start = noise(prepared.settings.seed, shape.values(setup.clip.latent_frames));
         let sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
-        Ok(Self { sampler, plan: hash, full_plan: full_hash, full: false, shape })
+        Ok(Self { sampler, followed: begun, shape })
     }
 
-    /// Whether all steps are done.
-    pub(crate) fn is_done(&self) -> bool {
-        self.sampler.current().is_none()
+    /// The clip after its last step, if an earlier process came that far: a finished denoise is never repeated, whatever
+    /// the stages are by now.
+    pub(crate) async fn finished(run: &Run, prepared: &Prepared) -> Option<Self> {
+        let stored = run.lease.stored_plan();
+        let followed =
+            Followed::parse(stored).filter(|_| run.lease.stored_step() == prepared.settings.steps as usize)?;
+        let resume = run.lease.resume(stored).await?;
+        let (rows, columns) = prepared.size.latent();
+        let of_a_channel = prepared.plan.latent_frames * rows * columns;
+        let (shape, setup) = setup(prepared, resume.latents.len() / of_a_channel.max(1));
+        let sampler = go_on(run, setup, (&followed, resume)).await?;
+        Some(Self { sampler, followed, shape })
     }
 
     /// Takes the steps that are left. Latents that the rest can be gone on with are stored before each step, and
@@ -103,7 +97,7 @@ impl Denoise {
         (session, viewer): (&mut Session, &mut Viewer<'_>),
     ) -> Result<(), Fault> {
         let FrameShape { channels, rows, columns } = self.shape;
-        if self.full {
+        if self.followed.full {
             session.fit(Rung::NoFeatures);
         }
         let features = self.sampler.plan().steps().iter().any(|step| step.keep_features);
@@ -140,11 +134,11 @@ impl Denoise {
                 }
                 return Err(fault);
             }
-            self.full = !session.keeps_features();
+            self.followed.full = !session.keeps_features();
             // Where no features are kept, every step can be begun from its latents.
-            if self.full || self.sampler.plan().resumable(done) {
-                let plan = if self.full { &self.full_plan } else { &self.plan };
-                let stored = run.lease.checkpoint(done, plan, self.sampler.latents()).await;
+            if self.followed.full || self.sampler.plan().resumable(done) {
+                let followed = self.followed.to_string();
+                let stored = run.lease.checkpoint(done, &followed, self.sampler.latents()).await;
                 // A full disk costs what a later crash would repeat, and not what is done already.
                 if let Err(fault) = stored {
                     tracing::warn!(generation_id = run.id(), step = done, %fault, "the latents were not stored");
@@ -164,6 +158,53 @@ impl Denoise {
         let shape = [channels, prepared.plan.kept_latent_frames, rows, columns];
         HostTensor::from_f32("latents", &shape, &self.sampler.kept_latents())
             .map_err(|error| Fault::internal("the latents cannot be sent", &error))
+    }
+}
+
+/// How the steps of a request are taken; the number of channels is the model's.
+fn setup(prepared: &Prepared, channels: usize) -> (FrameShape, Setup) {
+    let settings = &prepared.settings;
+    let (rows, columns) = prepared.size.latent();
+    let shape = FrameShape { channels, rows, columns };
+    let schedule = Schedule {
+        steps: settings.steps as usize,
+        flow_shift: settings.flow_shift,
+        guidance_scale: settings.guidance_scale,
+    };
+    let (plan, rounding) = match settings.parity {
+        Parity::Unspecified => (StepPlan::scaled(schedule), Rounding::Nowhere),
+        Parity::Reference => (StepPlan::reference(schedule), Rounding::Reference),
+    };
+    let plan = if settings.no_feature_cache { plan.without_features() } else { plan };
+    (shape, Setup { plan, clip: prepared.plan.clone(), shape, rounding })
+}
+
+/// The clip with the latents that were stored, if they can be used; says so, and what is not as it would have been.
+async fn go_on(run: &Run, setup: Setup, (followed, resume): (&Followed, Resume)) -> Option<Sampler> {
+    let Resume { step, latents } = resume;
+    let plan = if followed.full { setup.plan.without_features() } else { setup.plan.clone() };
+    match Sampler::resume(Setup { plan, ..setup }, step, latents) {
+        Ok(sampler) => {
+            run.resumed(step as u32).await;
+            warn(run, followed).await;
+            Some(sampler)
+        }
+        Err(error) => {
+            tracing::warn!(generation_id = run.id(), %error, "the stored latents cannot be used");
+            None
+        }
+    }
+}
+
+/// Says what is not as it would have been without an interruption.
+async fn warn(run: &Run, followed: &Followed) {
+    if followed.mixed {
+        let sentence = "Steps of the denoise were done with another device, type of numbers or version than the rest. The \
+                        video may differ in the last place from one that nothing interrupted.";
+        run.warn(Stage::Diffusion, sentence.into()).await;
+    }
+    if followed.full {
+        still_without_features(run).await;
     }
 }
 

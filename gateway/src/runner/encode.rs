@@ -14,7 +14,7 @@ use proto::{
 use super::{kept, ladder::climb, prepare::Prepared, run::Run};
 use crate::{
     fault::{Fault, Kind, stage_name},
-    stages::Encoded,
+    stages::{Encoded, Identity},
     store::{artifacts::sha256, role},
 };
 
@@ -30,14 +30,21 @@ pub(crate) struct Conditions {
     pub(crate) tensors: Vec<HostTensor>,
     /// Channels of the latents.
     pub(crate) channels: usize,
+    /// What the encoders are.
+    pub(crate) models: [Identity; 3],
+    /// What the caller is told.
+    pub(crate) told: Told,
+}
+
+/// What the encoders say of the inputs.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
     /// How much of the prompt was read.
     pub(crate) prompt: EncodePromptSummary,
     /// Faces that were found, the largest first, or the one that was given.
     pub(crate) faces: Vec<FaceBox>,
     /// The face that is animated.
     pub(crate) face: Option<FaceBox>,
-    /// What the encoders are.
-    pub(crate) models: String,
 }
 
 /// Runs the three encoders at once. When one fails, the calls to the others are dropped, which cancels them.
@@ -89,17 +96,38 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         [channels, 1, h, w] if h == height && w == width => channels,
         _ => return Err(malformed(latents.mismatch(format!("F32 [C, 1, {height}, {width}]"))).at(Stage::ImageEncoder)),
     };
+    let mut tensors = vec![features, latents, mask];
+    tensors.extend(states);
+    let told = tell(run, prepared, prompt, Some(summary)).await;
+    Ok(Conditions { tensors, channels, models: [heard_by, read_by, seen_by], told })
+}
+
+/// What the encoders said when they were asked for this generation; nothing of what was not kept.
+pub(crate) async fn told_before(run: &Run, prepared: &Prepared) -> Told {
+    let prompt = run.lease.kept(role::TEXT_STATES).await;
+    let prompt = prompt.and_then(|bytes| kept::from_bytes(&bytes)).map(|(_, summary)| summary);
+    let reference = run.lease.kept(role::REFERENCE).await;
+    let reference = reference.and_then(|bytes| kept::from_bytes(&bytes)).map(|(_, summary)| summary);
+    tell(run, prepared, prompt.unwrap_or_default(), reference).await
+}
+
+/// Tells the caller what the encoders said of prompt and picture.
+async fn tell(
+    run: &Run,
+    prepared: &Prepared,
+    prompt: EncodePromptSummary,
+    reference: Option<EncodeReferenceSummary>,
+) -> Told {
     for warning in prompt_warnings(&prompt) {
         run.warn(Stage::TextEncoder, warning).await;
     }
-    let EncodeReferenceSummary { faces, face, .. } = summary;
+    let Some(EncodeReferenceSummary { faces, face, .. }) = reference else {
+        return Told { prompt, ..Told::default() };
+    };
     if let Some(said) = said_of_faces(&faces, prepared.settings.face.is_some()) {
         run.faces_found(&faces, face, said).await;
     }
-    let mut tensors = vec![features, latents, mask];
-    tensors.extend(states);
-    let models = [heard_by, read_by, seen_by].join("; ");
-    Ok(Conditions { tensors, channels, prompt, faces, face, models })
+    Told { prompt, faces, face }
 }
 
 /// What a stage gives for inputs, and what the stage is: kept from before where it was asked the same, else asked and kept.
@@ -109,7 +137,7 @@ async fn ask<S, F>(
     question: &[&[u8]],
     call: impl FnMut() -> F,
     memory: impl Fn(&S) -> Option<MemoryReport>,
-) -> Result<(Encoded, S, String), Fault>
+) -> Result<(Encoded, S, Identity), Fault>
 where
     S: prost::Message + Default,
     F: Future<Output = Result<(Encoded, S), Fault>>,
@@ -117,7 +145,7 @@ where
     let identity = run.patience.call(|| run.stages.identity(stage)).await?;
     let key = key(stage, &identity, question);
     // A stage that cannot say what it is may be another one next time.
-    let known = !identity.is_empty();
+    let known = !identity.checkpoint.is_empty();
     if known && let Some(bytes) = run.lease.stage_output(role, &key).await {
         if let Some((tensors, summary)) = kept::from_bytes::<S>(&bytes) {
             let memory = memory(&summary).unwrap_or_default();
@@ -140,8 +168,9 @@ where
 }
 
 /// Names what a stage gives: its own identity and all that it is asked, each with its length.
-fn key(stage: Stage, identity: &str, question: &[&[u8]]) -> String {
-    let mut parts = Vec::new();
+fn key(stage: Stage, identity: &Identity, question: &[&[u8]]) -> String {
+    let Identity { checkpoint, manner } = identity;
+    let (identity, mut parts) = (format!("{checkpoint} {manner}"), Vec::new());
     for part in [stage_name(stage).as_bytes(), identity.as_bytes()].iter().chain(question) {
         parts.extend((part.len() as u64).to_le_bytes());
         parts.extend_from_slice(part);

@@ -233,7 +233,8 @@ where
 
 /// Whether another decoder may do what one did not.
 fn may_pass_on(fault: &Fault) -> bool {
-    matches!(fault.kind, Kind::OutOfMemory | Kind::Unavailable | Kind::Busy { .. })
+    // What the gateway itself has no room for, such as the video's file, no decoder changes.
+    fault.stage == Stage::VaeDecode && matches!(fault.kind, Kind::OutOfMemory | Kind::Unavailable | Kind::Busy { .. })
 }
 
 async fn tell_next(run: &Run, fault: &Fault, (number, count): (usize, usize)) {

@@ -5,6 +5,7 @@ mod decode;
 mod denoise;
 mod devices;
 mod encode;
+mod followed;
 mod gate;
 mod kept;
 mod ladder;
@@ -25,8 +26,10 @@ pub(crate) use self::{allowance::Allowance, pace::Pace, preview::Previews};
 use self::{
     decode::{Target, Video},
     denoise::Denoise,
+    encode::{Conditions, Told},
     patience::Patience,
     prepare::Prepared,
+    preview::Viewer,
     run::Run,
     session::Session,
 };
@@ -160,37 +163,13 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
     for warning in &prepared.warnings {
         run.warn(Stage::Unspecified, warning.clone()).await;
     }
-    let conditions = encode::encode(run, &prepared).await?;
-    let transformer = run.patience.call(|| run.stages.identity(Stage::Diffusion)).await?;
-    let models = format!("{}; {transformer}", conditions.models);
-    let mut denoise = Denoise::begin(run, &prepared, conditions.channels, &models).await?;
     // The last one may still be made while the video is.
     let mut viewer = workshop.previews.viewer();
-
-    if !denoise.is_done() {
-        run.enter(GenerationState::Denoising).await;
-        let began = run.stage_began(Stage::Diffusion).await;
-        let header = OpenSessionHeader {
-            session_id: run.session_id(),
-            generation_id: run.id(),
-            audio_frames: prepared.heard as u32,
-            fps: planner::clip::FPS as f32,
-        };
-        if run.goes_on() {
-            // What an earlier process left open holds memory that opening it again may need.
-            Session::close(&run.stages, run.earlier_session_id()).await;
-        }
-        let mut session = Session::new(
-            run.stages.clone(),
-            (run.patience.clone(), workshop.pace),
-            (header, &run.devices),
-            conditions.tensors,
-        );
-        denoise.run(run, &prepared, (&mut session, &mut viewer)).await?;
-        run.stage_ended(Stage::Diffusion, began, session.memory()).await;
-        drop(session);
-        Session::close(&run.stages, run.session_id()).await;
-    }
+    let (denoise, told) = match Denoise::finished(run, &prepared).await {
+        // Nobody but the decoder is needed any more, whatever became of the other stages.
+        Some(finished) => (finished, encode::told_before(run, &prepared).await),
+        None => denoised(run, workshop, &prepared, &mut viewer).await?,
+    };
 
     run.enter(GenerationState::Decoding).await;
     let target = Target { ffmpeg: &workshop.ffmpeg, directory: &workshop.directory };
@@ -200,12 +179,43 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
         video_crc32c: video.crc32c,
         warnings: run.warnings(),
         stages: run.reports(),
-        faces: conditions.faces,
-        face: conditions.face,
-        prompt_tokens: conditions.prompt.prompt_tokens,
-        prompt_tokens_kept: conditions.prompt.prompt_tokens_kept,
-        clip_tokens: conditions.prompt.clip_tokens,
-        clip_tokens_kept: conditions.prompt.clip_tokens_kept,
+        faces: told.faces,
+        face: told.face,
+        prompt_tokens: told.prompt.prompt_tokens,
+        prompt_tokens_kept: told.prompt.prompt_tokens_kept,
+        clip_tokens: told.prompt.clip_tokens,
+        clip_tokens_kept: told.prompt.clip_tokens_kept,
     };
     Ok((video, outcome))
+}
+
+/// Encodes the inputs and takes the denoise steps that are left.
+async fn denoised(
+    run: &Run,
+    workshop: &Workshop,
+    prepared: &Prepared,
+    viewer: &mut Viewer<'_>,
+) -> Result<(Denoise, Told), Fault> {
+    let Conditions { tensors, channels, models: [heard, read, seen], told } = encode::encode(run, prepared).await?;
+    let transformer = run.patience.call(|| run.stages.identity(Stage::Diffusion)).await?;
+    let mut denoise = Denoise::begin(run, prepared, channels, [heard, read, seen, transformer]).await?;
+    run.enter(GenerationState::Denoising).await;
+    let began = run.stage_began(Stage::Diffusion).await;
+    let header = OpenSessionHeader {
+        session_id: run.session_id(),
+        generation_id: run.id(),
+        audio_frames: prepared.heard as u32,
+        fps: planner::clip::FPS as f32,
+    };
+    if run.goes_on() {
+        // What an earlier process left open holds memory that opening it again may need.
+        Session::close(&run.stages, run.earlier_session_id()).await;
+    }
+    let mut session =
+        Session::new(run.stages.clone(), (run.patience.clone(), workshop.pace), (header, &run.devices), tensors);
+    denoise.run(run, prepared, (&mut session, viewer)).await?;
+    run.stage_ended(Stage::Diffusion, began, session.memory()).await;
+    drop(session);
+    Session::close(&run.stages, run.session_id()).await;
+    Ok((denoise, told))
 }

@@ -1,5 +1,7 @@
 //! Reads a request's files and settles what is made of them.
 
+use std::time::Duration;
+
 use planner::{
     Tier,
     clip::{ClipPlan, FPS, REFERENCE_WINDOW, SAMPLES_PER_FRAME, frames_of},
@@ -25,6 +27,9 @@ use crate::{
 /// Samples that the reference's audio encoder takes: 30 s, filled with silence. Features past the end of the speech
 /// are then those of silence, and not zero.
 const REFERENCE_SAMPLES: usize = 30 * MODEL_RATE as usize;
+
+/// When a video that found no room on the disk is tried again.
+const ROOM_RETRY: Duration = Duration::from_secs(10);
 
 /// All that a generation starts from.
 #[derive(Debug)]
@@ -182,6 +187,10 @@ pub(crate) fn refused(error: media::Error) -> Fault {
     match error {
         media::Error::InvalidInput { field, reason } => Fault::in_field(Kind::UnusableMedia, field, reason),
         media::Error::Tool { .. } => Fault::new(Kind::Precondition, error.to_string()),
+        // It may well have room again: the video is made anew then, of latents that are stored.
+        media::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+            Fault::new(Kind::Busy { retry_after: ROOM_RETRY }, format!("no space is left for the video: {source}"))
+        }
         media::Error::Io { .. } | media::Error::Frames(_) => Fault::internal("the video cannot be written", &error),
     }
 }

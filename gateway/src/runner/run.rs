@@ -125,7 +125,8 @@ impl Run {
         self.lock().reports.insert(stage.into(), report);
         self.watch_pressure(stage, memory).await;
         let held = said_of_memory(&memory).map(|said| format!(", {said}")).unwrap_or_default();
-        self.note(stage, format!("{} took {seconds:.1} s{held}", stage_name(stage))).await;
+        let message = format!("{} took {seconds:.1} s{held}", stage_name(stage));
+        self.tell(Change { stage, message, memory: told_of(memory), ..Change::default() }).await;
     }
 
     /// Says what the caller should know, now and in the outcome.
@@ -175,9 +176,14 @@ impl Run {
             progress.percent = ENCODED_PERCENT + (DENOISED_PERCENT - ENCODED_PERCENT) * share;
             self.predicted(progress, pace_seconds * f64::from(progress.steps.saturating_sub(done)));
         });
-        let (message, devices) = (said_of_memory(&memory).unwrap_or_default(), self.devices.list());
-        let change =
-            Change { progress: Some(progress), devices, stage: Stage::Diffusion, message, ..Change::default() };
+        let change = Change {
+            progress: Some(progress),
+            devices: self.devices.list(),
+            stage: Stage::Diffusion,
+            message: said_of_memory(&memory).unwrap_or_default(),
+            memory: told_of(memory),
+            ..Change::default()
+        };
         self.lease.publish(change).await;
     }
 
@@ -289,9 +295,13 @@ impl Run {
 
     /// Says something that the caller need not act on.
     pub(crate) async fn note(&self, stage: Stage, message: String) {
-        tracing::info!(generation_id = %self.lease.id(), "{message}");
+        self.tell(Change { stage, message, ..Change::default() }).await;
+    }
+
+    async fn tell(&self, change: Change) {
+        tracing::info!(generation_id = %self.lease.id(), "{}", change.message);
         let (progress, devices) = (Some(self.progress(|_| {})), self.devices.list());
-        self.lease.publish(Change { progress, devices, stage, message, ..Change::default() }).await;
+        self.lease.publish(Change { progress, devices, ..change }).await;
     }
 
     fn progress(&self, change: impl FnOnce(&mut Progress)) -> Progress {
@@ -313,6 +323,11 @@ impl Run {
 
 fn session_id(lease: &Lease, number: i64) -> String {
     format!("{}-{number}", lease.id())
+}
+
+/// What a stage told of its memory, if it did.
+fn told_of(memory: MemoryReport) -> Option<MemoryReport> {
+    (memory != MemoryReport::default()).then_some(memory)
 }
 
 /// What a stage and its device hold; nothing of a stage that does not tell.

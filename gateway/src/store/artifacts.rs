@@ -24,6 +24,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio_util::io::ReaderStream;
 
 use self::bucket::Whole;
+pub(super) use self::disk::{Disk, Real};
 pub(crate) use self::{bucket::Bucket, folder::Folder};
 
 /// Bytes that are hashed at a time.

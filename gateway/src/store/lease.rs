@@ -7,7 +7,9 @@ use std::{
     time::Duration,
 };
 
-use proto::v1::{DeviceUse, FaceBox, Generation, GenerationEvent, GenerationState, Outcome, Preview, Progress, Stage};
+use proto::v1::{
+    DeviceUse, FaceBox, Generation, GenerationEvent, GenerationState, MemoryReport, Outcome, Preview, Progress, Stage,
+};
 use tokio::{sync::Mutex, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -49,6 +51,8 @@ pub(crate) struct Change {
     pub(crate) face: Option<FaceBox>,
     /// A picture of how far it is, which is kept.
     pub(crate) preview: Option<Preview>,
+    /// What the stage and its device hold.
+    pub(crate) memory: Option<MemoryReport>,
     /// Why it failed.
     pub(crate) fault: Option<Fault>,
     /// What came out.
@@ -171,7 +175,7 @@ impl Lease {
     }
 
     /// Keeps the finished video, which lies in the store's folder for work and may be moved, and stores the end. It waits
-    /// while an object store refuses the video.
+    /// while an object store refuses the video, or the disk is full.
     ///
     /// Errors: the video cannot be kept, or it was cancelled or too late before it was.
     pub(crate) async fn complete(self: &Arc<Self>, video: PathBuf, change: Change) -> Result<(), Fault> {
@@ -197,21 +201,36 @@ impl Lease {
     /// Keeps the file of the video; else gives how that ended.
     async fn adopt(&self, video: &Path, kept: &Artifact) -> Result<(), Result<(), Fault>> {
         let artifacts = &self.store.inner.artifacts;
-        let adopting = patiently(|| artifacts.adopt(video, kept));
         let adopted = match artifacts {
-            // It is only moved.
-            Artifacts::Folder(_) => adopting.await,
+            // It is only moved; while the disk has no room for that, it is tried again.
+            Artifacts::Folder(_) => loop {
+                match artifacts.adopt(video, kept).await {
+                    Err(error) if error.passes() => {
+                        tracing::warn!(generation_id = %self.id, %error, "the video waits to be kept");
+                        tokio::select! {
+                            () = tokio::time::sleep(AGAIN) => {}
+                            ended = self.called_off() => return Err(ended),
+                        }
+                    }
+                    done => break done,
+                }
+            },
             Artifacts::Bucket(_) => tokio::select! {
                 biased;
-                adopted = adopting => adopted,
-                () = self.keep_alive() => return Err(Ok(())),
-                () = self.cancel.cancelled() => {
-                    return Err(Err(Fault::new(Kind::Cancelled, "the generation was cancelled")));
-                }
-                fault = self.deadline() => return Err(Err(fault)),
+                adopted = patiently(|| artifacts.adopt(video, kept)) => adopted,
+                ended = self.called_off() => return Err(ended),
             },
         };
         adopted.map_err(|error| Err(error.into()))
+    }
+
+    /// Resolves once the generation is somebody else's, or is to be ended as the fault says.
+    async fn called_off(&self) -> Result<(), Fault> {
+        tokio::select! {
+            () = self.keep_alive() => Ok(()),
+            () = self.cancel.cancelled() => Err(Fault::new(Kind::Cancelled, "the generation was cancelled")),
+            fault = self.deadline() => Err(fault),
+        }
     }
 
     /// Keeps the JPEG file of a preview, and tells of it; where the generation has ended meanwhile, neither is done.
@@ -297,20 +316,30 @@ impl Lease {
         let ([kept], naming) = self.store.keep([bytes]).await?;
         let step = u32::try_from(step).unwrap_or(u32::MAX);
         let ledger = &self.store.inner.ledger;
-        let held =
-            patiently(|| ledger.checkpoint((self.id, self.number), (step, plan), (role::LATENTS, &kept))).await?;
+        let held = patiently(|| ledger.checkpoint((self.id, self.number), (step, plan), (role::LATENTS, &kept))).await;
         naming.release().await;
-        if !held {
+        if held == Ok(false) {
             self.lost.cancel();
         }
-        let unused = if held { before.filter(|before| *before != kept) } else { Some(kept) };
+        let unused = if held == Ok(true) { before.filter(|before| *before != kept) } else { Some(kept) };
         drop_files(&self.store, unused.map(|file| file.hash).into_iter().collect()).await;
-        Ok(())
+        Ok(held.map(drop)?)
     }
 
-    /// The hash of the plan whose latents an earlier process stored last; empty where it stored none.
+    /// The plan whose latents an earlier process stored last; empty where it stored none.
     pub(crate) fn stored_plan(&self) -> &str {
         &self.resume.1
+    }
+
+    /// The step that those latents are before; 0 where there are none.
+    pub(crate) fn stored_step(&self) -> usize {
+        self.resume.0 as usize
+    }
+
+    /// The bytes of a file of the generation, if it has one in this role that can be read.
+    pub(crate) async fn kept(&self, role: &str) -> Option<Vec<u8>> {
+        let artifact = self.artifact(role).await?;
+        patiently(|| self.store.inner.artifacts.read(&artifact)).await.ok()
     }
 
     /// The latents to go on with, if there are any of this plan that are whole.
@@ -347,13 +376,15 @@ impl Lease {
     pub(crate) async fn keep_stage_output(&self, role: &'static str, key: &str, output: Vec<u8>) -> Result<(), Fault> {
         let ([kept], naming) = self.store.keep([output]).await?;
         let (ledger, who) = (&self.store.inner.ledger, (self.id, self.number, role));
-        let held = patiently(|| ledger.keep_stage_output(who, (key, &kept), unix_ms())).await?;
+        let held = patiently(|| ledger.keep_stage_output(who, (key, &kept), unix_ms())).await;
         naming.release().await;
-        if !held {
+        if held == Ok(false) {
             self.lost.cancel();
+        }
+        if held != Ok(true) {
             drop_files(&self.store, vec![kept.hash]).await;
         }
-        Ok(())
+        Ok(held.map(drop)?)
     }
 
     /// Resolves once the deadline that the caller gave has passed; never without one.
@@ -417,7 +448,7 @@ impl Passing for SqlError {
 
 impl Passing for ArtifactError {
     fn passes(&self) -> bool {
-        matches!(self, Self::Away(_))
+        matches!(self, Self::Away(_) | Self::Full(_))
     }
 }
 
@@ -475,6 +506,7 @@ fn after(before: &Generation, number: u64, state: GenerationState, change: Chang
         faces: change.faces,
         face: change.face,
         preview: change.preview,
+        memory: change.memory,
     };
     (generation, event)
 }

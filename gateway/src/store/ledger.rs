@@ -294,7 +294,7 @@ impl Ledger {
             let (id, caller) = (identity(row.text(0)?)?, row.text(1)?.to_owned());
             Ok(Waiting { id, caller, priority: row.int(2)?, begun: row.int(3)? != GenerationState::Queued as i64 })
         });
-        Ok(in_turn(waiting.collect::<Result<_, SqlError>>()?, &served))
+        Ok(in_turn(waiting.collect::<Result<_, SqlError>>()?, &served, now_ms))
     }
 
     /// The generations that are driven.
@@ -583,8 +583,14 @@ impl Ledger {
         named.text(0).map(str::to_owned)
     }
 
+    /// Ids of the generations that have a file.
+    pub(crate) async fn users_of(&self, hash: &str) -> Result<Vec<String>, SqlError> {
+        let rows = self.read("SELECT DISTINCT generation_id FROM artifacts WHERE hash = $1", &[hash.into()]).await?;
+        rows.iter().map(|row| row.text(0).map(str::to_owned)).collect()
+    }
+
     /// Whether a file belongs to a generation or is a stage's output.
-    async fn is_used(&self, hash: &str) -> Result<bool, SqlError> {
+    pub(crate) async fn is_used(&self, hash: &str) -> Result<bool, SqlError> {
         let rows = self
             .read(
                 "SELECT hash FROM artifacts WHERE hash = $1 UNION ALL SELECT hash FROM stage_outputs WHERE hash = $1",

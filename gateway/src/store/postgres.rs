@@ -48,7 +48,8 @@ impl Database {
 
     fn options(&self) -> Result<PgConnectOptions, SqlError> {
         let options = PgConnectOptions::from_str(&self.url).map_err(failed)?.application_name("avatar-gateway");
-        let options = options.options(KEEPALIVES);
+        // What is answered must outlive the server's crash, whatever the database is set to.
+        let options = options.options(KEEPALIVES).options([("synchronous_commit", "on")]);
         Ok(self.password.iter().fold(options, |options, password| options.password(password)))
     }
 }

@@ -3,12 +3,19 @@
 mod home;
 mod replicas;
 
+use bytes::Bytes;
 use futures::StreamExt as _;
 use postgres_server::Server;
 use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
+use proto::v1::GenerationEvent;
 
 use self::home::{Home, LEASE_MS};
-use super::*;
+use super::{
+    artifacts::sha256,
+    engine::{Hold, SqlError},
+    *,
+};
+use crate::intake::Order;
 
 /// Runs the same cases on a file, with the files in a folder and in a bucket, each as a test of its own, and one after
 /// the other on one PostgreSQL.
@@ -55,6 +62,8 @@ on_every_database! {
     a_change_that_was_stored_without_an_answer_is_stored_once,
     everything_that_waits_is_taken_once_however_many_take_at_once,
     what_no_record_names_is_removed_at_the_start,
+    a_sweep_finds_files_without_records_and_records_without_files_while_all_goes_on,
+    while_the_disk_is_full_nothing_is_accepted_what_runs_waits_and_then_all_goes_on,
     a_stages_output_whose_file_is_gone_is_forgotten_at_the_start,
     damaged_latents_are_not_gone_on_with,
     files_that_two_generations_share_stay_until_both_are_gone,
@@ -328,6 +337,64 @@ async fn what_no_record_names_is_removed_at_the_start(home: &Home) {
     drop(lease);
     store.remove(&id.to_string()).await.unwrap();
     assert!(store.inner.artifacts.hashes().await.unwrap().is_empty());
+}
+
+async fn a_sweep_finds_files_without_records_and_records_without_files_while_all_goes_on(home: &Home) {
+    let store = home.open().await;
+    let (id, lease) = driven(&store).await;
+    let orphan = Artifact::of(b"of a process that was killed");
+    store.inner.artifacts.put(Bytes::from_static(b"of a process that was killed"), &orphan).await.unwrap();
+    lease.keep_stage_output(role::FEATURES, "key", b"features".to_vec()).await.unwrap();
+    lease.keep_stage_output(role::TEXT_STATES, "other key", b"states".to_vec()).await.unwrap();
+    store.inner.artifacts.remove(&sha256(b"features")).await.unwrap();
+    store.sweep().await.unwrap();
+    assert!(!store.inner.artifacts.has(&orphan.hash).await.unwrap());
+    assert!(lease.stage_output(role::FEATURES, "key").await.is_none(), "it is asked for again");
+    assert_eq!(lease.stage_output(role::TEXT_STATES, "other key").await.unwrap(), b"states");
+    assert_eq!(lease.read(role::PICTURE).await.unwrap(), b"picture");
+    assert_eq!(store.inner.ledger.users_of(&sha256(b"picture")).await.unwrap(), [id.to_string()]);
+    store.sweep().await.unwrap();
+    assert_eq!(store.inner.artifacts.hashes().await.unwrap().len(), 3, "picture, recording and states");
+}
+
+async fn while_the_disk_is_full_nothing_is_accepted_what_runs_waits_and_then_all_goes_on(home: &Home) {
+    let store = home.open().await;
+    let (id, lease) = driven(&store).await;
+    home.fill(true);
+    let refused = store.create(accepted("")).await.unwrap_err();
+    assert_eq!((refused.code(), refused.retryable()), (tonic::Code::ResourceExhausted, true), "{refused}");
+    assert!(refused.message.contains("no space is left"), "{refused}");
+    assert!(lease.checkpoint(1, "plan", &[1.0]).await.is_err());
+    let video = store.work_dir().join("video.mp4");
+    fs::write(&video, b"video").unwrap();
+    let waiting = tokio::spawn({
+        let lease = Arc::clone(&lease);
+        async move {
+            for state in [GenerationState::Encoding, GenerationState::Denoising, GenerationState::Decoding] {
+                lease.publish(to(state)).await;
+            }
+            lease.complete(video, to(GenerationState::Completed)).await
+        }
+    });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(!waiting.is_finished());
+    assert_eq!(store.get(&id.to_string()).await.unwrap().state(), GenerationState::Queued);
+    home.fill(false);
+    while store.get(&id.to_string()).await.unwrap().state() != GenerationState::Decoding {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    home.fill(true);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    home.fill(false);
+    tokio::time::timeout(Duration::from_secs(120), waiting).await.unwrap().unwrap().unwrap();
+    let numbers: Vec<u64> = store.look(id, 1).await.unwrap().0.iter().map(|event| event.number).collect();
+    assert_eq!(numbers, [1, 2, 3, 4, 5], "each is stored once");
+    assert_eq!(store.get(&id.to_string()).await.unwrap().state(), GenerationState::Completed);
+    let kept = store.inner.ledger.artifact(id, role::VIDEO).await.unwrap().unwrap();
+    assert_eq!(store.inner.artifacts.read(&kept).await.unwrap(), b"video");
+    store.create(accepted("")).await.unwrap();
+    store.sweep().await.unwrap();
+    assert_eq!(store.inner.artifacts.hashes().await.unwrap().len(), 3, "nothing stays of what was refused");
 }
 
 async fn a_stages_output_whose_file_is_gone_is_forgotten_at_the_start(home: &Home) {

@@ -1,6 +1,11 @@
 //! Callbacks that are still to be made.
 
-use super::{SqlError, Store, engine::Transaction, ledger::Ledger, unix_ms};
+use super::{
+    Store,
+    engine::{SqlError, Transaction},
+    ledger::Ledger,
+    unix_ms,
+};
 use crate::{fault::Fault, webhook};
 
 /// A callback whose time has come; nobody else makes it for a while.

@@ -7,7 +7,7 @@ use avatar::{
     client::{self, flags::WatchFlags},
     config::{Cli, Command, GenerateFlags, WeightsCommand},
     devices,
-    failure::{FAILED, Failure},
+    failure::{FAILED, Failure, WRONG_INPUT},
     generate::generate,
     plan, pressure,
     progress::Progress,
@@ -118,7 +118,7 @@ fn run_serve(flags: serve::ServeFlags) -> ExitCode {
         Ok(config) => config,
         Err(mistakes) => {
             eprint!("{mistakes}");
-            return ExitCode::from(serve::EXIT_SETTINGS);
+            return ExitCode::from(WRONG_INPUT);
         }
     };
     telemetry::init(&config.common.log);

@@ -10,7 +10,7 @@ use std::{
 use gateway::api::video::Face;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use planner::{Bytes, Plan, Request, size::PictureSize};
-use proto::v1::{GenerationEvent, GenerationState, Outcome, Preview, Stage};
+use proto::v1::{GenerationEvent, GenerationState, MemoryReport, Outcome, Preview, Stage};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -398,6 +398,16 @@ pub(crate) fn event_json(event: &GenerationEvent) -> Value {
         let Preview { step, width, height, bytes, sha256 } = preview;
         let shown = json!({ "step": step, "width": width, "height": height, "bytes": bytes, "sha256": sha256 });
         line.insert("preview".to_owned(), shown);
+    }
+    if let Some(memory) = &event.memory {
+        let MemoryReport { resident_bytes, peak_bytes, device_bytes, budget_bytes, .. } = memory;
+        let shown = json!({
+            "resident_bytes": resident_bytes,
+            "peak_bytes": peak_bytes,
+            "device_bytes": device_bytes,
+            "budget_bytes": budget_bytes,
+        });
+        line.insert("memory".to_owned(), shown);
     }
     if event.warning {
         line.insert("warning".to_owned(), json!(true));

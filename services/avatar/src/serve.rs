@@ -6,14 +6,11 @@ use clap::Args;
 use gateway::{Listeners, Options, config::OptionFlags};
 use model::image::Detector;
 use service_kit::{
-    config::{CommonConfig, CommonFlags, DeviceFlags, EXIT_USAGE, Mistakes, parse_listen},
+    config::{CommonConfig, CommonFlags, DeviceFlags, Mistakes, parse_listen},
     server,
 };
 
 use crate::{Setup, failure::Failure, generate::models_folder, in_process, plan};
-
-/// Exit code: the settings are wrong.
-pub const EXIT_SETTINGS: u8 = EXIT_USAGE as u8;
 
 /// The flags of `avatar serve`.
 #[derive(Debug, Args)]

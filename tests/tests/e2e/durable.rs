@@ -185,6 +185,9 @@ async fn the_command_line_hands_in_follows_lists_fetches_and_removes() {
     let pictures = path("previews");
     let (code, events) = ask(&stack, &["watch", id, "--previews", &pictures]);
     assert_eq!((code, &events.last().unwrap()["event"]), (Some(0), &"completed".into()), "{events:?}");
+    let step = events.iter().find(|event| event["step"] == 1 && event["stage"] == "diffusion").unwrap();
+    let (held, budget) = (&step["memory"]["device_bytes"], &step["memory"]["budget_bytes"]);
+    assert!(held.as_u64() > Some(0) && held.as_u64() < budget.as_u64(), "{step}");
     let previews: Vec<_> = events.iter().filter_map(|event| event.get("preview")).collect();
     // One is left out where the decoder is slower than the steps, and never asked for twice.
     assert!(previews.len() <= 1, "two steps have one preview: {previews:?}");

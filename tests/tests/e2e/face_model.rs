@@ -122,9 +122,9 @@ fn a_wrong_file_is_refused_before_anything_starts() {
     };
     let serve = |file: &str| avatar(&["serve", "--models", models, "--face-model", file]);
     for (file, reason) in [(torch, "export it to ONNX"), ("/no/such.onnx", "/no/such.onnx")] {
-        for done in [stage(file), serve(file)] {
+        for (done, code) in [(stage(file), 64), (serve(file), 2)] {
             let said = text(&done.stderr);
-            assert_eq!(done.status.code(), Some(64), "{said}");
+            assert_eq!(done.status.code(), Some(code), "{said}");
             assert!(said.contains("--face-model") && said.contains(reason), "{said}");
         }
     }

@@ -8,7 +8,7 @@ use std::{
 };
 
 /// What changes a disk. Nothing is on it for certain before it is flushed.
-pub(super) trait Disk: Debug + Send + Sync {
+pub(in crate::store) trait Disk: Debug + Send + Sync {
     /// Makes a folder in one that is there.
     fn make_folder(&self, path: &Path) -> io::Result<()>;
 
@@ -38,7 +38,7 @@ pub(super) fn make_folders(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
 
 /// The one that there is.
 #[derive(Debug)]
-pub(super) struct Real;
+pub(in crate::store) struct Real;
 
 impl Disk for Real {
     fn make_folder(&self, path: &Path) -> io::Result<()> {

@@ -15,7 +15,7 @@ use std::{
 
 use super::{
     Artifact, ArtifactError, checked,
-    disk::{Disk, Real, make_folders},
+    disk::{Disk, make_folders},
     is_hash, sha256, sum,
 };
 
@@ -32,12 +32,7 @@ pub(crate) struct Folder {
 
 impl Folder {
     /// Opens the folder, made if missing. `work` is a folder of the same file system that no other process uses.
-    pub(crate) fn open(dir: &Path, work: &Path) -> io::Result<Self> {
-        Self::open_on(Arc::new(Real), dir, work)
-    }
-
-    /// As [`Folder::open`], with another way to change the disk.
-    pub(super) fn open_on(disk: Arc<dyn Disk>, dir: &Path, work: &Path) -> io::Result<Self> {
+    pub(in crate::store) fn open(disk: Arc<dyn Disk>, dir: &Path, work: &Path) -> io::Result<Self> {
         make_folders(&*disk, dir)?;
         Ok(Self { dir: dir.to_owned(), work: work.to_owned(), disk, begun: Arc::default() })
     }

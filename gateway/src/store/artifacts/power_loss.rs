@@ -176,7 +176,7 @@ fn contents() -> Vec<Vec<u8>> {
 }
 
 fn folder(root: &Path, disk: Arc<dyn Disk>) -> Folder {
-    Folder::open_on(disk, &root.join("data/artifacts"), &root.join("work")).unwrap()
+    Folder::open(disk, &root.join("data/artifacts"), &root.join("work")).unwrap()
 }
 
 /// The operations that keep all contents, and after how many of them each was said to be kept.
@@ -210,7 +210,7 @@ fn play(ops: &[Op], kept: &[usize]) -> Vec<String> {
             // The next process has a folder for work of its own.
             fs::create_dir(dir.path().join("work/next")).unwrap();
             let files = dir.path().join("data/artifacts");
-            let folder = Folder::open(&files, &dir.path().join("work/next")).unwrap();
+            let folder = Folder::open(Arc::new(Real), &files, &dir.path().join("work/next")).unwrap();
             for (bytes, said) in contents().iter().zip(kept) {
                 let artifact = Artifact::of(bytes);
                 match folder.read(&artifact) {

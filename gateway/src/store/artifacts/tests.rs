@@ -23,7 +23,7 @@ impl Shelf {
         let dir = tempfile::tempdir().unwrap();
         let (files, work) = (dir.path().join("files"), dir.path().join("work"));
         std::fs::create_dir(&work).unwrap();
-        Self { artifacts: Artifacts::Folder(Folder::open(&files, &work).unwrap()), dir }
+        Self { artifacts: Artifacts::Folder(Folder::open(Arc::new(Real), &files, &work).unwrap()), dir }
     }
 
     fn bucket(bucket: Bucket) -> Self {

@@ -1,8 +1,11 @@
 //! Where a case's records and files are, and a clock that only the case moves.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::{
+    io,
+    sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+};
 
-use futures::stream::BoxStream;
+use futures::stream::{self, BoxStream};
 use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
     PutOptions, PutPayload, PutResult, memory::InMemory, path::Path as Name,
@@ -21,12 +24,14 @@ pub(super) struct Home {
     database: Option<Database>,
     bucket: Option<Arc<Moody>>,
     now_ms: Arc<AtomicU64>,
+    /// No space is left for records and files.
+    full: Arc<AtomicBool>,
 }
 
 impl Home {
     pub(super) async fn on_a_file() -> Self {
         let now_ms = Arc::new(AtomicU64::new(unix_ms()));
-        Self { dir: tempfile::tempdir().unwrap(), database: None, bucket: None, now_ms }
+        Self { dir: tempfile::tempdir().unwrap(), database: None, bucket: None, now_ms, full: Arc::default() }
     }
 
     /// Records in a file, and files in a bucket in memory.
@@ -39,9 +44,16 @@ impl Home {
         self.bucket.as_ref().unwrap()
     }
 
-    fn bucket(&self) -> Option<Bucket> {
-        let store: Arc<dyn ObjectStore> = self.bucket.clone()?;
-        Some(Bucket::new("memory", store, Name::from("avatar")))
+    /// Fills the disk of records and files, or makes room on it.
+    pub(super) fn fill(&self, full: bool) {
+        self.full.store(full, Ordering::SeqCst);
+    }
+
+    fn files(&self) -> Files {
+        match self.bucket.clone() {
+            None => Files::Folder(Arc::new(Filling(Arc::clone(&self.full)))),
+            Some(store) => Files::Bucket(Bucket::new("memory", store, Name::from("avatar"))),
+        }
     }
 
     /// A database of its own on the server.
@@ -74,7 +86,7 @@ impl Home {
             None => Arc::new(Sqlite::open(&self.dir().join("avatar.db")).await.unwrap()),
             Some(database) => Arc::new(Postgres::open(database).await.unwrap()),
         };
-        Arc::new(Clocked { engine, now_ms: Arc::clone(&self.now_ms) })
+        Arc::new(Clocked { engine, now_ms: Arc::clone(&self.now_ms), full: Arc::clone(&self.full) })
     }
 
     /// Runs one statement.
@@ -89,13 +101,45 @@ impl Home {
         let lock = lock_folder(self.dir(), self.database.is_some()).unwrap();
         let engine = self.engine().await;
         schema::migrate(&*engine).await.unwrap();
-        Store::with(self.dir(), lock, engine, self.bucket(), Duration::from_millis(LEASE_MS)).await.unwrap()
+        Store::with(self.dir(), lock, engine, self.files(), Duration::from_millis(LEASE_MS)).await.unwrap()
     }
 
     /// The first process after all others have ended.
     pub(super) async fn open_after_a_stop(&self) -> Store {
         self.pass(LEASE_MS);
         self.open().await
+    }
+}
+
+/// A disk that may have no space left.
+#[derive(Debug)]
+struct Filling(Arc<AtomicBool>);
+
+impl Filling {
+    fn room(&self) -> io::Result<()> {
+        if self.0.load(Ordering::SeqCst) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+}
+
+impl Disk for Filling {
+    fn make_folder(&self, path: &Path) -> io::Result<()> {
+        self.room().and_then(|()| Real.make_folder(path))
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.room().and_then(|()| Real.write(path, bytes))
+    }
+
+    fn flush_file(&self, path: &Path) -> io::Result<()> {
+        Real.flush_file(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.room().and_then(|()| Real.rename(from, to))
+    }
+
+    fn flush_folder(&self, path: &Path) -> io::Result<()> {
+        Real.flush_folder(path)
     }
 }
 
@@ -177,16 +221,20 @@ impl ObjectStore for Moody {
     }
 }
 
-/// A database whose clock stands still until it is moved.
+/// A database whose clock stands still until it is moved, and whose disk may be full.
 #[derive(Debug)]
 struct Clocked {
     engine: Arc<dyn Engine>,
     now_ms: Arc<AtomicU64>,
+    full: Arc<AtomicBool>,
 }
 
 #[tonic::async_trait]
 impl Engine for Clocked {
     async fn begin(&self, access: Access) -> Result<Box<dyn Transaction>, SqlError> {
+        if access == Access::Write && self.full.load(Ordering::SeqCst) {
+            return Err(SqlError::Full("database or disk is full".to_owned()));
+        }
         self.engine.begin(access).await
     }
 

@@ -27,6 +27,7 @@ on_one_server! {
     a_start_leaves_alone_what_others_are_at,
     a_file_that_another_is_about_to_name_is_not_removed,
     a_session_that_stands_still_in_a_transaction_does_not_stop_the_others,
+    a_commit_is_on_the_disk_before_it_is_answered_whatever_the_database_is_set_to,
 }
 
 async fn two_that_start_together_make_the_tables_once(home: &Home) {
@@ -184,6 +185,13 @@ async fn a_session_that_stands_still_in_a_transaction_does_not_stop_the_others(h
     };
     assert_eq!(tokio::time::timeout(Duration::from_secs(120), taken).await.unwrap(), stuck);
     assert!(matches!(standing.commit().await, Err(SqlError::Away(_))));
+}
+
+async fn a_commit_is_on_the_disk_before_it_is_answered_whatever_the_database_is_set_to(home: &Home) {
+    home.run("ALTER ROLE CURRENT_USER SET synchronous_commit = off", &[]).await;
+    let mut transaction = home.engine().await.begin(engine::Access::Read).await.unwrap();
+    let shown = transaction.rows("SHOW synchronous_commit", &[]).await.unwrap();
+    assert_eq!(shown[0].text(0).unwrap(), "on");
 }
 
 /// The server is killed, so that what was said to be stored must be there, and comes back.

@@ -13,7 +13,8 @@ use crate::{
 #[derive(Debug, Args)]
 pub struct BatchFlags {
     /// Table of the videos: UTF-8, comma-separated, with the columns videoid, image, audio, prompt and fps in any order.
-    /// A videoid has up to 100 of A-Z a-z 0-9 . _ - and begins with a letter or digit; fps is 25 or empty.
+    /// A videoid has up to 100 of A-Z a-z 0-9 . _ -, begins with a letter or digit and is no name that Windows keeps for a
+    /// device; fps is 25 or empty.
     #[arg(long, value_name = "FILE")]
     pub csv: PathBuf,
     /// Folder that the table's paths start in and do not leave. Default: the table's own.

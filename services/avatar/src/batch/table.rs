@@ -74,14 +74,9 @@ fn parse(bytes: &[u8], root: &Path) -> Result<Vec<Row>, String> {
         let record = record.map_err(|error| error.to_string())?;
         let videoid = String::from_utf8_lossy(record.get(places[0]).unwrap_or_default());
         let videoid = shortened(&videoid);
-        let mut wanted = row(&record, (heads.len(), places), root);
+        let wanted = row(&record, (heads.len(), places), (root, &first));
         if let Ok(row) = &wanted {
-            // Some file systems do not tell capitals from small letters.
-            let earlier = *first.entry(row.videoid.to_ascii_lowercase()).or_insert(number);
-            if earlier != number {
-                let message = format!("{videoid:?} is also that of row {earlier}, and names its video");
-                wanted = Err(Failure::input("videoid", message));
-            }
+            first.insert(as_a_name(&row.videoid), number);
         }
         rows.push(Row { videoid, wanted });
     }
@@ -107,8 +102,19 @@ fn columns(heads: &ByteRecord) -> Result<[usize; 5], String> {
     Ok(places)
 }
 
-/// Checks one row of a table with so many columns.
-fn row(record: &ByteRecord, (width, places): (usize, [usize; 5]), root: &Path) -> Result<Wanted, Failure> {
+/// A videoid as file systems see it: some do not tell capitals from small letters.
+fn as_a_name(videoid: &str) -> String {
+    videoid.to_ascii_lowercase()
+}
+
+/// Checks one row of a table with so many columns; `first` has the rows before it by their videoids.
+///
+/// Errors: everything that is wrong, together.
+fn row(
+    record: &ByteRecord,
+    (width, places): (usize, [usize; 5]),
+    (root, first): (&Path, &HashMap<String, usize>),
+) -> Result<Wanted, Failure> {
     if record.len() != width {
         return Err(Failure::input("row", format!("it has {} values; the table has {width} columns", record.len())));
     }
@@ -117,15 +123,45 @@ fn row(record: &ByteRecord, (width, places): (usize, [usize; 5]), root: &Path) -
         let text = std::str::from_utf8(bytes);
         text.map(str::to_owned).map_err(|_| Failure::input(COLUMNS[column], "it is not valid UTF-8"))
     };
-    let [videoid, image, audio, prompt, fps] = [text(0)?, text(1)?, text(2)?, text(3)?, text(4)?];
-    check_id(&videoid)?;
-    let rate = fps.trim();
-    if !rate.is_empty() && rate.parse::<f64>() != Ok(f64::from(planner::clip::FPS)) {
-        let message = format!("{:?}; the model makes {} frames a second", shortened(rate), planner::clip::FPS);
-        return Err(Failure::input("fps", message));
+    let videoid = text(0).and_then(|videoid| {
+        check_id(&videoid)?;
+        match first.get(&as_a_name(&videoid)) {
+            None => Ok(videoid),
+            Some(earlier) => {
+                let message = format!("{videoid:?} is also that of row {earlier}, and names its video");
+                Err(Failure::input("videoid", message))
+            }
+        }
+    });
+    let image = text(1).and_then(|image| inside(root, "image", &image));
+    let audio = text(2).and_then(|audio| inside(root, "audio", &audio));
+    match (videoid, image, audio, text(3), text(4).and_then(|fps| check_rate(&fps))) {
+        (Ok(videoid), Ok(image), Ok(audio), Ok(prompt), Ok(())) => Ok(Wanted { videoid, image, audio, prompt }),
+        (videoid, image, audio, prompt, fps) => {
+            Err(together([videoid.err(), image.err(), audio.err(), prompt.err(), fps.err()]))
+        }
     }
-    let (image, audio) = (inside(root, "image", &image)?, inside(root, "audio", &audio)?);
-    Ok(Wanted { videoid, image, audio, prompt })
+}
+
+/// What is wrong with several columns, as one; the first one is at fault.
+fn together(wrong: [Option<Failure>; 5]) -> Failure {
+    let wrong: Vec<Failure> = wrong.into_iter().flatten().collect();
+    if let [only] = wrong.as_slice() {
+        return only.clone();
+    }
+    let sentences = wrong.iter().map(|one| format!("{}: {}", one.field.as_deref().unwrap_or_default(), one.message));
+    let message = sentences.collect::<Vec<_>>().join("; ");
+    Failure::input(wrong.first().and_then(|one| one.field.as_deref()).unwrap_or("row"), message)
+}
+
+/// Refuses a rate that is not the model's; an empty one stands for it.
+fn check_rate(fps: &str) -> Result<(), Failure> {
+    let rate = fps.trim();
+    if rate.is_empty() || rate.parse::<f64>() == Ok(f64::from(planner::clip::FPS)) {
+        return Ok(());
+    }
+    let message = format!("{:?}; the model makes {} frames a second", shortened(rate), planner::clip::FPS);
+    Err(Failure::input("fps", message))
 }
 
 /// Refuses a videoid that would not be a plain file's name.
@@ -136,6 +172,12 @@ fn check_id(videoid: &str) -> Result<(), Failure> {
     }
     if !videoid.starts_with(|c: char| c.is_ascii_alphanumeric()) {
         return wrong("does not begin with a letter or digit (A-Z a-z 0-9)");
+    }
+    let stem = videoid.split('.').next().unwrap_or_default().to_ascii_lowercase();
+    let numbered = stem.strip_prefix("com").or(stem.strip_prefix("lpt"));
+    let is_port = numbered.is_some_and(|number| number.len() == 1 && number.starts_with(|c: char| c.is_ascii_digit()));
+    if is_port || matches!(stem.as_str(), "con" | "prn" | "aux" | "nul") {
+        return wrong("is the name of a device on Windows, where no file can have it");
     }
     match videoid.chars().find(|c| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '_' | '-')) {
         Some(other) => wrong(&format!("has the character {other:?}; allowed are A-Z a-z 0-9 . _ -")),
@@ -225,6 +267,12 @@ mod tests {
             ("a/b", good, Some("videoid")),
             ("é", good, Some("videoid")),
             ("FIRST", good, Some("videoid")),
+            ("..", good, Some("videoid")),
+            ("con", good, Some("videoid")),
+            ("NUL.1", good, Some("videoid")),
+            ("Com7", good, Some("videoid")),
+            ("console", good, None),
+            ("com10", good, None),
             ("b1", ["../secret", "a.wav", "", "25"], Some("image")),
             ("b2", ["/etc/passwd", "a.wav", "", "25"], Some("image")),
             ("b3", ["link", "a.wav", "", "25"], Some("image")),
@@ -245,6 +293,26 @@ mod tests {
             assert_eq!(field(row), expected, "{id}");
         }
         assert_eq!(field(&rows[cases.len()]), Some("prompt"));
+    }
+
+    #[test]
+    fn all_that_is_wrong_with_a_row_is_told_at_once() {
+        let (_folder, root) = folder();
+        let text = "videoid,image,audio,prompt,fps\na,in/a.png,a.wav,,25\nA,../secret,none.wav,,24\n";
+        let rows = parse(text.as_bytes(), &root).unwrap();
+        let failure = rows[1].wanted.as_ref().unwrap_err();
+        assert_eq!(failure.field.as_deref(), Some("videoid"));
+        for part in
+            ["videoid: \"A\" is also that of row 1", "image: \"../secret\"", "audio: \"none.wav\"", "fps: \"24\""]
+        {
+            assert!(failure.message.contains(part), "{part} in {}", failure.message);
+        }
+    }
+
+    #[test]
+    fn a_table_without_rows_has_none() {
+        let (_folder, root) = folder();
+        assert!(parse(b"videoid,image,audio,prompt,fps\n", &root).unwrap().is_empty());
     }
 
     #[test]

@@ -150,6 +150,20 @@ impl Caller {
         assert_eq!((completed, last), (1, GenerationState::Completed), "{id}");
     }
 
+    /// The longest time between two steps of an ended generation.
+    pub async fn longest_step(&self, id: &str) -> Duration {
+        let request = WatchGenerationRequest { generation_id: id.to_owned(), from_number: 0 };
+        let mut answers = self.0.clone().watch_generation(request).await.unwrap().into_inner();
+        let (mut longest, mut last) = (0, None);
+        while let Some(answer) = answers.message().await.unwrap() {
+            let Some(event) = answer.event.filter(|event| event.state() == GenerationState::Denoising) else {
+                continue;
+            };
+            longest = longest.max(event.unix_ms - last.replace(event.unix_ms).unwrap_or(event.unix_ms));
+        }
+        Duration::from_millis(longest)
+    }
+
     /// The pictures of a completed generation's video.
     pub async fn video(&self, id: &str, folder: &Path) -> Vec<u8> {
         let request = DownloadVideoRequest { generation_id: id.to_owned(), offset: 0 };

@@ -23,6 +23,8 @@ const ADVANCES: u64 = 14;
 const STEPS: u32 = 10;
 /// Up to so long after the last advance the cancel comes.
 const WITHIN_MS: u64 = 30;
+/// How much later than after one step the stages must be idle.
+const IDLE_AFTER: Duration = Duration::from_secs(1);
 
 /// What was done. That there is a report says that the stages were idle again after each cancel.
 #[derive(Debug)]
@@ -53,9 +55,10 @@ pub async fn run(count: usize, time: Option<Duration>, seed: u64) -> Report {
         let url = format!("http://{}", process.address("grpc"));
         stages.push(StageServiceClient::new(Channel::from_shared(url).unwrap().connect().await.unwrap()));
     }
-    let mut dice = Dice(seed);
+    let (mut dice, mut step) = (Dice(seed), Duration::ZERO);
     for number in 0..WARM {
-        one(&caller, number, (number > 1).then_some(&mut dice)).await;
+        let (id, _) = one(&caller, number, (number > 1).then_some(&mut dice)).await;
+        step = step.max(caller.longest_step(&id).await);
     }
     let idle = counted(&stages).await;
     let (mut report, began) =
@@ -64,27 +67,31 @@ pub async fn run(count: usize, time: Option<Duration>, seed: u64) -> Report {
         if number > 2 && time.is_some_and(|time| began.elapsed() > time) {
             break;
         }
-        match one(&caller, WARM + number as u64, Some(&mut dice)).await {
-            GenerationState::Cancelled => report.cancelled += 1,
-            GenerationState::Completed => report.too_late += 1,
-            other => panic!("{other:?} after a cancel"),
-        }
-        let cancelled = Instant::now();
+        let (id, cancelled) = one(&caller, WARM + number as u64, Some(&mut dice)).await;
         until("the stages hold no more than before", async || {
             let now = counted(&stages).await;
             now.iter().zip(&idle).all(|(now, idle)| now.saturating_sub(*idle) <= SLACK_BYTES)
         })
         .await;
-        report.longest = report.longest.max(cancelled.elapsed());
+        let took = cancelled.elapsed();
+        step = step.max(caller.longest_step(&id).await);
+        assert!(took <= step + IDLE_AFTER, "{took:?} after a cancel, where a step takes {step:?}");
+        report.longest = report.longest.max(took);
+        match caller.get(&id).await.state() {
+            GenerationState::Cancelled => report.cancelled += 1,
+            GenerationState::Completed => report.too_late += 1,
+            other => panic!("{other:?} after a cancel"),
+        }
     }
     let now = counted(&stages).await;
     report.most_bytes = now.iter().zip(&idle).map(|(now, idle)| now.saturating_sub(*idle)).max().unwrap_or(0);
     report
 }
 
-/// One generation, which is cancelled if there are dice; gives how it ended.
-async fn one(caller: &Caller, number: u64, dice: Option<&mut Dice>) -> GenerationState {
+/// One generation, which is cancelled if there are dice; gives its id and when it was to end.
+async fn one(caller: &Caller, number: u64, dice: Option<&mut Dice>) -> (String, Instant) {
     let id = caller.create(&Job { steps: STEPS, ..Job::new(number) }, "").await;
+    let mut asked = Instant::now();
     if let Some(dice) = dice {
         let wanted = 1 + dice.below(ADVANCES);
         until("a generation has advanced", async || {
@@ -93,9 +100,11 @@ async fn one(caller: &Caller, number: u64, dice: Option<&mut Dice>) -> Generatio
         })
         .await;
         tokio::time::sleep(Duration::from_millis(dice.below(WITHIN_MS))).await;
+        asked = Instant::now();
         caller.cancel(&id).await;
     }
-    caller.ended(&id).await.state()
+    caller.ended(&id).await;
+    (id, asked)
 }
 
 /// Bytes that each stage's process counts.

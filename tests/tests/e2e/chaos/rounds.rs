@@ -28,8 +28,6 @@ const VICTIMS: [&str; 5] = [GATEWAY, "diffusion", "vae-decode", "audio-encoder",
 pub struct Plan {
     /// Kills.
     pub rounds: usize,
-    /// After this time no more are made, but at least one of each process.
-    pub time: Option<Duration>,
     /// Decides whom it hits, and when.
     pub seed: u64,
     /// The records are in PostgreSQL, which is killed too.
@@ -86,10 +84,7 @@ pub async fn run(plan: Plan) -> Report {
 
     let (mut dice, mut deck) = (Dice(plan.seed), Vec::new());
     let (mut kills, mut made) = (BTreeMap::new(), Vec::new());
-    for round in 0..plan.rounds {
-        if round >= victims.len() && plan.time.is_some_and(|time| began.elapsed() > time) {
-            break;
-        }
+    for _ in 0..plan.rounds {
         let caller = Caller::connect(&stack.grpc()).await;
         fill(&caller, &mut made).await;
         random_moment(&caller, &made, &mut dice).await;
