@@ -161,8 +161,10 @@ fn unheld(name: DeviceName) -> Box<dyn Fn() -> u64 + Send + Sync> {
         #[cfg(feature = "cuda")]
         DeviceName::Cuda { index } => {
             let driver = crate::hardware::Nvml::load();
+            let all = crate::hardware::cards(driver.as_ref().map(|driver| driver as &dyn crate::hardware::Driver));
+            let uuid = all.into_iter().find(|card| card.index == index).map(|card| card.uuid);
             Box::new(move || {
-                let free = driver.as_ref().and_then(|driver| driver.free_bytes(index));
+                let free = driver.as_ref().zip(uuid.as_deref()).and_then(|(driver, uuid)| driver.free_bytes(uuid));
                 // A driver that does not answer leaves the process's own count to decide.
                 free.map_or(u64::MAX, |free| free.saturating_add(crate::hardware::pool::spare_bytes(index)))
             })
