@@ -159,8 +159,10 @@ pub(crate) fn admit(wanted: &Request, tier: &TierOptions, source: &FleetSource) 
             return Ok(None);
         }
     };
-    let roomier =
-        |device: Device| Device { free: Bytes(device.free.0.saturating_add(device.free.0 / 100 * NEAR_PERCENT)), ..device };
+    let roomier = |device: Device| Device {
+        free: Bytes(device.free.0.saturating_add(device.free.0 / 100 * NEAR_PERCENT)),
+        ..device
+    };
     let planner = Planner {
         table: fleet.table,
         tiers: tier.tiers.clone(),
@@ -361,13 +363,17 @@ mod tests {
     /// Whatever the command line shows of a plan goes over the wire too.
     #[test]
     fn a_plan_over_the_wire_has_the_fit_of_each_stage_and_the_rates() {
-        let request = v1::PlanGenerationRequest { width: Some(96), height: Some(96), frames: Some(5), ..Default::default() };
+        let request =
+            v1::PlanGenerationRequest { width: Some(96), height: Some(96), frames: Some(5), ..Default::default() };
         let plan = plan(&request, &TierOptions::default(), Some(&processor(4 << 30))).unwrap();
         let sent = message(&plan);
         for (stage, told) in plan.stages.iter().zip(&sent.stages) {
             let Fit::Cpu(fit) = stage.fit else { panic!("{stage:?}") };
             let told = told.fit.as_ref().unwrap();
-            assert_eq!([told.resident_blocks, told.blocks, told.prefetch], [fit.resident_blocks, fit.blocks, fit.prefetch]);
+            assert_eq!(
+                [told.resident_blocks, told.blocks, told.prefetch],
+                [fit.resident_blocks, fit.blocks, fit.prefetch]
+            );
             assert_eq!([told.token_chunks, told.query_chunk], [fit.token_chunks, fit.query_chunk]);
         }
         let transformer = sent.stages[3].fit.as_ref().unwrap();

@@ -746,7 +746,11 @@ async fn what_the_devices_cannot_hold_is_lowered_where_that_is_allowed_and_said(
         ..Default::default()
     };
     let roomier = planner::Planner {
-        devices: planner.devices.iter().map(|d| planner::Device { free: planner::Bytes(d.free.0 / 100 * 106), ..d.clone() }).collect(),
+        devices: planner
+            .devices
+            .iter()
+            .map(|d| planner::Device { free: planner::Bytes(d.free.0 / 100 * 106), ..d.clone() })
+            .collect(),
         ..planner
     };
     assert!(roomier.plan(&made).is_ok(), "{made:?}");

@@ -468,12 +468,7 @@ impl WeightsReport {
     pub fn new([blocks, resident]: [usize; 2], [waited, hidden]: [Duration; 2]) -> Self {
         let count = |blocks: usize| u32::try_from(blocks).unwrap_or(u32::MAX);
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        Self {
-            blocks: count(blocks),
-            resident_blocks: count(resident),
-            waited_ms: ms(waited),
-            hidden_ms: ms(hidden),
-        }
+        Self { blocks: count(blocks), resident_blocks: count(resident), waited_ms: ms(waited), hidden_ms: ms(hidden) }
     }
 }
 

@@ -92,7 +92,9 @@ mod tests {
             ..MemoryReport::default()
         };
         let text = as_text("cpu", &memory);
-        for part in ["cpu: 512 MiB of 4 GiB free, nearly full (from 85 % on)", "3 times", "2 stages", "4 caches", "7 calls"] {
+        for part in
+            ["cpu: 512 MiB of 4 GiB free, nearly full (from 85 % on)", "3 times", "2 stages", "4 caches", "7 calls"]
+        {
             assert!(text.contains(part), "{part} in {text}");
         }
         let value = as_json("cpu", &memory);

@@ -161,7 +161,8 @@ pub fn pass_bytes(t: &Transformer, pass: &Pass, value_bytes: u64) -> u64 {
     // comes of them.
     let piece = tokens.min(TOKENS_AT_ONCE) * (5 * t.hidden + 2 * t.inner);
     let block = (BEFORE * tokens * t.hidden).max(AFTER * tokens * t.hidden + piece);
-    let scores = if value_bytes == HALF { 0 } else { SCORES_BYTES.min(tokens.saturating_mul(tokens).saturating_mul(12)) };
+    let scores =
+        if value_bytes == HALF { 0 } else { SCORES_BYTES.min(tokens.saturating_mul(tokens).saturating_mul(12)) };
     // Rotary tables, latents and velocity in f32, windows of the speech.
     let frames = (4 * window).saturating_sub(3);
     let rest = tokens * t.head * 4 + 3 * window * t.latent * h * w * 4 + frames * t.audio * value_bytes;

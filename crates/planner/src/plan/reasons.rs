@@ -133,8 +133,9 @@ fn of_stage(planner: &Planner, job: &Job, chosen: &Chosen, stage: Stage) -> Vec<
         });
         let needed = Bytes(smallest.min().unwrap_or(0));
         said.push(format!(
-            "{stage}: {needed} at {best} do not fit in {usable}, so its large layers are in {}",
-            fit.precision
+            "{stage}: {needed} at {best} do not fit in {usable}, so its large layers are in {precision}, as `avatar \
+             weights convert --precision {precision}` makes them",
+            precision = fit.precision
         ));
     }
     if !fit.resident() {

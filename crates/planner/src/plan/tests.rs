@@ -229,8 +229,13 @@ fn stages_spread_over_parts_of_a_cpu_that_do_not_hold_them_together() {
         let devices = parts.iter().enumerate().map(|(i, free)| part(i, *free)).collect();
         Planner { devices, placement, ..planner(&[]) }.plan(&request(128, 128, 9, 10))
     };
-    let whole = on(&[gib(1024.0)], None).unwrap();
-    let less = Bytes(whole.peak_bytes - 1);
+    // The least that holds all stages in the smallest way there is, and a byte less.
+    let (mut no, mut yes) = (0u64, 1u64 << 40);
+    while yes - no > 1 {
+        let middle = no.midpoint(yes);
+        if on(&[Bytes(middle)], None).is_ok() { yes = middle } else { no = middle }
+    }
+    let less = Bytes(no);
     assert!(matches!(on(&[less], None), Err(Refusal::Memory(_))), "{less:?} holds all stages");
     let spread = on(&[less, less], None).unwrap();
     assert!(spread.phases.iter().all(|phase| phase.peak_bytes <= less.0), "{:?}", spread.phases);

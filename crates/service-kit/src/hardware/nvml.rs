@@ -103,7 +103,9 @@ fn numbered(boards: Vec<Board>, visible: Option<&[String]>) -> Vec<Card> {
         .collect();
     let chosen: Vec<Card> = match visible {
         None => devices,
-        Some(ids) => ids.iter().filter_map(|id| devices.iter().find(|d| d.uuid.ends_with(id.as_str())).cloned()).collect(),
+        Some(ids) => {
+            ids.iter().filter_map(|id| devices.iter().find(|d| d.uuid.ends_with(id.as_str())).cloned()).collect()
+        }
     };
     (0..).zip(chosen).map(|(index, card)| Card { index, ..card }).collect()
 }
