@@ -14,7 +14,7 @@ use crate::{
     config::{Options, TierOptions},
     fault::{Fault, Kind},
     intake::{Order, Upload},
-    planning::FleetSource,
+    planning::{self, FleetSource},
     runner::{self, Allowance, Pace, Previews, Workshop, prepare::Prepared},
     stages::Stages,
     store::{Accepted, Listing, SPACE_RETRY, Store, StoreError, request_hash, seconds_until, unix_ms},
@@ -247,8 +247,14 @@ impl Gateway {
         let settings = validate::resolve(upload.spec.clone(), &defaults)?;
         let limit = self.inner.options.max_audio_seconds;
         let tier = self.inner.options.tier.clone();
+        let inner = Arc::clone(&self.inner);
         let read = move || {
-            let prepared = Prepared::read(&upload, settings, limit, &tier)?;
+            let mut prepared = Prepared::read(&upload, settings, limit, &tier)?;
+            if let Some(fleet) = inner.fleet.get()
+                && let Some(lowered) = planning::admit(&prepared.request(), &tier, fleet)?
+            {
+                prepared = prepared.lowered(lowered);
+            }
             let request_hash = request_hash(&upload.spec, &upload.picture, &upload.audio);
             let Upload { picture, audio, order, .. } = upload;
             let generation = prepared.generation();

@@ -3,6 +3,7 @@
 mod deadlines;
 mod decoders;
 mod doors;
+mod fitting;
 mod memory;
 mod output;
 mod previews;
