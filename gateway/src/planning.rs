@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use planner::{
     Bytes, Device, ModelTable, Plan, Planner, Precision, Refusal, Request, Stage, Tier,
-    plan::{Choice, Fit},
+    plan::{Choice, Fit, PartPlan, Placement},
     size::PictureSize,
     tiers::Excess,
 };
@@ -28,8 +28,8 @@ pub struct Fleet {
     pub table: ModelTable,
     /// The devices.
     pub devices: Vec<Device>,
-    /// The number of each stage's device, where there are several.
-    pub placement: Option<[usize; 5]>,
+    /// Where the stages are, where there are several devices.
+    pub placement: Option<Placement>,
 }
 
 /// Asks for it; blocking, as headers are read and a device may be measured. The error is a sentence.
@@ -185,6 +185,7 @@ pub fn message(plan: &Plan) -> v1::GenerationPlan {
                 resident_bytes: planned.resident_bytes,
                 peak_bytes: planned.peak_bytes,
                 seconds: planned.seconds,
+                spread: planned.spread.iter().map(part).collect(),
             })
             .collect(),
         phases: plan
@@ -202,6 +203,16 @@ pub fn message(plan: &Plan) -> v1::GenerationPlan {
         rates_measured: plan.rates.iter().all(|rates| rates.rates.measured),
         degraded: plan.degraded.clone(),
         reasons: plan.reasons.clone(),
+    }
+}
+
+fn part(part: &PartPlan) -> v1::PlanPart {
+    v1::PlanPart {
+        device: part.device.clone(),
+        first_block: part.first_block,
+        blocks: part.blocks,
+        resident_blocks: part.resident_blocks,
+        peak_bytes: part.peak_bytes,
     }
 }
 

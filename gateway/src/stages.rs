@@ -104,7 +104,7 @@ impl Stages {
         if answer.checkpoint_digest.is_empty() {
             return Ok(String::new());
         }
-        let device = kind_of_device(&answer.device);
+        let device = kind_of_devices(&answer);
         Ok(format!("{} {} {device} {}", answer.checkpoint_digest, answer.version, answer.compute))
     }
 
@@ -140,12 +140,13 @@ impl Stages {
     pub async fn unload_beside(&self, stage: Stage, whose: Whose) -> Vec<&'static str> {
         let all = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode];
         let own = self.describe(stage).await.ok();
-        let Some(device) = own.map(|said| said.device_id).filter(|id| !id.is_empty()) else { return Vec::new() };
+        let devices: Vec<String> = own.iter().flat_map(device_ids).map(str::to_owned).collect();
         let mut unloaded = Vec::new();
         let others = all.into_iter().filter(|other| *other != stage).map(|other| (other, self.channel(other)));
         let spare = self.spare_decoders.iter().map(|decoder| (Stage::VaeDecode, decoder));
         for (other, channel) in others.chain(spare) {
-            let beside = describe(channel, other).await.is_ok_and(|said| said.loaded && said.device_id == device);
+            let shares = |said: &v1::DescribeResponse| device_ids(said).any(|id| devices.iter().any(|own| own == id));
+            let beside = describe(channel, other).await.is_ok_and(|said| said.loaded && shares(&said));
             if !beside {
                 continue;
             }
@@ -286,6 +287,20 @@ async fn unload(channel: &Channel, stage: Stage, (whose, patience): (Whose, Dura
     }
 }
 
+/// The devices that a stage is on: its own, and where it is spread, the others.
+fn device_ids(said: &v1::DescribeResponse) -> impl Iterator<Item = &str> {
+    let parts = said.memory.iter().flat_map(|memory| &memory.parts).map(|part| part.device_id.as_str());
+    std::iter::once(said.device_id.as_str()).chain(parts).filter(|id| !id.is_empty())
+}
+
+/// What a stage's arithmetic depends on of its devices: each kind once, in the order of the stage's parts.
+fn kind_of_devices(said: &v1::DescribeResponse) -> String {
+    let parts = said.memory.iter().flat_map(|memory| &memory.parts).map(|part| part.device.as_str());
+    let mut kinds: Vec<&str> = std::iter::once(said.device.as_str()).chain(parts).map(kind_of_device).collect();
+    kinds.dedup();
+    kinds.join("+")
+}
+
 /// The part of a device's name that its arithmetic depends on: how much memory of a CPU may be used changes no value.
 fn kind_of_device(name: &str) -> &str {
     name.split_once([':', '.']).filter(|(kind, _)| *kind == "cpu").map_or(name, |(kind, _)| kind)
@@ -370,7 +385,7 @@ impl Frames {
     /// The stage's memory, once all frames are there.
     #[must_use]
     pub fn memory(&self) -> MemoryReport {
-        self.memory.unwrap_or_default()
+        self.memory.clone().unwrap_or_default()
     }
 }
 
@@ -439,6 +454,18 @@ mod tests {
     fn a_budget_is_no_other_device() {
         let names = ["cpu", "cpu:4294967296", "cpu.1", "cuda:1"];
         assert_eq!(names.map(kind_of_device), ["cpu", "cpu", "cpu", "cuda:1"]);
+    }
+
+    #[test]
+    fn blocks_on_several_parts_of_a_processor_are_computed_as_on_one() {
+        let part = |device: &str| v1::StagePart { device: device.into(), ..v1::StagePart::default() };
+        let on = |device: &str, parts: &[&str]| {
+            let parts = parts.iter().copied().map(part).collect();
+            let memory = Some(MemoryReport { parts, ..MemoryReport::default() });
+            kind_of_devices(&v1::DescribeResponse { device: device.into(), memory, ..Default::default() })
+        };
+        assert_eq!(on("cpu", &[]), on("cpu.0", &["cpu.0", "cpu.1"]));
+        assert_eq!(on("cuda:0", &["cuda:0", "cuda:1"]), "cuda:0+cuda:1");
     }
 
     #[tokio::test]

@@ -12,11 +12,15 @@ use model::{
     Precision,
     blueprint::transformer_table,
     checkpoint::{self, Choice, Setup},
-    diffusion::DiffusionStage,
+    diffusion::{DiffusionStage, Part},
     ops,
+    weights::Swapped,
 };
 use planner::{
-    cost::cpu::{Cpu, pass_bytes, resident_blocks},
+    cost::{
+        cpu::{Cpu, pass_bytes, resident_blocks},
+        spread::divide,
+    },
     table::Transformer,
 };
 use proto::{
@@ -32,7 +36,7 @@ use service_kit::{
     ServiceError,
     config::Compute,
     device::CancelToken,
-    hardware::DeviceName,
+    hardware::{DeviceConfig, DeviceName},
     memory::{Watch, WeightsReport},
     stage::{StageHost, StageModel},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
@@ -54,6 +58,8 @@ pub(crate) struct Model {
     sizes: Transformer,
     cpu: Cpu,
     on_card: bool,
+    /// Blocks of each of its devices.
+    blocks: Vec<u64>,
     sessions: HashMap<String, Session>,
 }
 
@@ -66,36 +72,40 @@ fn clock() -> Duration {
 impl StageModel for Model {
     const STAGE: Stage = Stage::Diffusion;
     const NAME: &'static str = "diffusion";
-    /// The form of the weights.
-    type Options = Choice;
+    type Options = Options;
 
-    fn open(models: &Path, on: (DeviceName, Compute), choice: &Choice) -> Result<Self, ServiceError> {
+    fn open(models: &Path, on: (DeviceName, Compute), options: &Options) -> Result<Self, ServiceError> {
         let fault = |e: model::Error| ServiceError::failed_precondition(e.to_string());
-        let stage = DiffusionStage::open(models, &setup(on, *choice)?).map_err(fault)?;
-        let sizes = transformer_table(models, *choice).map_err(fault)?;
+        let sizes = transformer_table(models, options.weights).map_err(fault)?;
+        let setup = setup(on, options.weights)?;
+        let parts = options.parts(models, &setup)?;
+        let stage = DiffusionStage::open_over(models, &setup, &parts).map_err(fault)?;
+        let blocks = stage.transformer.swaps().map(|swap| swap.sizes().len() as u64).collect();
         let value_bytes = if on.1 == Compute::F32 { 4 } else { 2 };
         let cpu = Cpu { threads: ops::threads() as u64, packs: ops::has_kernel(), value_bytes };
-        Ok(Self { stage, sizes, cpu, on_card: on.0.card().is_some(), sessions: HashMap::new() })
+        Ok(Self { stage, sizes, cpu, on_card: on.0.card().is_some(), blocks, sessions: HashMap::new() })
     }
 
-    fn weights(&self) -> WeightsReport {
-        let told = self.stage.transformer.swap().told();
+    fn weights(&self) -> Vec<WeightsReport> {
         let count = |blocks: usize| u32::try_from(blocks).unwrap_or(u32::MAX);
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        WeightsReport {
+        let report = |told: Swapped| WeightsReport {
             blocks: count(told.blocks),
             resident_blocks: count(told.resident),
             waited_ms: ms(told.waited),
             hidden_ms: ms(told.hidden),
-        }
+        };
+        self.stage.transformer.swaps().map(|swap| report(swap.told())).collect()
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
-        model::memory::watched(move |bytes| watch.allows(bytes), work)
+        let told = watch.clone();
+        let moves = move |part, bytes| told.moves(part, bytes);
+        model::memory::watched_over(move |bytes| watch.allows(bytes), moves, work)
     }
 
-    fn files(models: &Path, choice: &Choice) -> Vec<PathBuf> {
-        checkpoint::files(models, checkpoint::Stage::Diffusion, *choice)
+    fn files(models: &Path, options: &Options) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::Diffusion, options.weights)
     }
 
     fn defaults(models: &Path) -> Option<GenerationDefaults> {
@@ -180,7 +190,7 @@ impl DiffusionService for Service {
         // Room for every result, so that a slow reader never holds the device.
         let messages = streamed_reply(header.items.len(), wrap, |outbox| {
             let work = move |model: &mut Model, cancel: &CancelToken| {
-                model.settle(&header, settled.memory().free_bytes);
+                model.settle(&header, &settled.free_bytes());
                 model.predict(&header, latents, (&outbox, cancel))
             };
             let pending = self.host.submit(work)?;
@@ -219,22 +229,25 @@ impl Model {
         Ok(())
     }
 
-    /// Lets as many blocks of weights stay in memory as the largest item leaves room for in what is free now.
-    fn settle(&self, header: &PredictHeader, free_bytes: u64) {
+    /// Lets as many blocks of weights stay on each device as the largest item leaves room for in what is free there now.
+    fn settle(&self, header: &PredictHeader, free_bytes: &[u64]) {
         let Some(session) = self.sessions.get(&header.session_id) else { return };
-        let work = |item| pass_bytes(&self.sizes, &session.pass(item, header.keep_features), self.cpu);
-        let most = header.items.iter().map(work).max().unwrap_or(0);
+        let works = |item| pass_bytes(&self.sizes, &session.pass(item, header.keep_features), (&self.blocks, self.cpu));
+        let works: Vec<Vec<u64>> = header.items.iter().map(works).collect();
         let transformer = &self.stage.transformer;
-        let (taken, free) = if self.on_card {
-            // Weights that are on the card already are not free there, but free for weights. Beside them stands the
-            // layer that is being widened, which is no larger than a block.
-            let widened = transformer.swap().sizes().into_iter().max().unwrap_or(0);
-            (most.saturating_add(widened), free_bytes.saturating_add(transformer.swap().held_bytes()))
-        } else {
-            (most.saturating_add(transformer.unswapped_bytes()), free_bytes)
-        };
-        let resident = resident_blocks(&transformer.swap().sizes(), free.saturating_sub(taken));
-        transformer.swap().keep(resident, clock);
+        for (part, (swap, &others)) in transformer.swaps().zip(transformer.unswapped_bytes()).enumerate() {
+            let most = works.iter().filter_map(|work| work.get(part)).copied().max().unwrap_or(0);
+            let free = free_bytes.get(part).copied().unwrap_or(0);
+            let (taken, free) = if self.on_card {
+                // Weights that are on the card already are not free there, but free for weights. Beside them stands the
+                // layer that is being widened, which is no larger than a block.
+                let widened = swap.sizes().into_iter().max().unwrap_or(0);
+                (most.saturating_add(widened), free.saturating_add(swap.held_bytes()))
+            } else {
+                (most.saturating_add(others), free)
+            };
+            swap.keep(resident_blocks(&swap.sizes(), free.saturating_sub(taken)), clock);
+        }
     }
 
     /// Runs the items in order; gives the seconds it took.
@@ -349,6 +362,42 @@ fn split_predict(message: PredictRequest) -> Item<PredictHeader> {
 
 fn wrap(part: TensorPart) -> PredictResponse {
     PredictResponse { body: Some(predict_response::Body::Part(part)) }
+}
+
+/// What the stage is told besides the settings that every stage has.
+pub(crate) struct Options {
+    /// The form of the weights.
+    pub(crate) weights: Choice,
+    /// Its devices, the first included.
+    pub(crate) devices: Vec<DeviceConfig>,
+    /// Blocks of each device; where there are none, they are divided by what the devices may hold.
+    pub(crate) blocks: Vec<u64>,
+}
+
+impl Options {
+    /// The parts of a network that is spread; none where it is on one device.
+    fn parts(&self, models: &Path, setup: &Setup) -> Result<Vec<Part>, ServiceError> {
+        if self.devices.len() < 2 {
+            return Ok(Vec::new());
+        }
+        let blocks = match self.blocks.is_empty() {
+            false => self.blocks.clone(),
+            true => {
+                let (blocks, others) = DiffusionStage::block_bytes(models, setup).map_err(fault)?;
+                let room = |device: usize, _| {
+                    let bytes = self.devices.get(device)?.budget_bytes;
+                    Some(if device == 0 { bytes.saturating_sub(others) } else { bytes })
+                };
+                let parts = divide(&blocks, self.devices.len(), room);
+                parts.into_iter().map(|part| part.blocks.len() as u64).collect()
+            }
+        };
+        let part = |(device, blocks): (&DeviceConfig, &u64)| {
+            let device = model::device(device.name.card()).map_err(ServiceError::internal)?;
+            Ok(Part { device, blocks: usize::try_from(*blocks).unwrap_or(usize::MAX) })
+        };
+        self.devices.iter().zip(&blocks).map(part).collect()
+    }
 }
 
 fn setup((device, compute): (DeviceName, Compute), choice: Choice) -> Result<Setup, ServiceError> {
