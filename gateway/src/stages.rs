@@ -176,7 +176,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok((Encoded::new(tensors, summary.memory, summary.device_use.clone()), summary))
+        Ok((Encoded::new(tensors, summary.memory.clone(), summary.device_use.clone()), summary))
     }
 
     /// Prompt and picture to the text states of both prompts.
@@ -195,7 +195,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok((Encoded::new(tensors, summary.memory, summary.device_use.clone()), summary))
+        Ok((Encoded::new(tensors, summary.memory.clone(), summary.device_use.clone()), summary))
     }
 
     /// Picture to reference latents and face mask.
@@ -214,7 +214,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok((Encoded::new(tensors, summary.memory, summary.device_use.clone()), summary))
+        Ok((Encoded::new(tensors, summary.memory.clone(), summary.device_use.clone()), summary))
     }
 
     /// Gives the transformer what stays the same for a generation.

@@ -150,7 +150,8 @@ impl<M: StageModel> StageHost<M> {
         F: FnOnce(&mut M, &CancelToken) -> Result<R, ServiceError> + Send + 'static,
     {
         let host = self.clone();
-        self.device.try_submit_over(&self.others, move |cancel| host.with_model(cancel, false, |model| work(model, cancel)))
+        self.device
+            .try_submit_over(&self.others, move |cancel| host.with_model(cancel, false, |model| work(model, cancel)))
     }
 
     /// As [`submit`](Self::submit), for work with which a generation begins.
@@ -162,7 +163,8 @@ impl<M: StageModel> StageHost<M> {
         F: FnOnce(&mut M, &CancelToken) -> Result<R, ServiceError> + Send + 'static,
     {
         let host = self.clone();
-        self.device.try_submit_over(&self.others, move |cancel| host.with_model(cancel, true, |model| work(model, cancel)))
+        self.device
+            .try_submit_over(&self.others, move |cancel| host.with_model(cancel, true, |model| work(model, cancel)))
     }
 
     /// Runs `work` on the device's thread if the model is loaded, and does nothing otherwise.
@@ -231,11 +233,7 @@ impl<M: StageModel> StageHost<M> {
         self.devices().try_for_each(DeviceWorker::works)
     }
 
-    fn run<R>(
-        &self,
-        running: &Work,
-        work: impl FnOnce(&mut M) -> Result<R, ServiceError>,
-    ) -> Result<R, ServiceError> {
+    fn run<R>(&self, running: &Work, work: impl FnOnce(&mut M) -> Result<R, ServiceError>) -> Result<R, ServiceError> {
         // A panic in earlier work leaves the model itself whole: work only reads the weights.
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
@@ -290,7 +288,8 @@ impl<M: StageModel> StageHost<M> {
         let budget = self.device.budget();
         let parts = if self.others.is_empty() { Vec::new() } else { self.parts() };
         let of_first = self.places.first().map(|place| place.meter.report()).unwrap_or_default();
-        let all = |count: fn(&WeightsReport) -> u32| self.places.iter().map(|place| count(&place.meter.weights())).sum();
+        let all =
+            |count: fn(&WeightsReport) -> u32| self.places.iter().map(|place| count(&place.meter.weights())).sum();
         let spent = |ms: fn(&WeightsReport) -> u64| self.places.iter().map(|place| ms(&place.meter.weights())).sum();
         MemoryReport {
             budget_bytes: budget.device().budget_bytes,

@@ -63,8 +63,7 @@ pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Resul
     let failed = |e| Failure::local("cannot start the devices", e);
     let workers = DeviceWorker::spawn_several(&devices, config.queue).map_err(failed)?;
     let placed = placement.clone().unwrap_or_default();
-    let places: Option<Vec<DeviceWorker>> =
-        placed.devices.iter().map(|&number| workers.get(number).cloned()).collect();
+    let places: Option<Vec<DeviceWorker>> = placed.devices.iter().map(|&number| workers.get(number).cloned()).collect();
     let places = places.and_then(|all| <[_; 5]>::try_from(all).ok());
     let [audio, text, image, transformer, decoder] =
         places.ok_or_else(|| Failure::local("cannot start the devices", "there is none"))?;

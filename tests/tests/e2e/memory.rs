@@ -225,14 +225,14 @@ async fn a_stage_with_a_session_is_not_unloaded_for_others_unless_all_are() {
     let first = velocities(&stages, "one", 4).await;
     let mut client = StageServiceClient::new(channel.clone());
     let kept = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
-    assert!(kept.busy && kept.memory.unwrap().resident_bytes > 0, "{kept:?}");
+    assert!(kept.busy && kept.memory.as_ref().unwrap().resident_bytes > 0, "{kept:?}");
     assert!(velocities(&stages, "one", 4).await == first);
     stages.close_session("one".into()).await.unwrap();
     let gone = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
-    assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
+    assert!(!gone.busy && gone.memory.as_ref().unwrap().resident_bytes == 0, "{gone:?}");
     velocities(&stages, "two", 4).await;
     let gone = client.unload(UnloadRequest::default()).await.unwrap().into_inner();
-    assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
+    assert!(!gone.busy && gone.memory.as_ref().unwrap().resident_bytes == 0, "{gone:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -17,6 +17,8 @@ mod rope;
 mod stage;
 
 #[cfg(test)]
+mod parts_tests;
+#[cfg(test)]
 mod tests;
 
 use candle_core::{DType, Device, Tensor};

@@ -246,9 +246,10 @@ impl Planner {
         let beside: Vec<Beside> = self.devices.iter().zip(&others).map(beside).collect();
         let mut shares = Vec::new();
         if spread {
-            let cards = placement.spread.iter().all(|(device, _)| {
-                self.devices.get(*device).is_some_and(|device| device.kind == DeviceKind::Cuda)
-            });
+            let cards = placement
+                .spread
+                .iter()
+                .all(|(device, _)| self.devices.get(*device).is_some_and(|device| device.kind == DeviceKind::Cuda));
             let none = vec![Beside::default(); beside.len()];
             let beside = if together || !cards { &beside } else { &none };
             (shares, rank[0]) = self.shares(job, placement, beside)?;

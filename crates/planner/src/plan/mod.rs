@@ -10,6 +10,8 @@ mod ladder;
 mod reasons;
 mod spread;
 #[cfg(test)]
+mod spread_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;

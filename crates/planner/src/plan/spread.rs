@@ -70,11 +70,13 @@ impl Planner {
                 let devices = [audio, text, image, first, decoder];
                 all.push((100 * parts + number, Placement { devices, spread: spread.clone() }));
             };
-            let among = order.iter().copied().enumerate().take(MOST_PARTS);
+            // The first device has the most to hold already.
+            let liked = [1, 0, 2, 3];
+            let among = liked.into_iter().zip(order.iter().copied());
             for (n, encoders) in among.clone() {
                 for (m, decoder) in among.clone() {
-                    // On cards each other stage goes where the encoders go, or two of them share the work.
-                    if on_cpu(&first) || n == m || (n < 2 && m == 2) {
+                    // On cards the others are together.
+                    if on_cpu(&first) || n == m {
                         push(10 * n + m, [encoders, encoders, encoders, decoder]);
                     }
                 }

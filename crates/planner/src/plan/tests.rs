@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{cost::work, tiers::Tiers};
 
-fn planner(cards: &[&str]) -> Planner {
+pub(super) fn planner(cards: &[&str]) -> Planner {
     let devices = cards.iter().enumerate().map(|(i, total)| Device::card(i, total.parse().unwrap())).collect();
     Planner {
         table: ModelTable::published().unwrap(),
@@ -16,7 +16,7 @@ fn planner(cards: &[&str]) -> Planner {
     }
 }
 
-fn request(width: u32, height: u32, frames: u32, steps: u32) -> Request {
+pub(super) fn request(width: u32, height: u32, frames: u32, steps: u32) -> Request {
     Request {
         size: Some(PictureSize { width, height }),
         frames: Some(frames),
@@ -27,7 +27,7 @@ fn request(width: u32, height: u32, frames: u32, steps: u32) -> Request {
     }
 }
 
-fn cuda_fit(plan: &Plan, stage: Stage) -> cuda::Fit {
+pub(super) fn cuda_fit(plan: &Plan, stage: Stage) -> cuda::Fit {
     match plan.stages.iter().find(|s| s.stage == stage).unwrap().fit {
         Fit::Cuda(fit) => fit,
         Fit::Cpu(_) => panic!("{stage} is on a CPU"),
@@ -160,7 +160,7 @@ fn sizes() -> impl Strategy<Value = PictureSize> {
     (4u32..80, 4u32..80).prop_map(|(w, h)| PictureSize { width: 16 * w, height: 16 * h })
 }
 
-fn requests() -> impl Strategy<Value = Request> {
+pub(super) fn requests() -> impl Strategy<Value = Request> {
     (sizes(), 1u32..500, 1u32..60).prop_map(|(size, frames, steps)| Request {
         size: Some(size),
         frames: Some(frames),
@@ -171,7 +171,7 @@ fn requests() -> impl Strategy<Value = Request> {
     })
 }
 
-fn gib(at: f64) -> Bytes {
+pub(super) fn gib(at: f64) -> Bytes {
     Bytes((at * (1u64 << 30) as f64) as u64)
 }
 
@@ -194,7 +194,7 @@ fn stages_spread_over_parts_of_a_cpu_that_do_not_hold_them_together() {
     assert!(matches!(on(&[less], None), Err(Refusal::Memory(_))), "{less:?} holds all stages");
     let spread = on(&[less, less], None).unwrap();
     assert!(spread.phases.iter().all(|phase| phase.peak_bytes <= less.0), "{:?}", spread.phases);
-    assert!(["cpu.0", "cpu.1"].iter().all(|name| spread.stages.iter().any(|stage| stage.device == *name)));
+    assert!(["cpu.0", "cpu.1"].iter().all(|name| spread.phases.iter().any(|phase| phase.device == *name)));
     let placed = on(&[gib(1024.0), gib(1024.0)], Some([1, 0, 1, 0, 1])).unwrap();
     let names: Vec<&str> = placed.stages.iter().map(|stage| stage.device.as_str()).collect();
     assert_eq!(names, ["cpu.1", "cpu.0", "cpu.1", "cpu.0", "cpu.1"]);

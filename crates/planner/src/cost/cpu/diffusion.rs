@@ -65,7 +65,7 @@ pub(super) fn pass_over(heap: &mut Heap, t: &Transformer, pass: &Pass, parts: &[
     heap.pass(heard * t.audio / 10 * 4);
     heap.take(window * t.latent * h * w * 4);
     prepare(heap, t, [window, each, frames]);
-    let mut refined = refine(heap, t, states);
+    let refined = refine(heap, t, states);
 
     let own = heap.rounded(window * t.latent * h * w);
     let patches = heap.take_tensor(tokens * 4 * t.latent);
