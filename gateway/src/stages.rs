@@ -469,6 +469,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_shares_any_device_of_a_spread_stage_is_unloaded_for_it_and_it_for_them() {
+        let on = |devices: &[&'static str]| {
+            fakes::start(&Arc::new(Script { devices: devices.to_vec(), ..Script::default() }))
+        };
+        let stages = Stages {
+            audio_encoder: on(&["a"]).audio_encoder,
+            text_encoder: on(&["c"]).text_encoder,
+            image_encoder: on(&["a"]).image_encoder,
+            diffusion: on(&["a", "b"]).diffusion,
+            vae_decode: on(&["b"]).vae_decode,
+            spare_decoders: Vec::new(),
+        };
+        let beside = stages.unload_beside(Stage::Diffusion, Whose::Anybodys).await;
+        assert_eq!(beside, ["audio-encoder", "image-encoder", "vae-decode"]);
+        assert_eq!(stages.unload_beside(Stage::VaeDecode, Whose::Nobodys).await, ["diffusion"]);
+        assert!(stages.unload_beside(Stage::TextEncoder, Whose::Anybodys).await.is_empty());
+    }
+
+    #[tokio::test]
     async fn a_stage_that_does_not_unload_is_not_waited_for_without_end() {
         let stages = fakes::start(&Arc::new(Script { unload_hangs: true, ..Script::default() }));
         let fault = unload(&stages.vae_decode, Stage::VaeDecode, (Whose::Anybodys, Duration::from_millis(50))).await;
