@@ -114,13 +114,10 @@ impl DeviceFlags {
     fn resolve_spread(&self, mistakes: &mut Mistakes) -> Option<(DeviceConfig, Vec<DeviceConfig>)> {
         let mut devices = self.resolve_all(mistakes)?;
         let first = if devices.is_empty() { None } else { Some(devices.remove(0)) }?;
-        let card = |device: &DeviceConfig| device.name.card();
-        let alike = devices.iter().all(|device| card(device).is_some() == card(&first).is_some());
-        let mut cards: Vec<u32> = devices.iter().chain([&first]).filter_map(card).collect();
-        cards.sort_unstable();
-        if !alike || cards.windows(2).any(|pair| pair[0] == pair[1]) {
+        let on_card = |device: &DeviceConfig| device.name.card().is_some();
+        if devices.iter().any(|device| on_card(device) != on_card(&first)) {
             mistakes.note(format!(
-                "--device {:?}: blocks are spread over parts of the processor, or over different cards",
+                "--device {:?}: blocks are spread over parts of the processor or over cards, not over both",
                 self.device.join(",")
             ));
             return None;
@@ -147,7 +144,14 @@ impl DeviceFlags {
         };
         // All of them are read, so that every mistake is noted.
         let devices: Vec<_> = self.device.iter().enumerate().map(read).collect();
-        devices.into_iter().collect()
+        let devices: Vec<DeviceConfig> = devices.into_iter().collect::<Option<_>>()?;
+        let mut cards: Vec<u32> = devices.iter().filter_map(|device| device.name.card()).collect();
+        cards.sort_unstable();
+        if let Some(twice) = cards.windows(2).find(|pair| pair[0] == pair[1]) {
+            mistakes.note(format!("--device {:?}: cuda:{} is named twice", self.device.join(","), twice[0]));
+            return None;
+        }
+        Some(devices)
     }
 }
 
