@@ -51,6 +51,8 @@ pub(crate) struct Script {
     pub(crate) decoder_away: AtomicUsize,
     /// Decode calls that find no room.
     pub(crate) decoder_full: AtomicUsize,
+    /// The devices that the stages are spread over, where that is not the one device.
+    pub(crate) devices: Vec<&'static str>,
     /// Stages never answer that they are unloaded.
     pub(crate) unload_hangs: bool,
     /// What the stages say that they are.
@@ -125,11 +127,15 @@ impl v1::stage_service_server::StageService for Fake {
 
     async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
         let checkpoint_digest = self.0.identity.lock().unwrap().clone();
-        let device_id = "one device".to_owned();
+        let device_id = self.0.devices.first().copied().unwrap_or("one device").to_owned();
+        let part = |id: &&str| v1::StagePart { device_id: (*id).to_owned(), ..Default::default() };
+        let parts = self.0.devices.iter().filter(|_| self.0.devices.len() > 1).map(part).collect();
+        let memory = Some(v1::MemoryReport { parts, ..Default::default() });
         // Four of them share the device with whoever asks.
         let loaded = self.0.unloads.load(Ordering::SeqCst) < 4;
         let device = self.0.device.lock().unwrap().clone();
-        let said = v1::DescribeResponse { checkpoint_digest, device, device_id, loaded, ..Default::default() };
+        let said =
+            v1::DescribeResponse { checkpoint_digest, device, device_id, loaded, memory, ..Default::default() };
         Ok(Response::new(said))
     }
 

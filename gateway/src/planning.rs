@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 use planner::{
     Bytes, Device, ModelTable, Plan, Planner, Precision, Refusal, Request, Stage, Tier,
     cost::work::Rates,
-    plan::{Choice, DeviceRates, Fit},
+    plan::{Choice, DeviceRates, Fit, PartPlan, Placement},
     size::PictureSize,
     tiers::Excess,
 };
@@ -29,8 +29,8 @@ pub struct Fleet {
     pub table: ModelTable,
     /// The devices.
     pub devices: Vec<Device>,
-    /// The number of each stage's device, where there are several.
-    pub placement: Option<[usize; 5]>,
+    /// Where the stages are, where there are several devices.
+    pub placement: Option<Placement>,
 }
 
 type Ask = dyn Fn(Wanted) -> Result<Fleet, String> + Send + Sync;
@@ -262,6 +262,7 @@ pub fn message(plan: &Plan) -> v1::GenerationPlan {
                 resident_bytes: planned.resident_bytes,
                 peak_bytes: planned.peak_bytes,
                 seconds: planned.seconds,
+                spread: planned.spread.iter().map(part).collect(),
             })
             .collect(),
         phases: plan
@@ -286,6 +287,16 @@ pub fn message(plan: &Plan) -> v1::GenerationPlan {
 fn rates(of: &DeviceRates) -> v1::DeviceRates {
     let Rates { measured, products, attention, convolutions, weights, files, pace: _ } = of.rates;
     v1::DeviceRates { device: of.device.clone(), measured, products, attention, convolutions, weights, files }
+}
+
+fn part(part: &PartPlan) -> v1::PlanPart {
+    v1::PlanPart {
+        device: part.device.clone(),
+        first_block: part.first_block,
+        blocks: part.blocks,
+        resident_blocks: part.resident_blocks,
+        peak_bytes: part.peak_bytes,
+    }
 }
 
 fn stage(stage: Stage) -> v1::Stage {

@@ -112,7 +112,7 @@ impl Stages {
         if answer.checkpoint_digest.is_empty() {
             return Ok(Identity::default());
         }
-        let manner = format!("{} {} {}", answer.version, kind_of_device(&answer.device), answer.compute);
+        let manner = format!("{} {} {}", answer.version, kind_of_devices(&answer), answer.compute);
         Ok(Identity { checkpoint: answer.checkpoint_digest, manner })
     }
 
@@ -148,12 +148,13 @@ impl Stages {
     pub async fn unload_beside(&self, stage: Stage, whose: Whose) -> Vec<&'static str> {
         let all = [Stage::AudioEncoder, Stage::TextEncoder, Stage::ImageEncoder, Stage::Diffusion, Stage::VaeDecode];
         let own = self.describe(stage).await.ok();
-        let Some(device) = own.map(|said| said.device_id).filter(|id| !id.is_empty()) else { return Vec::new() };
+        let devices: Vec<String> = own.iter().flat_map(device_ids).map(str::to_owned).collect();
         let mut unloaded = Vec::new();
         let others = all.into_iter().filter(|other| *other != stage).map(|other| (other, self.channel(other)));
         let spare = self.spare_decoders.iter().map(|decoder| (Stage::VaeDecode, decoder));
         for (other, channel) in others.chain(spare) {
-            let beside = describe(channel, other).await.is_ok_and(|said| said.loaded && said.device_id == device);
+            let shares = |said: &v1::DescribeResponse| device_ids(said).any(|id| devices.iter().any(|own| own == id));
+            let beside = describe(channel, other).await.is_ok_and(|said| said.loaded && shares(&said));
             if !beside {
                 continue;
             }
@@ -183,7 +184,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok((Encoded::new(tensors, summary.memory, summary.device_use.clone()), summary))
+        Ok((Encoded::new(tensors, summary.memory.clone(), summary.device_use.clone()), summary))
     }
 
     /// Prompt and picture to the text states of both prompts.
@@ -202,7 +203,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok((Encoded::new(tensors, summary.memory, summary.device_use.clone()), summary))
+        Ok((Encoded::new(tensors, summary.memory.clone(), summary.device_use.clone()), summary))
     }
 
     /// Picture to reference latents and face mask.
@@ -221,7 +222,7 @@ impl Stages {
             Answer::Summary(summary) => Some(Piece::Summary(summary)),
         })
         .await?;
-        Ok((Encoded::new(tensors, summary.memory, summary.device_use.clone()), summary))
+        Ok((Encoded::new(tensors, summary.memory.clone(), summary.device_use.clone()), summary))
     }
 
     /// Gives the transformer what stays the same for a generation.
@@ -292,6 +293,20 @@ async fn unload(channel: &Channel, stage: Stage, (whose, patience): (Whose, Dura
             Err(Fault::new(Kind::Unavailable, message).at(stage))
         }
     }
+}
+
+/// The devices that a stage is on: its own, and where it is spread, the others.
+fn device_ids(said: &v1::DescribeResponse) -> impl Iterator<Item = &str> {
+    let parts = said.memory.iter().flat_map(|memory| &memory.parts).map(|part| part.device_id.as_str());
+    std::iter::once(said.device_id.as_str()).chain(parts).filter(|id| !id.is_empty())
+}
+
+/// What a stage's arithmetic depends on of its devices: each kind once, in the order of the stage's parts.
+fn kind_of_devices(said: &v1::DescribeResponse) -> String {
+    let parts = said.memory.iter().flat_map(|memory| &memory.parts).map(|part| part.device.as_str());
+    let mut kinds: Vec<&str> = std::iter::once(said.device.as_str()).chain(parts).map(kind_of_device).collect();
+    kinds.dedup();
+    kinds.join("+")
 }
 
 /// The part of a device's name that its arithmetic depends on: how much memory of a CPU may be used changes no value.
@@ -378,7 +393,7 @@ impl Frames {
     /// The stage's memory, once all frames are there.
     #[must_use]
     pub fn memory(&self) -> MemoryReport {
-        self.memory.unwrap_or_default()
+        self.memory.clone().unwrap_or_default()
     }
 }
 
@@ -447,6 +462,37 @@ mod tests {
     fn a_budget_is_no_other_device() {
         let names = ["cpu", "cpu:4294967296", "cpu.1", "cuda:1"];
         assert_eq!(names.map(kind_of_device), ["cpu", "cpu", "cpu", "cuda:1"]);
+    }
+
+    #[test]
+    fn blocks_on_several_parts_of_a_processor_are_computed_as_on_one() {
+        let part = |device: &str| v1::StagePart { device: device.into(), ..v1::StagePart::default() };
+        let on = |device: &str, parts: &[&str]| {
+            let parts = parts.iter().copied().map(part).collect();
+            let memory = Some(MemoryReport { parts, ..MemoryReport::default() });
+            kind_of_devices(&v1::DescribeResponse { device: device.into(), memory, ..Default::default() })
+        };
+        assert_eq!(on("cpu", &[]), on("cpu.0", &["cpu.0", "cpu.1"]));
+        assert_eq!(on("cuda:0", &["cuda:0", "cuda:1"]), "cuda:0+cuda:1");
+    }
+
+    #[tokio::test]
+    async fn what_shares_any_device_of_a_spread_stage_is_unloaded_for_it_and_it_for_them() {
+        let on = |devices: &[&'static str]| {
+            fakes::start(&Arc::new(Script { devices: devices.to_vec(), ..Script::default() }))
+        };
+        let stages = Stages {
+            audio_encoder: on(&["a"]).audio_encoder,
+            text_encoder: on(&["c"]).text_encoder,
+            image_encoder: on(&["a"]).image_encoder,
+            diffusion: on(&["a", "b"]).diffusion,
+            vae_decode: on(&["b"]).vae_decode,
+            spare_decoders: Vec::new(),
+        };
+        let beside = stages.unload_beside(Stage::Diffusion, Whose::Anybodys).await;
+        assert_eq!(beside, ["audio-encoder", "image-encoder", "vae-decode"]);
+        assert_eq!(stages.unload_beside(Stage::VaeDecode, Whose::Nobodys).await, ["diffusion"]);
+        assert!(stages.unload_beside(Stage::TextEncoder, Whose::Anybodys).await.is_empty());
     }
 
     #[tokio::test]

@@ -8,19 +8,33 @@ use std::{cell::RefCell, rc::Rc};
 
 use candle_core::{DType, Result};
 
-type Allows = Rc<dyn Fn(u64) -> bool>;
+#[derive(Clone)]
+struct Watch {
+    allows: Rc<dyn Fn(u64) -> bool>,
+    moves: Rc<dyn Fn(usize, u64)>,
+}
 
 thread_local! {
     /// A network is run by one thread, which the layers' own threads only help; so the watch is that thread's.
-    static WATCH: RefCell<Option<Allows>> = const { RefCell::new(None) };
+    static WATCH: RefCell<Option<Watch>> = const { RefCell::new(None) };
 }
 
 /// Runs `work`; its layers ask `allows`, on this thread, before they hold so many bytes more.
 ///
 /// Within `work`, another watch takes this one's place.
 pub fn watched<R>(allows: impl Fn(u64) -> bool + 'static, work: impl FnOnce() -> R) -> R {
+    watched_over(allows, |_, _| (), work)
+}
+
+/// As [`watched`], of a network that is spread over several devices. `moves` is told which part works from now on, and
+/// of how many bytes the tensors are that go to its device; at first it is part 0.
+pub fn watched_over<R>(
+    allows: impl Fn(u64) -> bool + 'static,
+    moves: impl Fn(usize, u64) + 'static,
+    work: impl FnOnce() -> R,
+) -> R {
     /// Puts the earlier watch back, also after a panic.
-    struct Before(Option<Allows>);
+    struct Before(Option<Watch>);
 
     impl Drop for Before {
         fn drop(&mut self) {
@@ -28,8 +42,16 @@ pub fn watched<R>(allows: impl Fn(u64) -> bool + 'static, work: impl FnOnce() ->
         }
     }
 
-    let _before = Before(WATCH.replace(Some(Rc::new(allows))));
+    let watch = Watch { allows: Rc::new(allows), moves: Rc::new(moves) };
+    let _before = Before(WATCH.replace(Some(watch)));
     work()
+}
+
+/// Says that the network goes on in another of its parts, with tensors of so many bytes.
+pub(crate) fn moved(part: usize, bytes: usize) {
+    if let Some(watch) = WATCH.with_borrow(Option::clone) {
+        (watch.moves)(part, bytes as u64);
+    }
 }
 
 /// Asks whether `bytes` more may be held.
@@ -38,7 +60,7 @@ pub fn watched<R>(allows: impl Fn(u64) -> bool + 'static, work: impl FnOnce() ->
 pub(crate) fn room(bytes: usize) -> Result<()> {
     let watch = WATCH.with_borrow(Option::clone);
     match watch {
-        Some(allows) if !allows(bytes as u64) => {
+        Some(watch) if !(watch.allows)(bytes as u64) => {
             Err(candle_core::Error::Msg(format!("stopped before {bytes} more bytes were held")))
         }
         _ => Ok(()),

@@ -86,7 +86,8 @@ pub enum Compute {
 pub struct DeviceFlags {
     /// Device to compute on: `cpu`, or `cpu:4GiB` to hold no more than that on the heap, as on a card of that size;
     /// weights mapped from their files do not count. A request that needs more fails with RESOURCE_EXHAUSTED. A process
-    /// that has all stages takes several, as in `cpu:2GiB,cpu:3GiB` or by repeating the flag, and places stages on them.
+    /// that has all stages takes several, as in `cpu:2GiB,cpu:3GiB` or by repeating the flag, and places stages on them;
+    /// the diffusion stage takes several and spreads its blocks over them.
     #[arg(long, env = "AVATAR_DEVICE", value_name = "DEVICE,..", value_delimiter = ',', default_value = "cpu")]
     pub device: Vec<String>,
     /// Percent of the device's memory above which idle stages are unloaded and new work has to wait (20 to 100; 100 is
@@ -100,10 +101,28 @@ impl DeviceFlags {
     pub fn resolve(&self, mistakes: &mut Mistakes) -> Option<DeviceConfig> {
         let mut devices = self.resolve_all(mistakes)?;
         if devices.len() > 1 {
-            mistakes.note(format!("--device {:?}: a stage of its own has one device", self.device.join(",")));
+            mistakes.note(format!(
+                "--device {:?}: this stage has one device; only diffusion is spread over several",
+                self.device.join(",")
+            ));
             return None;
         }
         devices.pop()
+    }
+
+    /// Gives the values of a stage that can be spread over several devices their types; what is wrong goes to `mistakes`.
+    fn resolve_spread(&self, mistakes: &mut Mistakes) -> Option<(DeviceConfig, Vec<DeviceConfig>)> {
+        let mut devices = self.resolve_all(mistakes)?;
+        let first = if devices.is_empty() { None } else { Some(devices.remove(0)) }?;
+        let on_card = |device: &DeviceConfig| device.name.card().is_some();
+        if devices.iter().any(|device| on_card(device) != on_card(&first)) {
+            mistakes.note(format!(
+                "--device {:?}: blocks are spread over parts of the processor or over cards, not over both",
+                self.device.join(",")
+            ));
+            return None;
+        }
+        Some((first, devices))
     }
 
     /// Gives the values their types, of one device or several; what is wrong goes to `mistakes`.
@@ -125,7 +144,14 @@ impl DeviceFlags {
         };
         // All of them are read, so that every mistake is noted.
         let devices: Vec<_> = self.device.iter().enumerate().map(read).collect();
-        devices.into_iter().collect()
+        let devices: Vec<DeviceConfig> = devices.into_iter().collect::<Option<_>>()?;
+        let mut cards: Vec<u32> = devices.iter().filter_map(|device| device.name.card()).collect();
+        cards.sort_unstable();
+        if let Some(twice) = cards.windows(2).find(|pair| pair[0] == pair[1]) {
+            mistakes.note(format!("--device {:?}: cuda:{} is named twice", self.device.join(","), twice[0]));
+            return None;
+        }
+        Some(devices)
     }
 }
 
@@ -197,8 +223,18 @@ impl StageConfig {
 impl StageFlags {
     /// Gives the values their types; what is wrong goes to `mistakes`.
     pub fn resolve(self, mistakes: &mut Mistakes) -> Option<StageConfig> {
-        let listen = mistakes.check("--listen", &self.listen, parse_listen);
         let device = self.device.resolve(mistakes);
+        self.resolve_on(device, mistakes)
+    }
+
+    /// As [`resolve`](Self::resolve), of a stage that can be spread over several devices; gives those besides the first.
+    pub fn resolve_spread(self, mistakes: &mut Mistakes) -> Option<(StageConfig, Vec<DeviceConfig>)> {
+        let (device, others) = self.device.resolve_spread(mistakes).unzip();
+        Some((self.resolve_on(device, mistakes)?, others?))
+    }
+
+    fn resolve_on(self, device: Option<DeviceConfig>, mistakes: &mut Mistakes) -> Option<StageConfig> {
+        let listen = mistakes.check("--listen", &self.listen, parse_listen);
         let compute = mistakes.check("--compute", &self.compute, parse_compute);
         let queue = mistakes.check("--queue", &self.queue, |text| parse_number(text, 1, 1024));
         let max_tensor_bytes = mistakes.check("--max-tensor-bytes", &self.max_tensor_bytes, parse_bytes);

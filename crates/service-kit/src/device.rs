@@ -39,7 +39,14 @@ impl CancelToken {
     }
 }
 
-type Job = Box<dyn FnOnce() + Send>;
+/// The right to compute on a device; held by one task at a time.
+type Turn = Arc<Mutex<()>>;
+
+/// A task, and the turns that it needs.
+struct Job {
+    turns: Vec<Turn>,
+    run: Box<dyn FnOnce() + Send>,
+}
 
 /// A stage on a device, as the others on it see it. Everything is asked on the device's thread.
 pub(crate) trait Tenant: Send + Sync {
@@ -67,6 +74,7 @@ pub(crate) struct Relieved {
 
 struct Shared {
     jobs: SyncSender<Job>,
+    turn: Turn,
     budget: Arc<Budget>,
     /// Tells this device from those of other processes.
     id: String,
@@ -106,7 +114,7 @@ impl DeviceWorker {
     ///
     /// Errors: the system gives no thread.
     pub fn spawn_several(devices: &[DeviceConfig], capacity: usize) -> Result<Vec<Self>, ServiceError> {
-        let processor: Arc<Mutex<()>> = Arc::default();
+        let processor: Turn = Arc::default();
         let start = |budget: Budget| match budget.device().name.card() {
             None => Self::start(budget, &processor, capacity),
             Some(_) => Self::start(budget, &Arc::default(), capacity),
@@ -114,14 +122,15 @@ impl DeviceWorker {
         Budget::several(devices).into_iter().map(start).collect()
     }
 
-    fn start(budget: Budget, turn: &Arc<Mutex<()>>, capacity: usize) -> Result<Self, ServiceError> {
+    fn start(budget: Budget, turn: &Turn, capacity: usize) -> Result<Self, ServiceError> {
         let capacity = capacity.max(1);
         let (jobs, queue): (SyncSender<Job>, Receiver<Job>) = sync_channel(capacity);
-        let (label, turn) = (budget.device().label(), turn.clone());
+        let label = budget.device().label();
         let work = move || {
-            for job in queue {
-                let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
-                job();
+            for Job { turns, run } in queue {
+                let _held: Vec<_> =
+                    turns.iter().map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner)).collect();
+                run();
             }
         };
         thread::Builder::new()
@@ -130,6 +139,7 @@ impl DeviceWorker {
             .map_err(|e| ServiceError::internal(format!("the thread for {label} did not start: {e}")))?;
         Ok(Self(Arc::new(Shared {
             jobs,
+            turn: turn.clone(),
             budget: Arc::new(budget),
             id: uuid::Uuid::new_v4().to_string(),
             tenants: Mutex::default(),
@@ -264,7 +274,19 @@ impl DeviceWorker {
         R: Send + 'static,
         F: FnOnce(&CancelToken) -> Result<R, ServiceError> + Send + 'static,
     {
+        self.try_submit_over(&[], work)
+    }
+
+    /// As [`try_submit`](Self::try_submit), for a task that computes on other devices too: nobody else does meanwhile.
+    ///
+    /// Errors: as there, of any of the devices.
+    pub fn try_submit_over<R, F>(&self, others: &[Self], work: F) -> Result<Pending<R>, ServiceError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&CancelToken) -> Result<R, ServiceError> + Send + 'static,
+    {
         self.works()?;
+        others.iter().try_for_each(Self::works)?;
         let (answer, result) = oneshot::channel();
         let token = CancellationToken::new();
         let cancel = CancelToken(token.clone());
@@ -292,7 +314,7 @@ impl DeviceWorker {
         };
         // Counted before it is sent, as the thread may take it at once.
         self.0.waiting.fetch_add(1, Relaxed);
-        match self.0.jobs.try_send(Box::new(job)) {
+        match self.0.jobs.try_send(Job { turns: self.turns(others), run: Box::new(job) }) {
             Ok(()) => Ok(Pending { result, _cancel: token.drop_guard() }),
             Err(reason) => {
                 self.0.waiting.fetch_sub(1, Relaxed);
@@ -305,6 +327,14 @@ impl DeviceWorker {
                 })
             }
         }
+    }
+
+    /// The turns of some devices, each once, in an order that all tasks keep to: so none waits for one that waits for it.
+    fn turns(&self, others: &[Self]) -> Vec<Turn> {
+        let mut turns: Vec<Turn> = std::iter::once(self).chain(others).map(|worker| worker.0.turn.clone()).collect();
+        turns.sort_by_key(Arc::as_ptr);
+        turns.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        turns
     }
 
     fn retry_after(&self) -> Duration {

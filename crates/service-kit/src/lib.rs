@@ -6,6 +6,7 @@ pub mod device;
 pub mod error;
 pub mod hardware;
 pub mod memory;
+mod places;
 pub mod server;
 pub mod stage;
 pub mod telemetry;

@@ -17,6 +17,7 @@ use crate::{
     ServiceError,
     device::CancelToken,
     hardware::{DeviceConfig, DeviceName, host_memory},
+    places::Work,
 };
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
@@ -95,7 +96,7 @@ pub fn reset_peak() {
 
 /// Which memory is counted.
 #[derive(Debug, Clone, Copy, Default)]
-enum Counted {
+pub(crate) enum Counted {
     #[default]
     Heap,
     #[cfg(feature = "cuda")]
@@ -111,7 +112,7 @@ impl Counted {
         }
     }
 
-    fn current(self) -> u64 {
+    pub(crate) fn current(self) -> u64 {
         match self {
             Self::Heap => current_bytes(),
             #[cfg(feature = "cuda")]
@@ -119,7 +120,7 @@ impl Counted {
         }
     }
 
-    fn peak(self) -> u64 {
+    pub(crate) fn peak(self) -> u64 {
         match self {
             Self::Heap => peak_bytes(),
             #[cfg(feature = "cuda")]
@@ -127,7 +128,7 @@ impl Counted {
         }
     }
 
-    fn reset_peak(self) {
+    pub(crate) fn reset_peak(self) {
         match self {
             Self::Heap => reset_peak(),
             #[cfg(feature = "cuda")]
@@ -141,17 +142,19 @@ impl Counted {
 struct Share {
     /// Between their operations, by stage.
     held: Mutex<BTreeMap<&'static str, u64>>,
-    /// One more than the heap's bytes when the running operation began; 0 where none runs.
-    began: AtomicU64,
+    /// One more than the heap's bytes without what the running operation has here; 0 where none works here now.
+    base: AtomicU64,
+    /// What the running operation has here while it works elsewhere.
+    left: AtomicU64,
 }
 
 impl Share {
     fn bytes(&self) -> u64 {
         let held: u64 = self.held.lock().unwrap_or_else(PoisonError::into_inner).values().sum();
-        match self.began.load(Relaxed) {
-            0 => held,
-            began => held.saturating_add(current_bytes().saturating_sub(began - 1)),
-        }
+        held.saturating_add(match self.base.load(Relaxed) {
+            0 => self.left.load(Relaxed),
+            base => current_bytes().saturating_sub(base - 1),
+        })
     }
 }
 
@@ -285,25 +288,30 @@ impl Budget {
         self.peak.load(Relaxed)
     }
 
-    /// Runs one operation of a stage on the device, which is measured by a [`StageMeter`]: by what the heap grows meanwhile,
-    /// the device holds more.
-    pub(crate) fn working<R>(&self, work: impl FnOnce() -> R) -> R {
-        /// Ends the operation, also after a panic.
-        struct End<'a>(&'a AtomicU64);
+    /// The memory that is counted.
+    pub(crate) fn counted(&self) -> Counted {
+        Counted::of(self.config.name)
+    }
 
-        impl Drop for End<'_> {
-            fn drop(&mut self) {
-                self.0.store(0, Relaxed);
-            }
-        }
+    /// An operation works on the device; `base` is what is counted of its memory without what the operation has there.
+    pub(crate) fn works_from(&self, base: u64) {
+        self.own.base.store(base.saturating_add(1), Relaxed);
+    }
 
-        let counted = Counted::of(self.config.name);
-        let (held, before) = (self.held_bytes(), counted.current());
-        self.own.began.store(before.saturating_add(1), Relaxed);
-        let _end = End(&self.own.began);
-        let result = work();
-        self.peak.fetch_max(held.saturating_add(counted.peak().saturating_sub(before)), Relaxed);
-        result
+    /// The operation works elsewhere, and has so much here meanwhile.
+    pub(crate) fn left_with(&self, bytes: u64) {
+        self.own.left.store(bytes, Relaxed);
+        self.own.base.store(0, Relaxed);
+    }
+
+    /// No operation has anything here besides what its stage [`holds`](Self::holds).
+    pub(crate) fn rest(&self) {
+        self.left_with(0);
+    }
+
+    /// Notes that so much was held on the device while a stage worked.
+    pub(crate) fn reached(&self, bytes: u64) {
+        self.peak.fetch_max(bytes, Relaxed);
     }
 
     /// Says what a stage holds between its operations.
@@ -397,22 +405,29 @@ pub struct Watch(Arc<Watched>);
 struct Watched {
     stage: &'static str,
     cancel: CancelToken,
-    budget: Arc<Budget>,
+    work: Arc<Work>,
     reason: Mutex<Option<ServiceError>>,
 }
 
 impl Watch {
-    pub(crate) fn new(stage: &'static str, cancel: CancelToken, budget: Arc<Budget>) -> Self {
-        Self(Arc::new(Watched { stage, cancel, budget, reason: Mutex::default() }))
+    pub(crate) fn new(stage: &'static str, cancel: CancelToken, work: Arc<Work>) -> Self {
+        Self(Arc::new(Watched { stage, cancel, work, reason: Mutex::default() }))
     }
 
-    /// Whether `bytes` more may be held now. After a no the work has to end; the first no is its reason.
+    /// Another of the stage's devices works from now on, and tensors of so many bytes go there.
+    pub fn moves(&self, device: usize, bytes: u64) {
+        self.0.work.moves(device, bytes);
+    }
+
+    /// Whether `bytes` more may be held now, on the device that works. After a no the work has to end; the first no is
+    /// its reason.
     #[must_use]
     pub fn allows(&self, bytes: u64) -> bool {
-        let Watched { stage, cancel, budget, reason } = &*self.0;
+        let Watched { stage, cancel, work, reason } = &*self.0;
         let no = if let Err(gone) = cancel.check() {
             gone
         } else {
+            let Some(budget) = work.budget() else { return true };
             let (used, budget_bytes) = (budget.used_bytes(), budget.device().budget_bytes);
             let Some(missing) = used.saturating_add(bytes).checked_sub(budget_bytes).filter(|&missing| missing > 0)
             else {
@@ -491,6 +506,16 @@ impl StageMeter {
         result
     }
 
+    /// Notes that the stage had so much on top of what it holds between its operations.
+    pub(crate) fn reached(&self, bytes: u64) {
+        self.peak.fetch_max(self.held_bytes().saturating_add(bytes), Relaxed);
+    }
+
+    /// Says what the stage holds of it from its loading on.
+    pub(crate) fn settles(&self, bytes: u64) {
+        self.resident.store(bytes, Relaxed);
+    }
+
     /// Says that the stage holds nothing any more.
     pub fn unloaded(&self) {
         self.resident.store(0, Relaxed);
@@ -530,10 +555,15 @@ impl StageMeter {
         result
     }
 
+    /// How the stage's blocks of weights came.
+    pub(crate) fn weights(&self) -> WeightsReport {
+        *self.weights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The numbers as they go over the wire; the device's own are the caller's to add.
     #[must_use]
     pub fn report(&self) -> MemoryReport {
-        let weights = *self.weights.lock().unwrap_or_else(PoisonError::into_inner);
+        let weights = self.weights();
         MemoryReport {
             resident_bytes: self.resident.load(Relaxed),
             peak_bytes: self.peak.load(Relaxed),

@@ -14,7 +14,7 @@ use std::{
 use futures::{Stream, StreamExt as _};
 use proto::v1::{
     DescribeRequest, DescribeResponse, DeviceUse, GenerationDefaults, LoadRequest, LoadResponse, MemoryReport,
-    SetPressureRequest, SetPressureResponse, Stage, UnloadRequest, UnloadResponse, WatchMemoryRequest,
+    SetPressureRequest, SetPressureResponse, Stage, StagePart, UnloadRequest, UnloadResponse, WatchMemoryRequest,
     WatchMemoryResponse,
     stage_service_server::{StageService, StageServiceServer},
 };
@@ -27,7 +27,8 @@ use crate::{
     config::{Compute, StageConfig},
     device::{CancelToken, DeviceWorker, Pending, Relieved, Tenant},
     hardware::{CardFault, DeviceName, PRESSURE_PERCENTS},
-    memory::{StageMeter, Watch, WeightsReport},
+    memory::{Watch, WeightsReport},
+    places::{Place, Work},
 };
 
 /// The time since the first call.
@@ -64,9 +65,9 @@ pub trait StageModel: Send + Sized + 'static {
         0
     }
 
-    /// How its blocks of weights came from their files, where they come one by one.
-    fn weights(&self) -> WeightsReport {
-        WeightsReport::default()
+    /// How its blocks of weights came from their files, where they come one by one: by device, in their order.
+    fn weights(&self) -> Vec<WeightsReport> {
+        Vec::new()
     }
 
     /// Drops what is kept between requests and can be computed again.
@@ -80,13 +81,16 @@ pub trait StageModel: Send + Sized + 'static {
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R;
 }
 
-/// One stage on its device. All work on the model happens on the device's thread, where it loads at the first need.
+/// One stage on its device, or spread over several. All work on the model happens on the first one's thread, where it
+/// loads at the first need, and holds all of them meanwhile.
 pub struct StageHost<M: StageModel> {
     models: PathBuf,
     compute: Compute,
     options: M::Options,
     device: DeviceWorker,
-    meter: StageMeter,
+    others: Vec<DeviceWorker>,
+    /// What the stage has of each of its devices.
+    places: Arc<[Place]>,
     loaded: AtomicBool,
     model: Mutex<Option<M>>,
     shutdown: CancellationToken,
@@ -101,19 +105,40 @@ impl<M: StageModel> StageHost<M> {
         device: DeviceWorker,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
+        Self::over(config, options, (device, Vec::new()), shutdown)
+    }
+
+    /// As [`new`](Self::new), of a stage whose network is spread over a device and others, which follow it in the order
+    /// of the network's parts.
+    #[must_use]
+    pub fn over(
+        config: &StageConfig,
+        options: M::Options,
+        (device, others): (DeviceWorker, Vec<DeviceWorker>),
+        shutdown: CancellationToken,
+    ) -> Arc<Self> {
+        let all = std::iter::once(&device).chain(&others);
         let host = Arc::new(Self {
             models: config.models.clone(),
             compute: config.compute,
             options,
-            meter: StageMeter::on(device.budget().device().name),
+            places: all.map(|device| Place::on(device.budget())).collect(),
             device,
+            others,
             loaded: AtomicBool::new(false),
             model: Mutex::new(None),
             shutdown,
         });
-        let tenant: Weak<dyn Tenant> = Arc::<Self>::downgrade(&host);
-        host.device.settle(tenant);
+        for device in host.devices() {
+            let tenant: Weak<dyn Tenant> = Arc::<Self>::downgrade(&host);
+            device.settle(tenant);
+        }
         host
+    }
+
+    /// The stage's devices, in the order of its network's parts.
+    fn devices(&self) -> impl Iterator<Item = &DeviceWorker> {
+        std::iter::once(&self.device).chain(&self.others)
     }
 
     /// Runs `work` on the device's thread, with the model loaded, where a generation already has something on the
@@ -126,7 +151,8 @@ impl<M: StageModel> StageHost<M> {
         F: FnOnce(&mut M, &CancelToken) -> Result<R, ServiceError> + Send + 'static,
     {
         let host = self.clone();
-        self.device.try_submit(move |cancel| host.with_model(cancel, false, |model| work(model, cancel)))
+        self.device
+            .try_submit_over(&self.others, move |cancel| host.with_model(cancel, false, |model| work(model, cancel)))
     }
 
     /// As [`submit`](Self::submit), for work with which a generation begins.
@@ -138,7 +164,8 @@ impl<M: StageModel> StageHost<M> {
         F: FnOnce(&mut M, &CancelToken) -> Result<R, ServiceError> + Send + 'static,
     {
         let host = self.clone();
-        self.device.try_submit(move |cancel| host.with_model(cancel, true, |model| work(model, cancel)))
+        self.device
+            .try_submit_over(&self.others, move |cancel| host.with_model(cancel, true, |model| work(model, cancel)))
     }
 
     /// Runs `work` on the device's thread if the model is loaded, and does nothing otherwise.
@@ -147,11 +174,10 @@ impl<M: StageModel> StageHost<M> {
         F: FnOnce(&mut M) + Send + 'static,
     {
         let host = self.clone();
-        self.device.try_submit(move |_| {
+        self.device.try_submit_over(&self.others, move |_| {
             if let Some(model) = host.model.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
                 work(model);
-                host.meter.keep(model.kept_bytes());
-                host.tell();
+                host.keeps(model);
             }
             Ok(())
         })
@@ -163,63 +189,69 @@ impl<M: StageModel> StageHost<M> {
         new_work: bool,
         work: impl FnOnce(&mut M) -> Result<R, ServiceError>,
     ) -> Result<R, ServiceError> {
-        self.device.make_room(M::NAME, new_work)?;
-        let watch = Watch::new(M::NAME, cancel.clone(), self.device.budget().clone());
-        let result = M::watched(watch.clone(), || self.run(work));
+        self.devices().try_for_each(|device| device.make_room(M::NAME, new_work))?;
+        let running = Work::new(&self.places);
+        let watch = Watch::new(M::NAME, cancel.clone(), running.clone());
+        let result = M::watched(watch.clone(), || self.run(&running, work));
         match (watch.reason(), result) {
             // What the networks make of a stop is not worth telling; why they were stopped is.
             (Some(reason), Err(_)) => {
                 tracing::warn!(stage = M::NAME, "stopped: {reason}");
                 Err(reason)
             }
-            (_, result) => result.map_err(|error| self.settle_fault(error)),
+            (_, result) => result.map_err(|error| self.settle_fault(error, running.place())),
         }
     }
 
     /// What an error of a card means here. Memory that was too small is the caller's to do with less; a card that
     /// nothing works on any more ends the process, as only another one can use it.
-    fn settle_fault(&self, error: ServiceError) -> ServiceError {
+    ///
+    /// - `place`: the number of the device that worked
+    fn settle_fault(&self, error: ServiceError, place: usize) -> ServiceError {
+        let device = self.devices().nth(place).unwrap_or(&self.device);
         match CardFault::of(&error) {
             None => error,
             Some(CardFault::OutOfMemory) => {
                 tracing::warn!(stage = M::NAME, "{error}");
-                let (free_bytes, budget_bytes) =
-                    (self.device.budget().free_bytes(), self.device.budget().device().budget_bytes);
+                let budget = device.budget();
+                let (free_bytes, budget_bytes) = (budget.free_bytes(), budget.device().budget_bytes);
                 // How much was asked for is in no error of the driver; it was more than there was.
-                let (needed_bytes, device) = (free_bytes.saturating_add(1), self.device.budget().device().label());
+                let (needed_bytes, device) = (free_bytes.saturating_add(1), budget.device().label());
                 ServiceError::DeviceMemory { stage: M::NAME.to_owned(), device, needed_bytes, free_bytes, budget_bytes }
             }
             Some(CardFault::Lost) => {
-                self.device.lose(&error.to_string());
+                device.lose(&error.to_string());
                 self.shutdown.cancel();
-                self.device.works().err().unwrap_or(error)
+                device.works().err().unwrap_or(error)
             }
         }
     }
 
     /// What a server of this stage ends with.
     ///
-    /// Errors: as [`DeviceWorker::works`].
+    /// Errors: as [`DeviceWorker::works`], of any of its devices.
     pub fn ended(&self) -> Result<(), ServiceError> {
-        self.device.works()
+        self.devices().try_for_each(DeviceWorker::works)
     }
 
-    fn run<R>(&self, work: impl FnOnce(&mut M) -> Result<R, ServiceError>) -> Result<R, ServiceError> {
+    fn run<R>(&self, running: &Work, work: impl FnOnce(&mut M) -> Result<R, ServiceError>) -> Result<R, ServiceError> {
         // A panic in earlier work leaves the model itself whole: work only reads the weights.
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
             tracing::info!(stage = M::NAME, models = %self.models.display(), "loading");
-            *slot = Some(self.device.budget().working(|| self.meter.load(|| self.open()))?);
+            let (opened, left) = running.run(|| self.open());
+            *slot = Some(opened?);
+            self.places.iter().zip(left).for_each(|(place, bytes)| place.meter.settles(bytes));
             self.tell();
             self.loaded.store(true, Relaxed);
-            tracing::info!(stage = M::NAME, resident_bytes = self.meter.report().resident_bytes, "loaded");
+            let resident_bytes: u64 = self.places.iter().map(|place| place.meter.held_bytes()).sum();
+            tracing::info!(stage = M::NAME, resident_bytes, "loaded");
         }
         match slot.as_mut() {
             Some(model) => {
-                let result = self.device.budget().working(|| self.meter.measure(|| work(model)));
-                self.meter.keep(model.kept_bytes());
-                self.tell();
-                self.meter.brought(model.weights());
+                let (result, _) = running.run(|| work(model));
+                self.keeps(model);
+                self.places.iter().zip(model.weights()).for_each(|(place, weights)| place.meter.brought(weights));
                 result
             }
             None => Err(ServiceError::internal("the model is gone")),
@@ -234,46 +266,89 @@ impl<M: StageModel> StageHost<M> {
         let dropped = self.model.lock().unwrap_or_else(PoisonError::into_inner).take();
         drop(dropped);
         self.loaded.store(false, Relaxed);
-        self.meter.unloaded();
+        self.places.iter().for_each(|place| place.meter.unloaded());
         self.tell();
     }
 
-    /// Tells the device what the stage holds now.
-    fn tell(&self) {
-        self.device.budget().holds(M::NAME, self.meter.held_bytes());
+    /// Notes what the model keeps between requests, which is on the first device.
+    fn keeps(&self, model: &M) {
+        if let Some(first) = self.places.first() {
+            first.meter.keep(model.kept_bytes());
+        }
+        self.tell();
     }
 
-    /// The stage's memory now.
+    /// Tells the devices what the stage holds now.
+    fn tell(&self) {
+        self.places.iter().for_each(|place| place.budget.holds(M::NAME, place.meter.held_bytes()));
+    }
+
+    /// The stage's memory now: of its first device, and where it is spread, of each.
     #[must_use]
     pub fn memory(&self) -> MemoryReport {
         let budget = self.device.budget();
+        let parts = if self.others.is_empty() { Vec::new() } else { self.parts() };
+        let of_first = self.places.first().map(|place| place.meter.report()).unwrap_or_default();
+        let all =
+            |count: fn(&WeightsReport) -> u32| self.places.iter().map(|place| count(&place.meter.weights())).sum();
+        let spent = |ms: fn(&WeightsReport) -> u64| self.places.iter().map(|place| ms(&place.meter.weights())).sum();
         MemoryReport {
             budget_bytes: budget.device().budget_bytes,
-            pressure: budget.pressed(),
+            pressure: self.places.iter().fold(false, |before, place| place.budget.pressed() || before),
             free_bytes: budget.free_bytes(),
             pressure_percent: budget.pressure_percent().into(),
-            pressure_count: budget.pressures(),
-            pressure_refusals: budget.refusals(),
-            unloaded_stages: self.device.unloaded(),
-            emptied_caches: self.device.emptied(),
+            pressure_count: self.places.iter().map(|place| place.budget.pressures()).sum(),
+            pressure_refusals: self.places.iter().map(|place| place.budget.refusals()).sum(),
+            unloaded_stages: self.devices().map(DeviceWorker::unloaded).sum(),
+            emptied_caches: self.devices().map(DeviceWorker::emptied).sum(),
             device_bytes: budget.held_bytes(),
             device_peak_bytes: budget.peak_bytes(),
-            ..self.meter.report()
+            weight_blocks: all(|weights| weights.blocks),
+            resident_weight_blocks: all(|weights| weights.resident_blocks),
+            weights_waited_ms: spent(|weights| weights.waited_ms),
+            weights_hidden_ms: spent(|weights| weights.hidden_ms),
+            parts,
+            ..of_first
         }
     }
 
-    /// Bytes that work of this stage may hold now. On a card, where they are fewer than `wanted`, stages that no
-    /// generation needs are unloaded for it first; on a processor weights stay in their files, so that others hold little.
-    /// To be called by work of this stage.
+    /// Bytes that work of this stage may hold now on one of its devices, by number. On a card, where they are fewer than
+    /// `wanted`, stages that no generation needs are unloaded for it first; on a processor weights stay in their files, so that
+    /// others hold little. To be called by work of this stage.
     #[must_use]
-    pub fn free_for(&self, wanted: u64) -> u64 {
-        match self.device.budget().device().name.card() {
-            Some(_) => self.device.free_for(M::NAME, wanted),
-            None => self.device.budget().free_bytes(),
+    pub fn free_for(&self, part: usize, wanted: u64) -> u64 {
+        let Some(device) = self.devices().nth(part) else { return 0 };
+        match device.budget().device().name.card() {
+            Some(_) => device.free_for(M::NAME, wanted),
+            None => device.budget().free_bytes(),
         }
     }
 
-    /// What a call took of the stage's device.
+    /// What each device of a spread stage has of it.
+    fn parts(&self) -> Vec<StagePart> {
+        let mut first_block = 0;
+        let part = |(place, device): (&Place, &DeviceWorker)| {
+            let (report, weights) = (place.meter.report(), place.meter.weights());
+            let begin = first_block;
+            first_block += weights.blocks;
+            StagePart {
+                device: place.budget.device().label(),
+                device_id: device.id().to_owned(),
+                first_block: begin,
+                blocks: weights.blocks,
+                resident_blocks: weights.resident_blocks,
+                resident_bytes: report.resident_bytes,
+                peak_bytes: report.peak_bytes,
+                budget_bytes: place.budget.device().budget_bytes,
+                free_bytes: place.budget.free_bytes(),
+                device_bytes: place.budget.held_bytes(),
+                device_peak_bytes: place.budget.peak_bytes(),
+            }
+        };
+        self.places.iter().zip(self.devices()).map(part).collect()
+    }
+
+    /// What a call took of the stage's first device; it has the others for as long.
     #[must_use]
     pub fn used(&self, took: Duration) -> DeviceUse {
         DeviceUse {
@@ -296,14 +371,13 @@ impl<M: StageModel> Tenant for StageHost<M> {
     }
 
     fn serves(&self) -> bool {
-        self.meter.kept_bytes() > 0
+        self.places.first().is_some_and(|first| first.meter.kept_bytes() > 0)
     }
 
     fn tidy(&self) {
         if let Some(model) = self.model.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             model.tidy();
-            self.meter.keep(model.kept_bytes());
-            self.tell();
+            self.keeps(model);
         }
     }
 
@@ -312,8 +386,7 @@ impl<M: StageModel> Tenant for StageHost<M> {
         let Some(model) = slot.as_mut() else { return Relieved::default() };
         let before = model.kept_bytes();
         model.trim();
-        self.meter.keep(model.kept_bytes());
-        self.tell();
+        self.keeps(model);
         let (cache_bytes, unloaded) = (before.saturating_sub(model.kept_bytes()), !self.serves());
         drop(slot);
         if unloaded {
@@ -365,7 +438,7 @@ impl<M: StageModel> StageService for StageServer<M> {
             }
             Ok(busy)
         };
-        let busy = self.0.device.try_submit(unload)?.await?;
+        let busy = self.0.device.try_submit_over(&self.0.others, unload)?.await?;
         Ok(Response::new(UnloadResponse { memory: Some(self.0.memory()), busy }))
     }
 
@@ -378,7 +451,7 @@ impl<M: StageModel> StageService for StageServer<M> {
         let checked = u8::try_from(percent).ok().filter(|percent| PRESSURE_PERCENTS.contains(percent));
         let percent = checked
             .ok_or_else(|| ServiceError::invalid("percent", format!("{percent}, allowed are {least} to {most}")))?;
-        self.0.device.budget().set_pressure_percent(percent);
+        self.0.places.iter().for_each(|place| place.budget.set_pressure_percent(percent));
         Ok(Response::new(SetPressureResponse { memory: Some(self.0.memory()) }))
     }
 

@@ -64,7 +64,9 @@ pub(crate) async fn tiers(State(gateway): State<Gateway>) -> Json<TierList> {
     responses(
         (
             status = 200, body = Object,
-            description = "`tier`, `placement`, `stages` with `stage`, `device`, `fit`, `peak_bytes` and `seconds`, \
+            description = "`tier`, `placement`, `stages` with `stage`, `device`, `fit`, `peak_bytes` and `seconds` (and \
+                `spread` with `device`, `first_block`, `blocks`, `resident_blocks` and `peak_bytes`, where the blocks are \
+                on several devices), \
                 `phases`, `peak_bytes`, `seconds`, `degraded` and `reasons`.",
         ),
         (status = 400, description = "A value is wrong or past the tier's limits; `param` names it.", body = ErrorBody),

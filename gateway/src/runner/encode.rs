@@ -60,7 +60,7 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         let call = || run.stages.encode_audio(header.clone(), samples.clone());
         let question = [samples.data()];
         let (mut encoded, _, model) =
-            ask(run, (Stage::AudioEncoder, role::FEATURES), &question, call, |summary| summary.memory).await?;
+            ask(run, (Stage::AudioEncoder, role::FEATURES), &question, call, |summary| summary.memory.clone()).await?;
         Ok::<_, Fault>((encoded.take("features", Stage::AudioEncoder)?, model))
     };
     let side = [picture.width.to_le_bytes(), size.width.to_le_bytes(), size.height.to_le_bytes()].concat();
@@ -73,7 +73,8 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         let cut: &[u8] = if truncate_prompt { b"cut" } else { b"whole" };
         let question = [side.as_slice(), header.prompt.as_bytes(), cut, pixels.data()];
         let (mut encoded, summary, model) =
-            ask(run, (Stage::TextEncoder, role::TEXT_STATES), &question, call, |summary| summary.memory).await?;
+            ask(run, (Stage::TextEncoder, role::TEXT_STATES), &question, call, |summary| summary.memory.clone())
+                .await?;
         let states = TEXT_STATES.iter().map(|name| encoded.take(name, Stage::TextEncoder));
         Ok::<_, Fault>((states.collect::<Result<Vec<_>, Fault>>()?, summary, model))
     };
@@ -84,7 +85,7 @@ pub(crate) async fn encode(run: &Run, prepared: &Prepared) -> Result<Conditions,
         let face = face.map(|face| face.encode_to_vec()).unwrap_or_default();
         let question = [side.as_slice(), face.as_slice(), pixels.data()];
         let (mut encoded, summary, model) =
-            ask(run, (Stage::ImageEncoder, role::REFERENCE), &question, call, |summary| summary.memory).await?;
+            ask(run, (Stage::ImageEncoder, role::REFERENCE), &question, call, |summary| summary.memory.clone()).await?;
         let latents = encoded.take("reference_latents", Stage::ImageEncoder)?;
         Ok::<_, Fault>((latents, encoded.take("face_mask", Stage::ImageEncoder)?, summary, model))
     };
@@ -149,7 +150,7 @@ where
     if known && let Some(bytes) = run.lease.stage_output(role, &key).await {
         if let Some((tensors, summary)) = kept::from_bytes::<S>(&bytes) {
             let memory = memory(&summary).unwrap_or_default();
-            run.stage_kept(stage, memory).await;
+            run.stage_kept(stage, memory.clone()).await;
             return Ok((Encoded::kept(tensors, memory), summary, identity));
         }
         tracing::warn!(generation_id = run.id(), role, "what was kept of a stage cannot be read; it is asked again");
@@ -163,7 +164,7 @@ where
             tracing::warn!(generation_id = run.id(), role, %fault, "what the stage gave was not kept");
         }
     }
-    run.stage_ended(stage, began, encoded.memory).await;
+    run.stage_ended(stage, began, encoded.memory.clone()).await;
     Ok((encoded, summary, identity))
 }
 

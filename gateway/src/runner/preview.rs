@@ -123,7 +123,7 @@ async fn make(
 
 /// Whether a decoder can take a frame without keeping others from their work.
 fn has_room(decoder: &DescribeResponse) -> bool {
-    let memory = decoder.memory.unwrap_or_default();
+    let memory = decoder.memory.clone().unwrap_or_default();
     let busy = u64::from(decoder.queued) * 2 > u64::from(decoder.queue_capacity);
     !busy && !memory.pressure && memory.free_bytes >= memory.budget_bytes / FREE_SHARE
 }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proto::v1::{FaceBox, Generation, GenerationState, MemoryReport, Progress, Stage, StageReport};
+use proto::v1::{FaceBox, Generation, GenerationState, MemoryReport, Progress, Stage, StagePart, StageReport};
 
 use super::{allowance::Allowance, devices::Devices, patience::Patience, session::Eased};
 use crate::{
@@ -122,9 +122,10 @@ impl Run {
             resident_weight_blocks: memory.resident_weight_blocks,
             weights_waited_seconds: memory.weights_waited_ms as f64 / 1000.0,
             weights_hidden_seconds: memory.weights_hidden_ms as f64 / 1000.0,
+            parts: memory.parts.clone(),
         };
         self.lock().reports.insert(stage.into(), report);
-        self.watch_pressure(stage, memory).await;
+        self.watch_pressure(stage, &memory).await;
         let held = said_of_memory(&memory).map(|said| format!(", {said}")).unwrap_or_default();
         let message = format!("{} took {seconds:.1} s{held}", stage_name(stage));
         self.tell(Change { stage, message, memory: told_of(memory), ..Change::default() }).await;
@@ -170,7 +171,7 @@ impl Run {
 
     /// Says that `done` steps are done, the last of which began `pace_seconds` per step ago.
     pub(crate) async fn step_done(&self, memory: MemoryReport, done: u32, pace_seconds: f64) {
-        self.watch_pressure(Stage::Diffusion, memory).await;
+        self.watch_pressure(Stage::Diffusion, &memory).await;
         let progress = self.progress(|progress| {
             progress.step = done;
             let share = done as f32 / progress.steps.max(1) as f32;
@@ -219,7 +220,7 @@ impl Run {
     }
 
     /// Says when a stage's device becomes nearly full, when it is so no more, and when idle stages had to go.
-    async fn watch_pressure(&self, stage: Stage, memory: MemoryReport) {
+    async fn watch_pressure(&self, stage: Stage, memory: &MemoryReport) {
         let gone = [memory.unloaded_stages, memory.emptied_caches];
         let before = self.lock().pressure.insert(stage.into(), (memory.pressure, gone));
         let (pressed, [unloaded, emptied]) = before.unwrap_or((false, gone));
@@ -266,15 +267,16 @@ impl Run {
 
     /// Says that a stage need not be asked, for what it gave before was kept.
     pub(crate) async fn stage_kept(&self, stage: Stage, memory: MemoryReport) {
-        let MemoryReport { peak_bytes, device_peak_bytes, .. } = memory;
-        let report = StageReport { stage: stage.into(), peak_bytes, device_peak_bytes, ..StageReport::default() };
+        let MemoryReport { peak_bytes, device_peak_bytes, parts, .. } = memory;
+        let report =
+            StageReport { stage: stage.into(), peak_bytes, device_peak_bytes, parts, ..StageReport::default() };
         self.lock().reports.insert(stage.into(), report);
         self.note(stage, format!("{}: kept from before", stage_name(stage))).await;
     }
 
     /// Times and peaks of the stages so far.
     pub(crate) fn reports(&self) -> Vec<StageReport> {
-        self.lock().reports.values().copied().collect()
+        self.lock().reports.values().cloned().collect()
     }
 
     /// What the caller was told to know so far.
@@ -343,7 +345,14 @@ fn said_of_memory(memory: &MemoryReport) -> Option<String> {
     }
     let percent = memory.device_bytes as f64 * 100.0 / memory.budget_bytes as f64;
     let (now, budget, peak) = (gib(memory.device_bytes), gib(memory.budget_bytes), gib(memory.peak_bytes));
-    Some(format!("holds {now} of {budget} ({percent:.0} %), its peak {peak}"))
+    let first = format!("holds {now} of {budget} ({percent:.0} %), its peak {peak}");
+    let part = |part: &StagePart| {
+        let percent = part.device_bytes as f64 * 100.0 / part.budget_bytes.max(1) as f64;
+        let (device, now, budget, peak) =
+            (&part.device, gib(part.device_bytes), gib(part.budget_bytes), gib(part.peak_bytes));
+        format!("; on {device} {now} of {budget} ({percent:.0} %), its peak {peak}")
+    };
+    Some(std::iter::once(first).chain(memory.parts.iter().skip(1).map(part)).collect())
 }
 
 fn gib(bytes: u64) -> String {

@@ -145,7 +145,7 @@ impl Session {
 
     /// The worker's memory as last reported.
     pub(crate) fn memory(&self) -> MemoryReport {
-        self.memory
+        self.memory.clone()
     }
 
     /// Runs a step's passes; the velocities come in the order of the items.
@@ -221,7 +221,7 @@ impl Session {
             let call = || in_time(limit, patience, self.stages.predict(header.clone(), latents.clone()));
             let (mut answer, took) = self.patience.call(call).await?;
             self.pace.learn(items.len(), took);
-            self.memory = answer.memory;
+            self.memory = answer.memory.clone();
             self.devices.add(answer.device_use.take());
             for i in 0..items.len() {
                 let velocity = answer.take(&format!("velocity.{i}"), Stage::Diffusion)?;

@@ -73,7 +73,11 @@ impl Local {
     }
 
     /// What was to be expected of a generation that has ended; nothing where no plan can be made any more.
-    fn hindsight(&self, request: &planner::Request, placement: Option<[usize; 5]>) -> Option<planner::Plan> {
+    fn hindsight(
+        &self,
+        request: &planner::Request,
+        placement: Option<planner::plan::Placement>,
+    ) -> Option<planner::Plan> {
         plan::hindsight(&self.models, (&self.setup, placement), (request, &self.tier))
     }
 }

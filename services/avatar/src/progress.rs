@@ -9,8 +9,8 @@ use std::{
 
 use gateway::api::video::Face;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use planner::{Bytes, Plan, Request, size::PictureSize};
-use proto::v1::{GenerationEvent, GenerationState, MemoryReport, Outcome, Preview, Stage};
+use planner::{Bytes, Plan, Request, plan::PartPlan, size::PictureSize};
+use proto::v1::{GenerationEvent, GenerationState, MemoryReport, Outcome, Preview, Stage, StagePart};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -83,6 +83,9 @@ pub struct Completed {
     pub predicted: Option<Predicted>,
     /// How the transformer's weights came from their files, where they come block by block.
     pub weights: Option<Brought>,
+    /// The devices that the transformer's blocks were spread over; none where it was on one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub spread: Vec<Held>,
     /// What the caller should know, in sentences.
     pub warnings: Vec<String>,
     /// Most bytes that the device of each stage held.
@@ -105,14 +108,39 @@ pub struct Predicted {
     pub device_peak_bytes: Map<String, Value>,
     /// Why it was planned so, in sentences.
     pub reasons: Vec<String>,
+    /// The devices that the transformer's blocks were to be spread over; none where it was to be on one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub spread: Vec<PartPlan>,
     /// Seconds by stage.
     pub seconds: Map<String, Value>,
-    /// Most bytes held at once, by stage.
+    /// Most bytes held at once, by stage; of a stage that is spread, on its first device.
     pub peak_bytes: Map<String, Value>,
     /// Measured seconds from beginning to end, as a part of the predicted ones of all stages.
     pub seconds_ratio: f64,
     /// The measured peak of the stage that was to hold most, as a part of the predicted one.
     pub peak_ratio: f64,
+}
+
+/// What a stage that was spread over several devices held of one of them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Held {
+    /// The device.
+    pub device: String,
+    /// The first of its blocks, from 0.
+    pub first_block: u32,
+    /// How many they are.
+    pub blocks: u32,
+    /// Of these, the ones that stay in memory.
+    pub resident_blocks: u32,
+    /// Most bytes that the stage held there at once.
+    pub peak_bytes: u64,
+}
+
+impl From<&StagePart> for Held {
+    fn from(part: &StagePart) -> Self {
+        let StagePart { device, first_block, blocks, resident_blocks, peak_bytes, .. } = part.clone();
+        Self { device, first_block, blocks, resident_blocks, peak_bytes }
+    }
 }
 
 /// How blocks of weights came from their files.
@@ -147,6 +175,12 @@ impl Completed {
                 self.peak_bytes.insert(name.to_owned(), json!(report.peak_bytes));
                 self.peaks_of_devices.insert(name, report.device_peak_bytes);
             }
+            if let Some((_, others)) = report.parts.split_first() {
+                for part in others {
+                    self.held_on(&part.device, part.device_peak_bytes);
+                }
+                self.spread = report.parts.iter().map(Held::from).collect();
+            }
         }
         self.warnings.clone_from(&outcome.warnings);
         self.faces = outcome.faces.iter().map(Face::from).collect();
@@ -175,6 +209,12 @@ impl Completed {
         }
     }
 
+    /// Notes how many bytes a device held while a stage worked there.
+    fn held_on(&mut self, device: &str, bytes: u64) {
+        let before = self.device_peak_bytes.get(device).and_then(Value::as_u64).unwrap_or_default();
+        self.device_peak_bytes.insert(device.to_owned(), json!(bytes.max(before)));
+    }
+
     /// Takes what a plan of the same request expected.
     pub fn expected(&mut self, plan: Option<&Plan>) {
         let Some(plan) = plan else { return };
@@ -193,8 +233,8 @@ impl Completed {
                 predicted.peak_ratio = rounded(measured(&self.peak_bytes) / stage.peak_bytes as f64);
             }
             let here = self.peaks_of_devices.get(name).copied().unwrap_or_default();
-            let before = self.device_peak_bytes.get(&stage.device).and_then(Value::as_u64).unwrap_or_default();
-            self.device_peak_bytes.insert(stage.device.clone(), json!(here.max(before)));
+            self.held_on(&stage.device, here);
+            predicted.spread.extend(stage.spread.iter().cloned());
             predicted.placement.insert(name.to_owned(), json!(stage.device));
             predicted.seconds.insert(name.to_owned(), json!(rounded(stage.seconds)));
             predicted.peak_bytes.insert(name.to_owned(), json!(stage.peak_bytes));
@@ -507,7 +547,7 @@ mod tests {
             table: planner::ModelTable::published().unwrap(),
             tiers: planner::Tiers::default(),
             devices: vec![planner::Device::card(0, Bytes(24 << 30)), planner::Device::card(1, Bytes(80 << 30))],
-            placement: Some([0, 0, 0, 1, 0]),
+            placement: Some([0, 0, 0, 1, 0].into()),
             tier: planner::plan::Choice::Unlimited,
             precisions: vec![planner::Precision::Bf16],
             allow_degrade: false,

@@ -4,6 +4,7 @@ use std::{future::Future, path::Path, time::Duration};
 
 use gateway::{Gateway, Options, Stages};
 use model::{checkpoint::Choice, image::Detector};
+use planner::plan::Placement;
 use proto::v1::avatar_service_client::AvatarServiceClient;
 use service_kit::{
     ServiceError,
@@ -37,7 +38,7 @@ pub struct Setup {
 pub struct InProcess {
     gateway: Gateway,
     channel: Channel,
-    placement: Option<[usize; 5]>,
+    placement: Option<Placement>,
     shutdown: CancellationToken,
     devices: Vec<DeviceWorker>,
 }
@@ -55,14 +56,14 @@ pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Resul
     let placement = tokio::task::spawn_blocking(move || plan::placement(&asked.0, &asked.1, &asked.2))
         .await
         .map_err(|e| Failure::local("cannot place the stages", e))??;
-    let fleet = plan::fleet(models, &setup, placement);
+    let fleet = plan::fleet(models, &setup, placement.clone());
     let Setup { compute, devices, weights, detector } = setup;
     let config = StageConfig::local(models);
     let of = |stage| StageConfig { compute: compute.of(stage), ..config.clone() };
     let failed = |e| Failure::local("cannot start the devices", e);
     let workers = DeviceWorker::spawn_several(&devices, config.queue).map_err(failed)?;
-    let places: Option<Vec<DeviceWorker>> =
-        placement.unwrap_or_default().iter().map(|&number| workers.get(number).cloned()).collect();
+    let placed = placement.clone().unwrap_or_default();
+    let places: Option<Vec<DeviceWorker>> = placed.devices.iter().map(|&number| workers.get(number).cloned()).collect();
     let places = places.and_then(|all| <[_; 5]>::try_from(all).ok());
     let [audio, text, image, transformer, decoder] =
         places.ok_or_else(|| Failure::local("cannot start the devices", "there is none"))?;
@@ -79,8 +80,15 @@ pub async fn in_process(models: &Path, setup: Setup, options: &Options) -> Resul
             image_encoder::serve_on(config, image, incoming, shutdown.clone())
         }),
         diffusion: stage("diffusion", |incoming| {
-            let config = diffusion::config::Config { stage: of("diffusion"), weights };
-            diffusion::serve_on(config, transformer, incoming, shutdown.clone())
+            let numbers = || placed.spread.iter().skip(1).map(|(number, _)| *number);
+            let others: Vec<DeviceWorker> = numbers().filter_map(|number| workers.get(number).cloned()).collect();
+            let config = diffusion::config::Config {
+                stage: StageConfig { device: transformer.budget().device().clone(), ..of("diffusion") },
+                others: others.iter().map(|worker| worker.budget().device().clone()).collect(),
+                blocks: placed.spread.iter().map(|(_, blocks)| *blocks).collect(),
+                weights,
+            };
+            diffusion::serve_on(config, (transformer, others), incoming, shutdown.clone())
         }),
         vae_decode: stage("vae-decode", |incoming| {
             vae_decode::serve_on(of("vae-decode"), decoder, incoming, shutdown.clone())
@@ -118,10 +126,10 @@ impl InProcess {
         &self.gateway
     }
 
-    /// The number of each stage's device, where there are several.
+    /// Where the stages are, where there are several devices.
     #[must_use]
-    pub fn placement(&self) -> Option<[usize; 5]> {
-        self.placement
+    pub fn placement(&self) -> Option<Placement> {
+        self.placement.clone()
     }
 
     /// Waits until the system has stopped: it was told to, or nothing works on its device any more.

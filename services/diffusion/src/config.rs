@@ -2,7 +2,10 @@
 
 use clap::{Command, CommandFactory as _, Parser};
 use model::checkpoint::Choice;
-use service_kit::config::{Mistakes, Settings, StageConfig, StageFlags};
+use service_kit::{
+    config::{Mistakes, Settings, StageConfig, StageFlags},
+    hardware::DeviceConfig,
+};
 
 /// Where the service listens unless told otherwise.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:50054";
@@ -24,6 +27,11 @@ pub struct Flags {
 pub struct Config {
     /// What every stage has.
     pub stage: StageConfig,
+    /// Devices besides the stage's first one that its blocks are spread over, in the order in which they work.
+    pub others: Vec<DeviceConfig>,
+    /// Blocks of the first device and each of the others; where nothing is said, they are divided so that as many as
+    /// possible find room in what the devices may hold.
+    pub blocks: Vec<u64>,
     /// The form of the transformer's weights.
     pub weights: Choice,
 }
@@ -37,7 +45,7 @@ impl Settings for Flags {
 
     fn resolve(self, mistakes: &mut Mistakes) -> Option<Config> {
         let weights = mistakes.check("--weights", &self.weights, str::parse);
-        let stage = self.stage.resolve(mistakes);
-        Some(Config { stage: stage?, weights: weights? })
+        let (stage, others) = self.stage.resolve_spread(mistakes).unzip();
+        Some(Config { stage: stage?, others: others?, blocks: Vec::new(), weights: weights? })
     }
 }

@@ -22,24 +22,27 @@ mod session;
 /// Full names of the gRPC services.
 pub const SERVICES: [&str; 2] = ["avatar.v1.DiffusionService", "avatar.v1.StageService"];
 
-/// Serves on a device of its own until `shutdown`, then as long as calls in flight take, at most the drain time.
+/// Serves on devices of its own until `shutdown`, then as long as calls in flight take, at most the drain time.
 ///
-/// Errors: the device's thread does not start, or the server fails.
+/// Errors: a device's thread does not start, or the server fails.
 pub async fn serve<I, C>(config: Config, incoming: I, shutdown: CancellationToken) -> Result<(), ServiceError>
 where
     I: Stream<Item = Result<C, io::Error>>,
     C: Connection,
 {
-    let device = DeviceWorker::spawn(&config.stage.device, config.stage.queue)?;
-    serve_on(config, device, incoming, shutdown).await
+    let all: Vec<_> = std::iter::once(&config.stage.device).chain(&config.others).cloned().collect();
+    let mut others = DeviceWorker::spawn_several(&all, config.stage.queue)?;
+    let device = others.remove(0);
+    serve_on(config, (device, others), incoming, shutdown).await
 }
 
-/// As [`serve`], on a device that other stages use too. Ends by itself when nothing works on the device any more.
+/// As [`serve`], on devices that other stages use too: the first and the others of the config. Ends by itself when
+/// nothing works on one of them any more.
 ///
-/// Errors: the server fails, or the device is lost.
+/// Errors: the server fails, or a device is lost.
 pub async fn serve_on<I, C>(
     config: Config,
-    device: DeviceWorker,
+    devices: (DeviceWorker, Vec<DeviceWorker>),
     incoming: I,
     shutdown: CancellationToken,
 ) -> Result<(), ServiceError>
@@ -47,8 +50,9 @@ where
     I: Stream<Item = Result<C, io::Error>>,
     C: Connection,
 {
-    let Config { stage: config, weights } = config;
-    let host = StageHost::new(&config, weights, device, shutdown.clone());
+    let Config { stage: config, others, blocks, weights } = config;
+    let options = service::Options { weights, devices: [vec![config.device.clone()], others].concat(), blocks };
+    let host = StageHost::over(&config, options, devices, shutdown.clone());
     let service = service::Service::new(host.clone(), config.max_tensor_bytes);
     let routes = Routes::new(host.stage_service()).add_service(DiffusionServiceServer::new(service));
     server::serve(routes, &SERVICES, incoming, Lifetime { shutdown, drain: config.common.drain_timeout }).await?;

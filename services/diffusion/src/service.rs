@@ -12,14 +12,16 @@ use model::{
     Precision,
     blueprint::transformer_table,
     checkpoint::{self, Choice, Setup},
-    diffusion::DiffusionStage,
+    diffusion::{DiffusionStage, Part},
     ops,
+    weights::Swapped,
 };
 use planner::{
     Precision as Stored,
     cost::{
         cpu::{Cpu, pass_bytes, resident_blocks},
         cuda,
+        spread::divide,
     },
     table::Transformer,
 };
@@ -36,7 +38,7 @@ use service_kit::{
     ServiceError,
     config::Compute,
     device::CancelToken,
-    hardware::DeviceName,
+    hardware::{DeviceConfig, DeviceName},
     memory::{Watch, WeightsReport},
     stage::{StageHost, StageModel, clock},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
@@ -59,36 +61,41 @@ pub(crate) struct Model {
     stored: Stored,
     cpu: Cpu,
     device: Device,
+    /// Blocks of each of its devices.
+    blocks: Vec<u64>,
     sessions: HashMap<String, Session>,
 }
 
 impl StageModel for Model {
     const STAGE: Stage = Stage::Diffusion;
     const NAME: &'static str = "diffusion";
-    /// The form of the weights.
-    type Options = Choice;
+    type Options = Options;
 
-    fn open(models: &Path, on: (DeviceName, Compute), choice: &Choice) -> Result<Self, ServiceError> {
+    fn open(models: &Path, on: (DeviceName, Compute), options: &Options) -> Result<Self, ServiceError> {
         let fault = |e: model::Error| ServiceError::failed_precondition(e.to_string());
-        let setup = setup(on, *choice)?;
-        let stage = DiffusionStage::open(models, &setup).map_err(fault)?;
-        let (sizes, stored) = transformer_table(models, *choice).map_err(fault)?;
+        let setup = setup(on, options.weights)?;
+        let parts = options.parts(models, &setup)?;
+        let stage = DiffusionStage::open_over(models, &setup, &parts).map_err(fault)?;
+        let (sizes, stored) = transformer_table(models, options.weights).map_err(fault)?;
+        let blocks = stage.transformer.swaps().map(|swap| swap.sizes().len() as u64).collect();
         let value_bytes = if on.1 == Compute::F32 { 4 } else { 2 };
         let cpu = Cpu { threads: ops::threads() as u64, packs: ops::has_kernel(), value_bytes };
-        Ok(Self { stage, sizes, stored, cpu, device: setup.device, sessions: HashMap::new() })
+        Ok(Self { stage, sizes, stored, cpu, device: setup.device, blocks, sessions: HashMap::new() })
     }
 
-    fn weights(&self) -> WeightsReport {
-        let told = self.stage.transformer.swap().told();
-        WeightsReport::new([told.blocks, told.resident], [told.waited, told.hidden])
+    fn weights(&self) -> Vec<WeightsReport> {
+        let report = |told: Swapped| WeightsReport::new([told.blocks, told.resident], [told.waited, told.hidden]);
+        self.stage.transformer.swaps().map(|swap| report(swap.told())).collect()
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
-        model::memory::watched(move |bytes| watch.allows(bytes), work)
+        let told = watch.clone();
+        let moves = move |part, bytes| told.moves(part, bytes);
+        model::memory::watched_over(move |bytes| watch.allows(bytes), moves, work)
     }
 
-    fn files(models: &Path, choice: &Choice) -> Vec<PathBuf> {
-        checkpoint::files(models, checkpoint::Stage::Diffusion, *choice)
+    fn files(models: &Path, options: &Options) -> Vec<PathBuf> {
+        checkpoint::files(models, checkpoint::Stage::Diffusion, options.weights)
     }
 
     fn defaults(models: &Path) -> Option<GenerationDefaults> {
@@ -173,7 +180,7 @@ impl DiffusionService for Service {
         // Room for every result, so that a slow reader never holds the device.
         let messages = streamed_reply(header.items.len(), wrap, |outbox| {
             let work = move |model: &mut Model, cancel: &CancelToken| {
-                model.settle(&header, |wanted| settled.free_for(wanted));
+                model.settle(&header, |part, wanted| settled.free_for(part, wanted));
                 model.predict(&header, latents, (&outbox, cancel))
             };
             let pending = self.host.submit(work)?;
@@ -212,33 +219,36 @@ impl Model {
         Ok(())
     }
 
-    /// Lets as many blocks of weights stay in memory as the largest item leaves room for in what is free now.
+    /// Lets as many blocks of weights stay on each device as the largest item leaves room for in what is free there now.
     ///
-    /// - `free_for`: bytes that are free, after others made room where there are fewer than so many
-    fn settle(&self, header: &PredictHeader, free_for: impl Fn(u64) -> u64) {
+    /// - `free_for`: bytes that are free on a device, after others made room where there are fewer than so many
+    fn settle(&self, header: &PredictHeader, free_for: impl Fn(usize, u64) -> u64) {
         let Some(session) = self.sessions.get(&header.session_id) else { return };
         let on_card = !matches!(self.device, Device::Cpu);
-        let work = |item| {
+        let works = |item| {
             let pass = session.pass(item, header.keep_features);
             match on_card {
-                true => cuda::pass_bytes(&self.sizes, &pass, self.cpu.value_bytes),
-                false => pass_bytes(&self.sizes, &pass, self.cpu),
+                true => vec![cuda::pass_bytes(&self.sizes, &pass, self.cpu.value_bytes); self.blocks.len()],
+                false => pass_bytes(&self.sizes, &pass, (&self.blocks, self.cpu)),
             }
         };
-        let most = header.items.iter().map(work).max().unwrap_or(0);
-        let (transformer, swap) = (&self.stage.transformer, self.stage.transformer.swap());
-        let sizes = swap.sizes();
-        let all: u64 = sizes.iter().sum();
-        let (taken, free) = if on_card {
-            // Weights that are on the card already are not free there, but free for weights.
-            let (taken, here) = (most + cuda::transformer_widened(&self.sizes, self.stored), swap.held_bytes());
-            let free = free_for(all.saturating_add(taken).saturating_sub(here));
-            (taken, cuda::usable(free.saturating_add(here)))
-        } else {
-            let taken = most.saturating_add(transformer.unswapped_bytes());
-            (taken, free_for(all.saturating_add(taken)))
-        };
-        swap.keep(resident_blocks(&sizes, free.saturating_sub(taken)), clock);
+        let works: Vec<Vec<u64>> = header.items.iter().map(works).collect();
+        let transformer = &self.stage.transformer;
+        for (part, (swap, &others)) in transformer.swaps().zip(transformer.unswapped_bytes()).enumerate() {
+            let most = works.iter().filter_map(|work| work.get(part)).copied().max().unwrap_or(0);
+            let sizes = swap.sizes();
+            let all: u64 = sizes.iter().sum();
+            let (taken, free) = if on_card {
+                // Weights that are on the card already are not free there, but free for weights.
+                let (taken, here) = (most + cuda::transformer_widened(&self.sizes, self.stored), swap.held_bytes());
+                let free = free_for(part, all.saturating_add(taken).saturating_sub(here));
+                (taken, cuda::usable(free.saturating_add(here)))
+            } else {
+                let taken = most.saturating_add(others);
+                (taken, free_for(part, all.saturating_add(taken)))
+            };
+            swap.keep(resident_blocks(&sizes, free.saturating_sub(taken)), clock);
+        }
     }
 
     /// Runs the items in order; gives the seconds it took.
@@ -355,6 +365,42 @@ fn split_predict(message: PredictRequest) -> Item<PredictHeader> {
 
 fn wrap(part: TensorPart) -> PredictResponse {
     PredictResponse { body: Some(predict_response::Body::Part(part)) }
+}
+
+/// What the stage is told besides the settings that every stage has.
+pub(crate) struct Options {
+    /// The form of the weights.
+    pub(crate) weights: Choice,
+    /// Its devices, the first included.
+    pub(crate) devices: Vec<DeviceConfig>,
+    /// Blocks of each device; where there are none, they are divided by what the devices may hold.
+    pub(crate) blocks: Vec<u64>,
+}
+
+impl Options {
+    /// The parts of a network that is spread; none where it is on one device.
+    fn parts(&self, models: &Path, setup: &Setup) -> Result<Vec<Part>, ServiceError> {
+        if self.devices.len() < 2 {
+            return Ok(Vec::new());
+        }
+        let blocks = match self.blocks.is_empty() {
+            false => self.blocks.clone(),
+            true => {
+                let (blocks, others) = DiffusionStage::block_bytes(models, setup).map_err(fault)?;
+                let room = |device: usize, _| {
+                    let bytes = self.devices.get(device)?.budget_bytes;
+                    Some(if device == 0 { bytes.saturating_sub(others) } else { bytes })
+                };
+                let parts = divide(&blocks, self.devices.len(), room);
+                parts.into_iter().map(|part| part.blocks.len() as u64).collect()
+            }
+        };
+        let part = |(device, blocks): (&DeviceConfig, &u64)| {
+            let device = model::device(device.name.card()).map_err(ServiceError::internal)?;
+            Ok(Part { device, blocks: usize::try_from(*blocks).unwrap_or(usize::MAX) })
+        };
+        self.devices.iter().zip(&blocks).map(part).collect()
+    }
 }
 
 fn setup((device, compute): (DeviceName, Compute), choice: Choice) -> Result<Setup, ServiceError> {

@@ -114,7 +114,7 @@ impl TextEncoderService for Service {
         let settled = self.host.clone();
         let work = move |model: &mut Model, _: &_| {
             let (prompt, width, height) = (header.prompt.as_str(), header.width, header.height);
-            model.settle(prompt, PictureSize { width, height }, |wanted| settled.free_for(wanted))?;
+            model.settle(prompt, PictureSize { width, height }, |wanted| settled.free_for(0, wanted))?;
             let states = if header.truncate_prompt {
                 model.encoder.encode_cut(prompt, &picture, width, height)
             } else {

@@ -20,6 +20,7 @@ mod planning;
 mod processes;
 mod quirks;
 mod resizing;
+mod spreading;
 mod stack;
 mod swapping;
 mod weights;

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use gateway::{Stages, stages::Whose};
+use gateway::{Stages, fault::Fault, stages::Whose};
 use proto::{
     tensor::HostTensor,
     v1::{
@@ -23,13 +23,13 @@ use crate::{
 
 const MIB: u64 = 1 << 20;
 
-fn start(name: &str, device: &str) -> Process {
+pub fn start(name: &str, device: &str) -> Process {
     let models = tiny_models();
     let models = models.to_str().unwrap();
     Process::start(name, &["--listen", "127.0.0.1:0", "--models", models, "--device", device])
 }
 
-async fn channel(process: &Process) -> Channel {
+pub async fn channel(process: &Process) -> Channel {
     Channel::from_shared(format!("http://{}", process.address("grpc"))).unwrap().connect().await.unwrap()
 }
 
@@ -57,7 +57,7 @@ async fn decode(channel: Channel, side: usize, tile_divisor: u32) -> Result<(u32
     panic!("the answer has no end")
 }
 
-async fn memory(channel: &Channel) -> MemoryReport {
+pub async fn memory(channel: &Channel) -> MemoryReport {
     let said = StageServiceClient::new(channel.clone()).describe(DescribeRequest {}).await.unwrap();
     said.into_inner().memory.unwrap()
 }
@@ -157,6 +157,11 @@ fn wave(name: &str, shape: &[usize], pace: f32) -> HostTensor {
 /// Velocities of a full step that keeps features and of a cached one, in two windows that overlap and two branches,
 /// sent `at_once` passes a call.
 async fn velocities(stages: &Stages, session_id: &str, at_once: usize) -> Vec<Vec<u8>> {
+    try_velocities(stages, session_id, at_once).await.unwrap()
+}
+
+/// As [`velocities`], where the stage may fail.
+pub async fn try_velocities(stages: &Stages, session_id: &str, at_once: usize) -> Result<Vec<Vec<u8>>, Fault> {
     let mut tensors = vec![
         wave("features", &[20, 5, 64], 0.11),
         wave("reference_latents", &[16, 1, 8, 8], 0.3),
@@ -169,7 +174,7 @@ async fn velocities(stages: &Stages, session_id: &str, at_once: usize) -> Vec<Ve
     }
     let (session_id, generation_id) = (session_id.to_owned(), "test".to_owned());
     let header = OpenSessionHeader { session_id: session_id.clone(), generation_id, audio_frames: 9, fps: 25.0 };
-    stages.open_session(header, tensors).await.unwrap();
+    stages.open_session(header, tensors).await?;
     let sides = [(Branch::Conditional, PromptKind::Positive), (Branch::Unconditional, PromptKind::Negative)];
     let item = |window: u32, (branch, prompt): (Branch, PromptKind)| PredictItem {
         branch: branch.into(),
@@ -194,13 +199,13 @@ async fn velocities(stages: &Stages, session_id: &str, at_once: usize) -> Vec<Ve
                 keep_features: mode == PassMode::Full,
                 items: items.to_vec(),
             };
-            let mut answer = stages.predict(header, latents).await.unwrap();
+            let mut answer = stages.predict(header, latents).await?;
             for i in 0..items.len() {
-                velocities.push(answer.take(&format!("velocity.{i}"), Stage::Diffusion).unwrap().data().to_vec());
+                velocities.push(answer.take(&format!("velocity.{i}"), Stage::Diffusion)?.data().to_vec());
             }
         }
     }
-    velocities
+    Ok(velocities)
 }
 
 /// Windows and branches go one after the other: four take the memory of one, and their results beside it.
@@ -235,14 +240,14 @@ async fn a_stage_with_a_session_is_not_unloaded_for_others_unless_all_are() {
     let first = velocities(&stages, "one", 4).await;
     let mut client = StageServiceClient::new(channel.clone());
     let kept = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
-    assert!(kept.busy && kept.memory.unwrap().resident_bytes > 0, "{kept:?}");
+    assert!(kept.busy && kept.memory.as_ref().unwrap().resident_bytes > 0, "{kept:?}");
     assert!(velocities(&stages, "one", 4).await == first);
     stages.close_session("one".into()).await.unwrap();
     let gone = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
-    assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
+    assert!(!gone.busy && gone.memory.as_ref().unwrap().resident_bytes == 0, "{gone:?}");
     velocities(&stages, "two", 4).await;
     let gone = client.unload(UnloadRequest::default()).await.unwrap().into_inner();
-    assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
+    assert!(!gone.busy && gone.memory.as_ref().unwrap().resident_bytes == 0, "{gone:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

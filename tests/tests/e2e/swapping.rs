@@ -39,6 +39,7 @@ fn blocks_that_come_and_go_take_less_memory_and_give_the_same_bits() {
     let models = tiny_models();
     let stage = DiffusionStage::open(&models, &Setup::default()).unwrap();
     let transformer = &stage.transformer;
+    let swap = transformer.swaps().next().unwrap();
     let widths = transformer.widths();
     let mask = [1; 20];
     let given = Conditioning {
@@ -59,14 +60,14 @@ fn blocks_that_come_and_go_take_less_memory_and_give_the_same_bits() {
     };
     let file = models.join("diffusion/model.safetensors").canonicalize().unwrap();
     let (all, held) = (pass(), in_memory(&file));
-    let sizes = transformer.swap().sizes();
+    let sizes = swap.sizes();
     let (whole, most) = (sizes.iter().sum::<u64>(), *sizes.iter().max().unwrap());
     for resident in [0, 2] {
-        transformer.swap().keep(resident, clock);
+        swap.keep(resident, clock);
         for _ in 0..2 {
             assert!(pass() == all, "{resident} blocks stay");
         }
-        let told = transformer.swap().told();
+        let told = swap.told();
         let stay: u64 = sizes.iter().rev().take(resident).sum();
         assert_eq!((told.blocks, told.resident), (sizes.len(), resident));
         assert!(told.held_bytes <= stay + 2 * most && told.held_bytes < whole, "{told:?} of {sizes:?}");

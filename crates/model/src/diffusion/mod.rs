@@ -9,11 +9,15 @@ mod blocks;
 mod cache;
 mod config;
 mod embed;
+mod load;
 mod norm;
+mod parts;
 mod refiner;
 mod rope;
 mod stage;
 
+#[cfg(test)]
+mod parts_tests;
 #[cfg(test)]
 mod tests;
 
@@ -25,15 +29,13 @@ pub use cache::{FeatureCache, Features};
 pub use config::{Defaults, TransformerConfig};
 pub use embed::{Embedder, PatchEmbed, TimeEmbedder, grid_of, timestep_embedding, unpatchify};
 pub use norm::{audio_norm, block_norm, modulated_norm, qk_norm, refiner_norm};
+pub use parts::Part;
 pub use refiner::TokenRefiner;
 pub use rope::{Grid, Rope};
 pub use stage::DiffusionStage;
 
-use crate::{
-    Error, Result,
-    nn::Linear,
-    weights::{Swap, Weights},
-};
+use self::parts::{Place, Span, bytes};
+use crate::{Error, Result, nn::Linear, weights::Swap};
 
 /// Everything that conditions one window, apart from the flow time.
 #[derive(Debug, Clone)]
@@ -123,11 +125,12 @@ pub struct Transformer {
     final_layer: FinalLayer,
     rope_dims: [usize; 3],
     rope_theta: f64,
-    /// The blocks' weights, double ones first.
-    swap: Swap,
-    /// Bytes of all other weights in their files.
-    unswapped: u64,
+    /// The blocks by device, double ones first.
+    spans: Vec<Span>,
+    /// Bytes of all other weights in their files, by device.
+    unswapped: Vec<u64>,
     dtype: DType,
+    /// The first part's.
     device: Device,
 }
 
@@ -141,84 +144,6 @@ struct Prepared {
 }
 
 impl Transformer {
-    /// Reads the transformer's tensors, under the reference's names.
-    ///
-    /// Errors: a tensor is missing or mis-shaped, or the config contradicts the tensors.
-    pub fn load(weights: &Weights, config: &TransformerConfig) -> Result<Self> {
-        let img_in = PatchEmbed::load(&weights.pp("img_in"))?;
-        let (hidden, channels) = (img_in.hidden(), img_in.channels());
-        let depths = (
-            config.depth_double_blocks.unwrap_or_else(|| weights.count("double_blocks", "img_attn_qkv.weight")),
-            config.depth_single_blocks.unwrap_or_else(|| weights.count("single_blocks", "linear1.weight")),
-        );
-        if depths.1 == 0 {
-            return Err(Error::input("depth_single_blocks", "the checkpoint has no single block, expected one"));
-        }
-        let [head] = weights.dims("single_blocks.0.q_norm.weight")?;
-        let heads = hidden.checked_div(head).unwrap_or(0);
-        if config.rope_dim_list.iter().sum::<usize>() != head {
-            let reason = format!("{:?}: expected a sum of {head}, the width of a head", config.rope_dim_list);
-            return Err(Error::input("rope_dim_list", reason));
-        }
-        let adapters = weights.count("audio_adapter_blocks", "to_q.weight");
-        let coming = weights.later();
-        let double_blocks: Vec<DoubleBlock> = (0..depths.0)
-            .map(|i| DoubleBlock::load(&coming.pp(format!("double_blocks.{i}")), hidden))
-            .collect::<Result<_>>()?;
-        let single_blocks: Vec<SingleBlock> = (0..depths.1)
-            .map(|i| SingleBlock::load(&coming.pp(format!("single_blocks.{i}")), hidden))
-            .collect::<Result<_>>()?;
-        let block = |kind: &'static str| move |i: usize| weights.pp(format!("{kind}.{i}")).extent();
-        let blocks = (0..depths.0).map(block("double_blocks")).chain((0..depths.1).map(block("single_blocks")));
-        let swap = Swap::new(blocks.collect());
-        let transformer = Self {
-            ref_in: PatchEmbed::load(&weights.pp("ref_in"))?,
-            before_proj: Linear::load_sized(&weights.pp("before_proj"), hidden, hidden)?,
-            txt_in: TokenRefiner::load(&weights.pp("txt_in"), heads)?,
-            time_in: TimeEmbedder::load(&weights.pp("time_in"))?,
-            motion_exp: TimeEmbedder::load(&weights.pp("motion_exp"))?,
-            motion_pose: TimeEmbedder::load(&weights.pp("motion_pose"))?,
-            fps_proj: TimeEmbedder::load(&weights.pp("fps_proj"))?,
-            vector_in: Embedder::load(&weights.pp("vector_in"), "in_layer", "out_layer")?,
-            audio_proj: AudioProjection::load(&weights.pp("audio_proj"), hidden)?,
-            double_blocks,
-            adapters: (0..adapters)
-                .map(|j| AudioAdapter::load(&weights.pp(format!("audio_adapter_blocks.{j}")), hidden))
-                .collect::<Result<_>>()?,
-            adapted: config.adapted_blocks(depths.0, adapters)?,
-            single_blocks,
-            final_layer: FinalLayer::load(&weights.pp("final_layer"), hidden)?,
-            rope_dims: config.rope_dim_list,
-            rope_theta: config.rope_theta,
-            unswapped: weights.extent().bytes().saturating_sub(swap.sizes().iter().sum()),
-            swap,
-            dtype: weights.dtype(),
-            device: weights.device().clone(),
-            img_in,
-        };
-        let widths = transformer.widths();
-        TransformerConfig::agree("hidden_size", config.hidden_size, hidden)?;
-        TransformerConfig::agree("num_heads", config.num_heads, heads)?;
-        TransformerConfig::agree("in_channels", config.in_channels, channels)?;
-        TransformerConfig::agree("text_states_dim", config.text_states_dim, widths.text)?;
-        TransformerConfig::agree("text_states_dim_2", config.text_states_dim_2, widths.pooled)?;
-        for (name, found, expected) in [
-            ("ref_in", transformer.ref_in.hidden(), hidden),
-            ("ref_in", transformer.ref_in.channels(), channels),
-            ("final_layer", transformer.final_layer.out(), 4 * channels),
-            ("time_in", transformer.time_in.out(), hidden),
-            ("motion_exp", 4 * transformer.motion_exp.out(), hidden),
-            ("motion_pose", 4 * transformer.motion_pose.out(), hidden),
-            ("fps_proj", transformer.fps_proj.out(), hidden),
-            ("vector_in", transformer.vector_in.out(), hidden),
-        ] {
-            if found != expected {
-                return Err(Error::input(name, format!("gives a width of {found}, expected {expected}")));
-            }
-        }
-        Ok(transformer)
-    }
-
     /// Widths of the inputs.
     #[must_use]
     pub fn widths(&self) -> Widths {
@@ -231,16 +156,15 @@ impl Transformer {
         }
     }
 
-    /// The blocks' weights, which may stay in memory or come and go.
-    #[must_use]
-    pub fn swap(&self) -> &Swap {
-        &self.swap
+    /// The blocks' weights by part, which may stay in memory or come and go.
+    pub fn swaps(&self) -> impl Iterator<Item = &Swap> {
+        self.spans.iter().map(|span| &span.swap)
     }
 
-    /// Bytes of all weights in their files that are in no block.
+    /// Bytes in their files of all weights of each part that are in no block.
     #[must_use]
-    pub fn unswapped_bytes(&self) -> u64 {
-        self.unswapped
+    pub fn unswapped_bytes(&self) -> &[u64] {
+        &self.unswapped
     }
 
     /// Runs every block.
@@ -294,15 +218,18 @@ impl Transformer {
             return Err(Error::input("features", reason));
         }
         let vec = self.vector(timestep, given, &mut Taps(None))?;
-        let rope = Rope::new(grid, self.rope_dims, self.rope_theta, texts, &self.device)?;
+        let rope = |device: &Device| Rope::new(grid, self.rope_dims, self.rope_theta, texts, device);
+        let mut place = Place::last(&self.spans, &vec, rope)?;
         let x = Tensor::cat(&[&features.reference, &features.image, &features.text], 0)?;
         let last = &self.single_blocks[self.single_blocks.len() - 1];
-        let mut pass = self.swap.pass();
         let number = self.double_blocks.len() + self.single_blocks.len() - 1;
-        pass.enter(number);
-        let x = last.forward(&x, &vec, &rope)?;
-        pass.leave(number);
-        self.finish(&x, &vec, grid, &mut Taps(None))
+        let [x] = place.enter(number, [x])?;
+        let x = last.forward(&x, &place.vec, &place.rope)?;
+        place.leave(number);
+        let velocity = self.finish(&x, &place.vec, grid, &mut Taps(None))?;
+        drop(x);
+        place.end(bytes(&velocity));
+        Ok(velocity)
     }
 
     fn run(
@@ -328,19 +255,19 @@ impl Transformer {
         drop(noisy);
 
         let rope = Rope::new(grid, self.rope_dims, self.rope_theta, valid, &self.device)?;
-        let image_rope = rope.first(each + grid.tokens())?;
-        let mut pass = self.swap.pass();
+        let mut place = Place::first(&self.spans, (vec, rope), &prepared)?;
         for (i, block) in self.double_blocks.iter().enumerate() {
-            pass.enter(i);
-            (image, text) = block.forward(&image, &text, &vec, &image_rope)?;
-            pass.leave(i);
+            [image, text] = place.enter(i, [image, text])?;
+            let image_rope = place.rope.first(each + grid.tokens())?;
+            (image, text) = block.forward(&image, &text, &place.vec, &image_rope)?;
+            place.leave(i);
             taps.give(&image, format_args!("double_blocks.{i}.img"));
             taps.give(&text, format_args!("double_blocks.{i}.txt"));
-            if let Ok(j) = self.adapted.binary_search(&i) {
+            if let (Ok(j), Some((audio, gate))) = (self.adapted.binary_search(&i), &place.heard) {
                 let frames = image.narrow(0, each, grid.tokens())?.reshape((grid.frames, each, hidden))?;
-                let heard = self.adapters[j].forward(&prepared.audio, &frames)?;
+                let heard = self.adapters[j].forward(audio, &frames)?;
                 taps.give(&heard, format_args!("audio_adapter_blocks.{j}"));
-                let frames = (frames + heard.broadcast_mul(&prepared.gate)?)?.reshape((grid.tokens(), hidden))?;
+                let frames = (frames + heard.broadcast_mul(gate)?)?.reshape((grid.tokens(), hidden))?;
                 image = Tensor::cat(&[&image.narrow(0, 0, each)?, &frames], 0)?;
             }
         }
@@ -349,6 +276,8 @@ impl Transformer {
         drop((image, text));
         let mut features = None;
         for (i, block) in self.single_blocks.iter().enumerate() {
+            let number = self.double_blocks.len() + i;
+            [x] = place.enter(number, [x])?;
             if keep && i + 1 == self.single_blocks.len() {
                 features = Some(Features {
                     reference: x.narrow(0, 0, each)?,
@@ -356,13 +285,16 @@ impl Transformer {
                     text: x.narrow(0, each + grid.tokens(), valid)?,
                 });
             }
-            pass.enter(self.double_blocks.len() + i);
-            x = block.forward(&x, &vec, &rope)?;
-            pass.leave(self.double_blocks.len() + i);
+            x = block.forward(&x, &place.vec, &place.rope)?;
+            place.leave(number);
             taps.give(&x, format_args!("single_blocks.{i}"));
         }
-        drop(pass);
-        Ok(Pass { velocity: self.finish(&x, &vec, grid, &mut taps)?, features })
+        let velocity = self.finish(&x, &place.vec, grid, &mut taps)?;
+        // The features are views of the last block's input.
+        let kept = if features.is_some() { bytes(&x) } else { 0 };
+        drop(x);
+        place.end(bytes(&velocity) + kept);
+        Ok(Pass { velocity, features })
     }
 
     /// The conditioning vector `(1, H)`, f32: what shifts, scales and gates every token is not rounded.

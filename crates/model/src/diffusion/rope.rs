@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
+use super::parts::carried;
 use crate::{Error, Result, ops::turn};
 
 /// Tokens of one pass: latent frames of `rows` x `columns` tokens each.
@@ -87,6 +88,11 @@ impl Rope {
     /// The table of the first `tokens` tokens.
     pub fn first(&self, tokens: usize) -> candle_core::Result<Self> {
         Ok(Self { cos: self.cos.narrow(0, 0, tokens)?, sin: self.sin.narrow(0, 0, tokens)? })
+    }
+
+    /// The table on another device.
+    pub(super) fn carried(&self, device: &Device) -> candle_core::Result<Self> {
+        Ok(Self { cos: carried(&self.cos, device)?, sin: carried(&self.sin, device)? })
     }
 
     /// Cosines and sines, each `(tokens, head width / 2)`.

@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     golden::{Golden, noise, worst},
     image::face::token_gate,
+    weights::Weights,
 };
 
 fn transformer(case: &Golden) -> Transformer {
@@ -20,7 +21,7 @@ fn mask(case: &Golden, b: usize) -> Vec<i64> {
     case.item("text_mask", b).to_vec1().unwrap()
 }
 
-fn conditioning<'a>(case: &Golden, b: usize, mask: &'a [i64]) -> Conditioning<'a> {
+pub(super) fn conditioning<'a>(case: &Golden, b: usize, mask: &'a [i64]) -> Conditioning<'a> {
     let four = |name: &str| {
         let values = case.item(name, b).to_dtype(candle_core::DType::F32).unwrap();
         values.to_vec1::<f32>().unwrap().try_into().unwrap()

@@ -14,7 +14,7 @@ mod raw;
 #[cfg(feature = "cuda")]
 mod slot;
 pub mod stored;
-mod swap;
+pub(crate) mod swap;
 mod values;
 
 use std::{
@@ -47,7 +47,6 @@ enum Store {
 struct Shared {
     store: Store,
     dtype: DType,
-    device: Device,
     used: Mutex<BTreeSet<String>>,
     /// Matrices on a card, by name.
     #[cfg(feature = "cuda")]
@@ -58,6 +57,7 @@ struct Shared {
 #[derive(Clone)]
 pub struct Weights {
     shared: Arc<Shared>,
+    device: Device,
     prefix: String,
     /// Whether matrices for a card go there when they are first needed.
     later: bool,
@@ -125,18 +125,22 @@ impl Weights {
         let shared = Shared {
             store,
             dtype,
-            device: device.clone(),
             used: Mutex::default(),
             #[cfg(feature = "cuda")]
             slots: Mutex::default(),
         };
-        Self { shared: Arc::new(shared), prefix: String::new(), later: false }
+        Self { shared: Arc::new(shared), device: device.clone(), prefix: String::new(), later: false }
     }
 
     /// The part of the checkpoint under `prefix.name.`.
     #[must_use]
     pub fn pp(&self, name: impl Display) -> Self {
-        Self { shared: self.shared.clone(), prefix: self.full(name), later: self.later }
+        Self { prefix: self.full(name), ..self.clone() }
+    }
+
+    /// The same, given on another device.
+    pub(crate) fn on(&self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self.clone() }
     }
 
     /// The same, for a network whose blocks come and go: what a card needs of them goes there when it is needed.
@@ -171,7 +175,7 @@ impl Weights {
     /// Device that tensors are given on.
     #[must_use]
     pub fn device(&self) -> &Device {
-        &self.shared.device
+        &self.device
     }
 
     /// Type that tensors are given in.
@@ -258,7 +262,7 @@ impl Weights {
         let full = self.full(name);
         self.check_shape(&full, shape)?;
         let tensor = match &self.shared.store {
-            Store::Memory(tensors) => tensors[&full].to_device(&self.shared.device)?,
+            Store::Memory(tensors) => tensors[&full].to_device(&self.device)?,
             Store::Files { entries, .. } => {
                 let entry = &entries[&full];
                 let bytes = self.checked(&full, entry)?;
@@ -266,7 +270,7 @@ impl Weights {
                 let mut values = vec![0f32; shape.iter().product()];
                 let columns = values.len().checked_div(shape.first().copied().unwrap_or(1)).unwrap_or(1);
                 values::decode(entry.encoding, &entry.scale, bytes, 0, columns.max(1), &mut values);
-                Tensor::from_vec(values, shape, &self.shared.device)?
+                Tensor::from_vec(values, shape, &self.device)?
             }
         };
         self.use_up(full);
@@ -290,8 +294,8 @@ impl Weights {
                     return Err(self.error(&full, reason));
                 }
                 #[cfg(feature = "cuda")]
-                if !matches!(self.shared.device, Device::Cpu) {
-                    let device = &self.shared.device;
+                if !matches!(self.device, Device::Cpu) {
+                    let device = &self.device;
                     let slot = Arc::new(slot::Slot {
                         file: entry.file.clone(),
                         bytes: entry.bytes.clone(),
@@ -330,7 +334,7 @@ impl Weights {
 
     /// Whether matrices are kept as their files have them.
     fn stays_packed(&self) -> bool {
-        cfg!(feature = "cuda") || matches!(self.shared.device, Device::Cpu)
+        cfg!(feature = "cuda") || matches!(self.device, Device::Cpu)
     }
 
     fn check_shape(&self, full: &str, shape: &[usize]) -> Result<()> {
@@ -374,7 +378,7 @@ impl Weights {
             Store::Memory(tensors) => {
                 let index: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
                 let table = &tensors[&full];
-                table.index_select(&Tensor::new(index, table.device())?, 0)?.to_device(&self.shared.device)?
+                table.index_select(&Tensor::new(index, table.device())?, 0)?.to_device(&self.device)?
             }
             Store::Files { entries, .. } => {
                 let entry = &entries[&full];
@@ -392,7 +396,7 @@ impl Weights {
                     }
                     values::decode(entry.encoding, &entry.scale, bytes, row, width, values);
                 }
-                Tensor::from_vec(values, (rows.len(), width), &self.shared.device)?
+                Tensor::from_vec(values, (rows.len(), width), &self.device)?
             }
         };
         self.use_up(full);

@@ -8,6 +8,7 @@ mod audio;
 mod diffusion;
 mod heap;
 mod ops;
+mod parts;
 mod text;
 mod vae;
 
@@ -15,8 +16,11 @@ use self::heap::Heap;
 pub use self::{
     diffusion::Pass,
     ops::{Ops, Pace, around},
+    parts::PartNeeds,
 };
-use super::Job;
+use std::ops::Range;
+
+use super::{Job, spread};
 use crate::{
     precision::Precision,
     size::PictureSize,
@@ -118,12 +122,30 @@ pub fn ops(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Ops {
     heap.ops()
 }
 
-/// Bytes that one pass of the transformer takes besides what its stage holds and keeps.
+/// Bytes that one pass of the transformer takes of each of its devices, besides what its stage holds and keeps there.
+///
+/// - `blocks`: how many each device has, in the order in which they work
 #[must_use]
-pub fn pass_bytes(transformer: &Transformer, pass: &Pass, cpu: Cpu) -> u64 {
-    let mut heap = Heap::new(cpu, true);
-    diffusion::pass(&mut heap, transformer, pass);
-    heap.peak()
+pub fn pass_bytes(transformer: &Transformer, pass: &Pass, (blocks, cpu): (&[u64], Cpu)) -> Vec<u64> {
+    diffusion::pass_over(&mut Heap::new(cpu, true), transformer, pass, blocks)
+}
+
+/// Bytes in their files of what a device has of the transformer besides its blocks: the adapters of these, and on the
+/// last one the last layer; on the first one all the rest.
+#[must_use]
+pub fn beside_blocks(table: &ModelTable, precision: Precision, range: &Range<usize>) -> u64 {
+    let t = &table.transformer;
+    let (blocks, others) = blocks(table, precision);
+    let last = (2 * t.hidden + 4 * t.latent) * (t.hidden + 1);
+    let on = |range: &Range<usize>| {
+        let adapters = spread::adapters(t, range).saturating_mul(4 * t.hidden * (t.adapter + 1));
+        let ends = !range.is_empty() && range.end == blocks.len();
+        adapters.saturating_add(if ends { last } else { 0 }).saturating_mul(2)
+    };
+    match range.start {
+        0 => others.saturating_sub(on(&(range.end..blocks.len()))),
+        _ => on(range),
+    }
 }
 
 /// Bytes that the encoding of a prompt of so many tokens takes besides what its stage holds.

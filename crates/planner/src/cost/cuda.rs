@@ -105,6 +105,12 @@ pub fn weights(table: &ModelTable, stage: Stage, fit: &Fit) -> (u64, u64) {
     (all.saturating_sub(moved).saturating_add(room), moved)
 }
 
+/// Bytes of the tokens that go from a device to the next where the transformer is spread over several, once a pass.
+#[must_use]
+pub fn passed_on(table: &ModelTable, job: &Job) -> u64 {
+    (job.image_tokens() + job.text_tokens(&table.llava)) * table.transformer.hidden * HALF
+}
+
 /// Bytes of a stage's activations.
 #[must_use]
 pub fn activations(table: &ModelTable, stage: Stage, job: &Job, fit: &Fit) -> u64 {

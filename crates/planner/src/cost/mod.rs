@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod spread;
 pub mod work;
 
 use crate::{

@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use super::{CpuFit, Device, DeviceKind, DeviceRates, Fit, Outcome, Phase, Plan, Planner, StagePlan, ladder};
+use super::{
+    CpuFit, Device, DeviceKind, DeviceRates, Fit, Outcome, PartPlan, Phase, Plan, Planner, StagePlan, ladder,
+    spread::{Beside, Placement, Share},
+};
 use crate::{
     bytes::Bytes,
     clip::ClipPlan,
@@ -82,7 +85,7 @@ pub(super) struct Placed {
 }
 
 impl Placed {
-    fn peak(&self) -> u64 {
+    pub(super) fn peak(&self) -> u64 {
         self.resident.saturating_add(self.kept).saturating_add(self.work)
     }
 }
@@ -95,7 +98,9 @@ pub(super) struct Chosen {
     pub(super) stages: [Placed; 5],
     /// Whether the stages of each device load and unload in turn.
     pub(super) in_turn: Vec<bool>,
-    pub(super) rank: [usize; 4],
+    /// The devices that the transformer is spread over; none where it is on one. The first one's is its stage's too.
+    pub(super) shares: Vec<Share>,
+    pub(super) rank: [usize; 5],
 }
 
 /// Which number a stage has.
@@ -109,19 +114,34 @@ impl Planner {
     /// Errors: the shortage of the placement that comes nearest to fitting.
     pub(super) fn fit(&self, job: &Job) -> Result<Chosen, Shortage> {
         let (mut best, mut shortage): (Option<Chosen>, Option<Shortage>) = (None, None);
-        for (number, devices) in self.placements().into_iter().enumerate() {
-            match self.place(job, devices) {
-                Ok(mut chosen) => {
-                    chosen.rank[3] = self.fullest(&chosen).unwrap_or(number);
-                    if best.as_ref().is_none_or(|best| chosen.rank < best.rank) {
-                        best = Some(chosen);
-                    }
+        let mut take = |number: usize, placed: Result<Chosen, Shortage>| match placed {
+            Ok(mut chosen) => {
+                chosen.rank[4] = self.fullest(&chosen).unwrap_or(number);
+                if best.as_ref().is_none_or(|best| chosen.rank < best.rank) {
+                    best = Some(chosen);
                 }
-                Err(told) => {
-                    let missing = |s: &Shortage| s.needed.0.saturating_sub(s.free.0);
-                    if shortage.as_ref().is_none_or(|before| missing(&told) < missing(before)) {
-                        shortage = Some(told);
-                    }
+                best.as_ref().is_some_and(|best| best.rank[..3] == [0; 3])
+            }
+            Err(told) => {
+                let missing = |s: &Shortage| s.needed.0.saturating_sub(s.free.0);
+                if shortage.as_ref().is_none_or(|before| missing(&told) < missing(before)) {
+                    shortage = Some(told);
+                }
+                false
+            }
+        };
+        let mut whole = false;
+        for (number, placement) in self.placements().into_iter().enumerate() {
+            whole |= take(number, self.place(job, &placement, true));
+            if !placement.spread.is_empty() {
+                take(number, self.place(job, &placement, false));
+            }
+        }
+        // Where nothing has to be given up on one device, the transformer stays there.
+        if self.placement.is_none() && !whole {
+            for (number, placement) in self.spreads() {
+                for together in [true, false] {
+                    take(number, self.place(job, &placement, together));
                 }
             }
         }
@@ -140,9 +160,14 @@ impl Planner {
     fn fullest(&self, chosen: &Chosen) -> Option<usize> {
         let full = |(number, device): (usize, &Device)| {
             let DeviceKind::Cpu(_) = device.kind else { return None };
-            let here = || chosen.stages.iter().zip(chosen.devices).filter(move |(_, at)| *at == number).map(|(s, _)| s);
-            let resident = here().map(|stage| stage.resident).fold(0, u64::saturating_add);
-            let most = here().map(|stage| stage.kept.saturating_add(stage.work)).max().unwrap_or(0);
+            let spread = !chosen.shares.is_empty();
+            let stages = Stage::ALL.into_iter().filter(move |stage| !spread || *stage != Stage::Diffusion);
+            let of_stage = stages.filter(|stage| chosen.devices[index(*stage)] == number);
+            let of_stage = of_stage.map(|stage| &chosen.stages[index(stage)]);
+            let parts = chosen.shares.iter().filter(|share| share.device == number).map(|share| &share.placed);
+            let here: Vec<&Placed> = of_stage.chain(parts).collect();
+            let resident = here.iter().map(|stage| stage.resident).fold(0, u64::saturating_add);
+            let most = here.iter().map(|stage| stage.kept.saturating_add(stage.work)).max().unwrap_or(0);
             let parts = u128::from(resident.saturating_add(most)) * 1000 / u128::from(device.usable().max(1));
             usize::try_from(parts).ok()
         };
@@ -161,10 +186,14 @@ impl Planner {
     /// Device numbers by stage: all on the roomiest; the transformer there and the others on the next; the text encoder
     /// on the next and the rest on the third. Where all are this machine's CPU, nothing has to be moved between them:
     /// then encoders, transformer and decoder are on any of the three roomiest.
-    fn placements(&self) -> Vec<[usize; 5]> {
-        if let Some(placement) = self.placement {
-            return vec![placement];
+    fn placements(&self) -> Vec<Placement> {
+        if let Some(placement) = &self.placement {
+            return vec![placement.clone()];
         }
+        self.on_one().into_iter().map(Placement::from).collect()
+    }
+
+    fn on_one(&self) -> Vec<[usize; 5]> {
         let mut order: Vec<usize> = (0..self.devices.len()).collect();
         order.sort_by_key(|&i| std::cmp::Reverse(self.devices[i].usable()));
         let at = |n: usize| order.get(n).copied();
@@ -191,21 +220,45 @@ impl Planner {
         all
     }
 
-    fn place(&self, job: &Job, devices: [usize; 5]) -> Result<Chosen, Shortage> {
+    /// - `together`: a spread transformer leaves room for the other stages to stay loaded beside it
+    fn place(&self, job: &Job, placement: &Placement, together: bool) -> Result<Chosen, Shortage> {
+        let devices = placement.devices;
+        let spread = !placement.spread.is_empty();
         let mut stages: [Option<Placed>; 5] = [None; 5];
         let mut in_turn = vec![false; self.devices.len()];
-        let mut rank = [0; 4];
+        let mut rank = [0; 5];
+        let mut others: Vec<(Vec<Stage>, Vec<Placed>)> = Vec::new();
         for (number, device) in self.devices.iter().enumerate() {
-            let here: Vec<Stage> = Stage::ALL.into_iter().filter(|s| devices[index(*s)] == number).collect();
-            if here.is_empty() {
-                continue;
-            }
-            let (placed, turns) = match device.kind {
-                DeviceKind::Cpu(cpus) => (self.on_cpu(job, device, cpus, &here)?, false),
+            let here: Vec<Stage> = Stage::ALL
+                .into_iter()
+                .filter(|s| devices[index(*s)] == number && !(spread && *s == Stage::Diffusion))
+                .collect();
+            let placed = match device.kind {
+                DeviceKind::Cpu(cpus) => self.on_cpu(job, device, cpus, &here)?,
                 DeviceKind::Cuda => self.on_card(job, device, &here)?,
             };
-            in_turn[number] = turns;
-            rank[2] += usize::from(turns);
+            others.push((here, placed));
+        }
+        let beside = |(device, (_, placed)): (&Device, &(Vec<Stage>, Vec<Placed>))| self.beside(device, placed);
+        let beside: Vec<Beside> = self.devices.iter().zip(&others).map(beside).collect();
+        let mut shares = Vec::new();
+        if spread {
+            let cards = placement
+                .spread
+                .iter()
+                .all(|(device, _)| self.devices.get(*device).is_some_and(|device| device.kind == DeviceKind::Cuda));
+            let none = vec![Beside::default(); beside.len()];
+            let beside = if together || !cards { &beside } else { &none };
+            (shares, rank[0]) = self.shares(job, placement, beside)?;
+            rank[3] = shares.len().saturating_sub(1);
+            stages[index(Stage::Diffusion)] = shares.first().map(|share| share.placed);
+        }
+        for (number, (device, (here, placed))) in self.devices.iter().zip(others).enumerate() {
+            let share = shares.iter().find(|share| share.device == number);
+            if device.kind == DeviceKind::Cuda {
+                in_turn[number] = self.turns(device, (&here, &placed), share);
+            }
+            rank[2] += usize::from(in_turn[number]);
             for (stage, placed) in here.iter().zip(placed) {
                 match (stage, placed.fit) {
                     // Blocks that do not stay are a sacrifice too.
@@ -229,7 +282,33 @@ impl Planner {
             nearest: None,
         };
         let [Some(a), Some(t), Some(i), Some(d), Some(v)] = stages else { return Err(nowhere()) };
-        Ok(Chosen { devices, stages: [a, t, i, d, v], in_turn, rank })
+        Ok(Chosen { devices, stages: [a, t, i, d, v], in_turn, shares, rank })
+    }
+
+    /// What some stages take of their device together.
+    fn beside(&self, device: &Device, placed: &[Placed]) -> Beside {
+        // The context is part of every stage's bytes, but is there once.
+        let context = if device.kind == DeviceKind::Cuda { cuda::CONTEXT_BYTES } else { 0 };
+        Beside {
+            resident: placed.iter().map(|p| p.resident.saturating_sub(context)).fold(0, u64::saturating_add),
+            work: placed.iter().map(|p| p.kept.saturating_add(p.work)).max().unwrap_or(0),
+        }
+    }
+
+    /// How a stage lives on a CPU, before it is known which of its blocks stay.
+    pub(super) fn cpu_fit(&self, job: &Job, stage: Stage, cpu: cpu::Cpu) -> CpuFit {
+        CpuFit {
+            precision: self.precisions_of(stage).first().copied().unwrap_or(Precision::Bf16),
+            weights_mapped: true,
+            resident_blocks: 0,
+            blocks: 0,
+            prefetch: 0,
+            token_chunks: if stage == Stage::Diffusion { job.token_chunks(&self.table.llava) } else { 1 },
+            query_chunk: cpu::QUERIES,
+            compute_bits: 8 * cpu.value_bytes,
+            branches_together: false,
+            tile: self.table.vae.tile(),
+        }
     }
 
     /// On a CPU all stages stay open, since what they hold is little.
@@ -239,20 +318,8 @@ impl Planner {
             .map(|&stage| {
                 let cpu = cpus[index(stage)];
                 let need = cpu::need(&self.table, stage, job, cpu);
-                let wide = stage == Stage::Diffusion;
-                let fit = CpuFit {
-                    precision: self.precisions_of(stage).first().copied().unwrap_or(Precision::Bf16),
-                    weights_mapped: true,
-                    resident_blocks: 0,
-                    blocks: 0,
-                    prefetch: 0,
-                    token_chunks: if wide { job.token_chunks(&self.table.llava) } else { 1 },
-                    query_chunk: cpu::QUERIES,
-                    compute_bits: 8 * cpu.value_bytes,
-                    branches_together: false,
-                    tile: self.table.vae.tile(),
-                };
-                Placed { fit: Fit::Cpu(fit), rung: 0, resident: need.resident, kept: need.kept, work: need.work }
+                let fit = Fit::Cpu(self.cpu_fit(job, stage, cpu));
+                Placed { fit, rung: 0, resident: need.resident, kept: need.kept, work: need.work }
             })
             .collect();
         let resident: u64 = placed.iter().map(|p| p.resident).sum();
@@ -293,11 +360,10 @@ impl Planner {
         }
     }
 
-    /// The best fits of the stages, and whether they must load and unload in turn.
-    fn on_card(&self, job: &Job, device: &Device, here: &[Stage]) -> Result<(Vec<Placed>, bool), Shortage> {
+    /// The best fits of the stages, each alone.
+    fn on_card(&self, job: &Job, device: &Device, here: &[Stage]) -> Result<Vec<Placed>, Shortage> {
         let usable = device.usable();
-        let placed = here
-            .iter()
+        here.iter()
             .map(|&stage| {
                 let mut smallest = u64::MAX;
                 let mut fits = self.card_fits(job, stage, &self.precisions_of(stage)).into_iter();
@@ -307,12 +373,17 @@ impl Planner {
                 });
                 found.ok_or_else(|| self.shortage(device, stage, smallest))
             })
-            .collect::<Result<Vec<_>, _>>()?;
-        // The context is part of every stage's bytes, but is there once.
-        let weights = placed.iter().map(|p| p.resident - cuda::CONTEXT_BYTES).fold(0, u64::saturating_add);
-        let work = placed.iter().map(|p| p.work).max().unwrap_or(0);
-        let in_turn = weights.saturating_add(work).saturating_add(cuda::CONTEXT_BYTES) > usable;
-        Ok((placed, in_turn))
+            .collect()
+    }
+
+    /// Whether the stages of a card, and a part of the transformer, must load and unload in turn.
+    fn turns(&self, device: &Device, (here, placed): (&[Stage], &[Placed]), share: Option<&Share>) -> bool {
+        let Beside { resident, work } = self.beside(device, placed);
+        let of_share = share.map_or(0, |share| share.placed.resident.saturating_sub(cuda::CONTEXT_BYTES));
+        let weights = resident.saturating_add(of_share);
+        let work = work.max(share.map_or(0, |share| share.placed.work));
+        // A part of the transformer that has its card alone takes turns with nobody.
+        !here.is_empty() && weights.saturating_add(work).saturating_add(cuda::CONTEXT_BYTES) > device.usable()
     }
 
     /// A stage's fits on a card, the best first.
@@ -371,34 +442,23 @@ impl Planner {
             let number = chosen.devices[index(stage)];
             let Some(device) = self.devices.get(number) else { continue };
             let turns = chosen.in_turn.get(number).copied().unwrap_or(false);
-            // What the other stages of the device hold meanwhile.
-            let others: u64 = if turns {
-                0
-            } else {
-                let context = if device.kind == DeviceKind::Cuda { cuda::CONTEXT_BYTES } else { 0 };
-                let there = Stage::ALL.iter().zip(&chosen.stages).enumerate();
-                there
-                    .filter(|(i, (other, _))| **other != stage && chosen.devices[*i] == number)
-                    .map(|(_, (_, placed))| placed.resident.saturating_sub(context))
-                    .sum()
-            };
-            phases.push(Phase {
-                device: device.name.clone(),
-                phase: stage,
-                peak_bytes: placed.peak().saturating_add(others),
-                usable_bytes: device.usable(),
-            });
+            phases.push(self.phase(&chosen, stage, (number, placed)));
+            let spread = if stage == Stage::Diffusion { self.parts(&chosen) } else { Vec::new() };
+            if let Some((_, others)) = chosen.shares.split_first().filter(|_| stage == Stage::Diffusion) {
+                phases.extend(others.iter().map(|share| self.phase(&chosen, stage, (share.device, &share.placed))));
+            }
             stages.push(StagePlan {
                 stage,
                 device: device.name.clone(),
                 fit: placed.fit,
                 resident_bytes: placed.resident,
                 peak_bytes: placed.peak(),
-                seconds: self.seconds(job, stage, device, placed, turns),
+                seconds: self.seconds(job, (stage, placed), (device, turns), &chosen),
                 rung: placed.rung,
+                spread,
             });
         }
-        let used = |device: &&Device| stages.iter().any(|stage| stage.device == device.name);
+        let used = |device: &&Device| phases.iter().any(|phase: &Phase| phase.device == device.name);
         Plan {
             tier: tier.name.clone(),
             limited,
@@ -428,15 +488,65 @@ impl Planner {
         }
     }
 
+    /// What is on a device while a stage works there.
+    fn phase(&self, chosen: &Chosen, stage: Stage, (number, placed): (usize, &Placed)) -> Phase {
+        let device = self.devices.get(number);
+        // What the other stages of the device hold meanwhile.
+        let others: u64 = if chosen.in_turn.get(number).copied().unwrap_or(false) {
+            0
+        } else {
+            let on_card = device.is_some_and(|device| device.kind == DeviceKind::Cuda);
+            let context = if on_card { cuda::CONTEXT_BYTES } else { 0 };
+            let there = |other: &Stage| *other != stage && chosen.devices[index(*other)] == number;
+            let spread = !chosen.shares.is_empty();
+            let whole = Stage::ALL.into_iter().filter(|other| !(spread && *other == Stage::Diffusion));
+            let of_stages = whole.filter(there).map(|other| &chosen.stages[index(other)]);
+            let shares = chosen.shares.iter().filter(|share| stage != Stage::Diffusion && share.device == number);
+            let all = of_stages.chain(shares.map(|share| &share.placed));
+            all.map(|placed| placed.resident.saturating_sub(context)).sum()
+        };
+        Phase {
+            device: device.map(|device| device.name.clone()).unwrap_or_default(),
+            phase: stage,
+            peak_bytes: placed.peak().saturating_add(others),
+            usable_bytes: device.map_or(0, Device::usable),
+        }
+    }
+
+    /// The devices that the transformer is spread over.
+    fn parts(&self, chosen: &Chosen) -> Vec<PartPlan> {
+        let part = |share: &Share| {
+            Some(PartPlan {
+                device: self.devices.get(share.device)?.name.clone(),
+                first_block: share.part.blocks.start as u64,
+                blocks: share.part.blocks.len() as u64,
+                resident_blocks: share.part.resident as u64,
+                peak_bytes: share.placed.peak(),
+            })
+        };
+        chosen.shares.iter().filter_map(part).collect()
+    }
+
     /// Bytes of blocks that one pass reads, since they do not stay.
-    pub(super) fn moved_on_cpu(&self, stage: Stage, fit: &CpuFit) -> u64 {
+    pub(super) fn moved_on_cpu(&self, chosen: &Chosen, stage: Stage, fit: &CpuFit) -> u64 {
+        if stage == Stage::Diffusion && !chosen.shares.is_empty() {
+            return self.moved(chosen, fit.precision);
+        }
         let (blocks, _) = cpu::blocks(&self.table, stage, fit.precision);
         let away = fit.blocks.saturating_sub(fit.resident_blocks) as usize;
         blocks.iter().take(away).sum()
     }
 
-    fn seconds(&self, job: &Job, stage: Stage, device: &Device, placed: &Placed, turns: bool) -> f64 {
-        // Of the transformer, the full ones: a cached pass needs the last block alone, which stays. Of the Llama, one for each prompt.
+    fn seconds(
+        &self,
+        job: &Job,
+        (stage, placed): (Stage, &Placed),
+        (device, turns): (&Device, bool),
+        chosen: &Chosen,
+    ) -> f64 {
+        let shares = if stage == Stage::Diffusion { &chosen.shares[..] } else { &[] };
+        // Of the transformer, the full ones: a cached pass needs the last block alone, which stays. Of the Llama, one for
+        // each prompt.
         let passes = match stage {
             Stage::Diffusion => job.passes().0 as f64,
             Stage::TextEncoder => 2.0,
@@ -453,15 +563,26 @@ impl Planner {
             Fit::Cpu(fit) => {
                 let computing =
                     work + work::weights_read(&self.table, stage, job, fit.precision) / device.rates.weights;
-                let moved = self.moved_on_cpu(stage, &fit);
+                let moved = self.moved_on_cpu(chosen, stage, &fit);
                 // What does not stay is read while another block computes.
                 computing.max(moved as f64 * passes / device.rates.files)
             }
             Fit::Cuda(fit) => {
-                let load = if turns { placed.resident as f64 / device.rates.files } else { 0.0 };
-                let (_, moved) = cuda::weights(&self.table, stage, &fit);
+                let in_turn = |share: &&Share| chosen.in_turn.get(share.device) == Some(&true);
+                let loaded = match shares {
+                    [] if turns => placed.resident,
+                    _ => shares.iter().filter(in_turn).map(|share| share.placed.resident).sum(),
+                };
+                let load = loaded as f64 / device.rates.files;
+                let moved = match shares {
+                    [] => cuda::weights(&self.table, stage, &fit).1,
+                    _ => self.moved(chosen, fit.precision),
+                };
+                // Tokens go from card to card through the machine's memory: down and up.
+                let hops = 2 * shares.len().saturating_sub(1) as u64 * cuda::passed_on(&self.table, job);
+                let passing = hops as f64 * passes / device.rates.weights;
                 // What is brought ahead comes while another block computes.
-                load + work.max(moved as f64 * passes / device.rates.weights)
+                load + passing + work.max(moved as f64 * passes / device.rates.weights)
             }
         }
     }

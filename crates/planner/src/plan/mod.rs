@@ -1,13 +1,16 @@
 //! Which plan fits: tier, placement, and how each stage lives in its device.
 //!
-//! Sacrifices come in this order: placement and residency (other cards, stages that load and unload in turn), precision
-//! (as far as it is allowed), speed (blocks that are swapped, smaller tiles, features that are not kept). Size, frames and
-//! steps are lowered only to a tier's limits or by leave. Chunks of tokens and branches in turn cost next to nothing, so the
-//! engine always works in them.
+//! Sacrifices come in this order: placement and residency (other cards, the transformer's blocks spread over several,
+//! stages that load and unload in turn), precision (as far as it is allowed), speed (blocks that are swapped, smaller
+//! tiles, features that are not kept). Size, frames and steps are lowered only to a tier's limits or by leave. Chunks of
+//! tokens and branches in turn cost next to nothing, so the engine always works in them.
 
 mod choose;
 mod ladder;
 mod reasons;
+mod spread;
+#[cfg(test)]
+mod spread_tests;
 #[cfg(test)]
 mod tests;
 
@@ -15,7 +18,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-pub use self::choose::Refusal;
+pub use self::{choose::Refusal, spread::Placement};
 use crate::{
     bytes::Bytes,
     clip::{ClipPlan, FPS, REFERENCE_WINDOW},
@@ -106,8 +109,8 @@ pub struct Planner {
     pub tiers: Tiers,
     /// The devices that there are.
     pub devices: Vec<Device>,
-    /// The number of each stage's device, where the stages have their places already.
-    pub placement: Option<[usize; 5]>,
+    /// Where the stages are, where they have their places already.
+    pub placement: Option<Placement>,
     /// Which tier's limits hold.
     pub tier: Choice,
     /// What the large layers of transformer and Llama may be in.
@@ -187,6 +190,25 @@ pub struct StagePlan {
     /// Sacrifices from the best fit on.
     #[serde(skip)]
     pub rung: usize,
+    /// The devices that its blocks are spread over, in the order in which they work; none where it is on one. Bytes of
+    /// the stage are those on the first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub spread: Vec<PartPlan>,
+}
+
+/// Consecutive blocks of a stage on one of its devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PartPlan {
+    /// Where.
+    pub device: String,
+    /// The first of them, from 0.
+    pub first_block: u64,
+    /// How many they are.
+    pub blocks: u64,
+    /// Of these, the ones that stay in its memory.
+    pub resident_blocks: u64,
+    /// The most that the stage takes of it, with what it holds.
+    pub peak_bytes: u64,
 }
 
 /// Bytes on a device while a stage works there.
@@ -239,9 +261,10 @@ pub struct Plan {
     pub degraded: Vec<String>,
     /// Why it is so, in sentences.
     pub reasons: Vec<String>,
-    /// Sacrifices: of the transformer, of the other stages, of residency, of placement. Less is better, the first most.
+    /// Sacrifices: of the transformer, of the other stages, of residency, of one device for the transformer, of placement.
+    /// Less is better, the first most.
     #[serde(skip)]
-    pub rank: [usize; 4],
+    pub rank: [usize; 5],
 }
 
 impl Planner {

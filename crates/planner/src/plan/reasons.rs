@@ -1,6 +1,6 @@
 //! Why a plan is as it is, in sentences.
 
-use super::{Choice, DeviceKind, Fit, Planner, Request, choose::Chosen};
+use super::{Choice, DeviceKind, Fit, Planner, Request, choose::Chosen, spread::Share};
 use crate::{
     bytes::Bytes,
     cost::{Job, cuda},
@@ -40,8 +40,10 @@ pub(super) fn of_choice(planner: &Planner, job: &Job, chosen: &Chosen) -> Vec<St
         ));
     }
     for (number, device) in planner.devices.iter().enumerate() {
-        let here: Vec<Stage> =
-            Stage::ALL.into_iter().filter(|stage| chosen.devices[*stage as usize] == number).collect();
+        let spread = |stage: Stage| stage == Stage::Diffusion && !chosen.shares.is_empty();
+        let part = |stage: Stage| spread(stage) && chosen.shares.iter().any(|share| share.device == number);
+        let whole = |stage: Stage| !spread(stage) && chosen.devices[stage as usize] == number;
+        let here: Vec<Stage> = Stage::ALL.into_iter().filter(|stage| whole(*stage) || part(*stage)).collect();
         if here.is_empty() {
             continue;
         }
@@ -52,7 +54,7 @@ pub(super) fn of_choice(planner: &Planner, job: &Job, chosen: &Chosen) -> Vec<St
                 device.name
             )),
             DeviceKind::Cuda if chosen.in_turn.get(number) == Some(&true) => {
-                said.push(in_turn(chosen, &here, &device.name, usable));
+                said.push(in_turn(chosen, number, &here, &device.name, usable));
             }
             DeviceKind::Cuda => {
                 let names: Vec<&str> = here.iter().map(|stage| stage.name()).collect();
@@ -60,6 +62,7 @@ pub(super) fn of_choice(planner: &Planner, job: &Job, chosen: &Chosen) -> Vec<St
             }
         }
     }
+    said.extend(of_spread(planner, job, chosen));
     for stage in Stage::ALL {
         said.extend(of_stage(planner, job, chosen, stage));
     }
@@ -74,8 +77,11 @@ pub(super) fn of_choice(planner: &Planner, job: &Job, chosen: &Chosen) -> Vec<St
 }
 
 /// Why stages take turns: the two largest do not fit beside each other, or all of them together do not.
-fn in_turn(chosen: &Chosen, here: &[Stage], device: &str, usable: Bytes) -> String {
-    let placed = |stage: Stage| &chosen.stages[stage as usize];
+fn in_turn(chosen: &Chosen, number: usize, here: &[Stage], device: &str, usable: Bytes) -> String {
+    let placed = |stage: Stage| {
+        let share = chosen.shares.iter().find(|share| stage == Stage::Diffusion && share.device == number);
+        share.map_or(&chosen.stages[stage as usize], |share| &share.placed)
+    };
     let peak = |stage: Stage| placed(stage).resident.saturating_add(placed(stage).work);
     let weights = |stage: Stage| placed(stage).resident.saturating_sub(cuda::CONTEXT_BYTES);
     if let Some(one) = here.iter().copied().max_by_key(|stage| peak(*stage))
@@ -104,6 +110,26 @@ fn in_turn(chosen: &Chosen, here: &[Stage], device: &str, usable: Bytes) -> Stri
     )
 }
 
+/// Why the transformer's blocks are on several devices.
+fn of_spread(planner: &Planner, job: &Job, chosen: &Chosen) -> Option<String> {
+    let first = planner.devices.get(chosen.shares.first()?.device)?;
+    let part = |share: &Share| {
+        let device = planner.devices.get(share.device)?;
+        Some(format!("{} on {}", share.part.blocks.len(), device.name))
+    };
+    let parts: Vec<String> = chosen.shares.iter().filter_map(part).collect();
+    let passed = match first.kind {
+        DeviceKind::Cpu(_) => String::new(),
+        DeviceKind::Cuda => format!("; {} go from one to the next a pass", Bytes(cuda::passed_on(&planner.table, job))),
+    };
+    let (parts, usable) = (parts.join(", "), Bytes(first.usable()));
+    Some(format!(
+        "diffusion: with {usable} of {} alone it would have to give up more, so its blocks are spread ({parts}), which work \
+         one after the other and change no result{passed}",
+        first.name
+    ))
+}
+
 /// What a stage gave up on its card.
 fn of_stage(planner: &Planner, job: &Job, chosen: &Chosen, stage: Stage) -> Vec<String> {
     let fit = match chosen.stages[stage as usize].fit {
@@ -113,7 +139,7 @@ fn of_stage(planner: &Planner, job: &Job, chosen: &Chosen, stage: Stage) -> Vec<
                 "{stage}: {} of {} blocks stay in memory and {} a pass are read while another computes",
                 fit.resident_blocks,
                 fit.blocks,
-                Bytes(planner.moved_on_cpu(stage, &fit)),
+                Bytes(planner.moved_on_cpu(chosen, stage, &fit)),
             )];
         }
         Fit::Cpu(fit) if chosen.stages[stage as usize].rung > 0 => return vec![in_tiles(stage, fit.tile)],
@@ -140,7 +166,10 @@ fn of_stage(planner: &Planner, job: &Job, chosen: &Chosen, stage: Stage) -> Vec<
     }
     if !fit.resident() {
         let whole = Bytes(planner.table.weights(stage, fit.precision));
-        let (_, moved) = cuda::weights(&planner.table, stage, &fit);
+        let moved = match stage == Stage::Diffusion && !chosen.shares.is_empty() {
+            true => planner.moved(chosen, fit.precision),
+            false => cuda::weights(&planner.table, stage, &fit).1,
+        };
         said.push(format!(
             "{stage}: its weights, {whole} at {}, do not fit with its activations, so {} of {} blocks stay and {} a pass \
              are brought while another computes",

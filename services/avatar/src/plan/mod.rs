@@ -13,7 +13,7 @@ use gateway::{
     planning::{Fleet, FleetSource, Wanted},
 };
 use model::checkpoint::Choice as Form;
-use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request, plan::StagePlan};
+use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request, plan::Placement};
 use serde_json::json;
 use service_kit::hardware::{DeviceConfig, DeviceName, Driver, Nvml, cards};
 
@@ -87,20 +87,21 @@ pub fn here(options: TierOptions, devices: &[DeviceConfig]) -> TierOptions {
 
 /// What a gateway in this process plans for: the checkpoint below `models`, and the devices of its stages.
 #[must_use]
-pub fn fleet(models: &Path, setup: &Setup, placement: Option<[usize; 5]>) -> FleetSource {
+pub fn fleet(models: &Path, setup: &Setup, placement: Option<Placement>) -> FleetSource {
     let (models, setup) = (models.to_owned(), setup.clone());
     FleetSource::new(move |wanted| {
         let told = |failure: Failure| failure.to_string();
         let table = table(Some(&models), setup.weights).map_err(told)?;
-        Ok(Fleet { table, devices: all_local(&setup.devices, setup.compute, wanted).map_err(told)?, placement })
+        let devices = all_local(&setup.devices, setup.compute, wanted).map_err(told)?;
+        Ok(Fleet { table, devices, placement: placement.clone() })
     })
 }
 
-/// The device of each stage, by number, where a process has several: the placement of the largest request, from what
-/// the tier leaves open on downwards, that fits.
+/// Where each stage is, where a process has several devices: the placement of the largest request, from what the tier
+/// leaves open on downwards, that fits.
 ///
 /// Errors: the checkpoint's headers cannot be read, or no request fits.
-pub fn placement(models: &Path, setup: &Setup, tier: &TierOptions) -> Result<Option<[usize; 5]>, Failure> {
+pub fn placement(models: &Path, setup: &Setup, tier: &TierOptions) -> Result<Option<Placement>, Failure> {
     if setup.devices.len() < 2 {
         return Ok(None);
     }
@@ -117,19 +118,25 @@ pub fn placement(models: &Path, setup: &Setup, tier: &TierOptions) -> Result<Opt
     // The smallest request was tried too, so there is nothing to lower.
     let refused = |refusal| Failure { advice: None, ..failure(&refusal) };
     let plan = planner.plan(&Request::default()).map_err(refused)?;
-    let number = |stage: &StagePlan| planner.devices.iter().position(|device| device.name == stage.device);
-    let numbers: Option<Vec<usize>> = plan.stages.iter().map(number).collect();
+    let number = |name: &str| planner.devices.iter().position(|device| device.name == name);
+    let numbers: Option<Vec<usize>> = plan.stages.iter().map(|stage| number(&stage.device)).collect();
+    let parts = plan.stages.iter().flat_map(|stage| &stage.spread);
+    let spread: Vec<(usize, u64)> =
+        parts.filter_map(|part| number(&part.device).map(|number| (number, part.blocks))).collect();
     for stage in &plan.stages {
         tracing::info!(stage = stage.stage.name(), device = stage.device, "placed");
+        for part in &stage.spread {
+            tracing::info!(stage = stage.stage.name(), device = part.device, blocks = part.blocks, "spread");
+        }
     }
-    Ok(numbers.and_then(|numbers| numbers.try_into().ok()))
+    Ok(numbers.and_then(|numbers| Some(Placement { devices: numbers.try_into().ok()?, spread })))
 }
 
 /// What was to be expected of a generation that has ended, by its tier; nothing where no plan can be made any more.
 #[must_use]
 pub fn hindsight(
     models: &Path,
-    (setup, placement): (&Setup, Option<[usize; 5]>),
+    (setup, placement): (&Setup, Option<Placement>),
     (request, tier): (&Request, &TierOptions),
 ) -> Option<Plan> {
     let planner = Planner {

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use planner::{
     Bytes, Plan, Tiers,
-    plan::{Fit, StagePlan},
+    plan::{Fit, PartPlan, StagePlan},
 };
 
 /// The table of tiers.
@@ -57,6 +57,10 @@ pub(super) fn plan(plan: &Plan) -> String {
             time(stage.seconds),
             fit(stage)
         );
+        for part in stage.spread.iter().skip(1) {
+            let peak = Bytes(part.peak_bytes).to_string();
+            let _ = writeln!(text, "{:15} {:8} {peak:>10} {:>11}  {}", "", part.device, "", blocks(part));
+        }
     }
     let rates = if plan.rates.iter().all(|r| r.rates.measured) { "measured here" } else { "assumed" };
     let _ = write!(text, "\npeak {} on one device, {} ({rates} rates)\n", Bytes(plan.peak_bytes), time(plan.seconds));
@@ -69,7 +73,21 @@ pub(super) fn plan(plan: &Plan) -> String {
     text
 }
 
+/// The blocks of one of several devices.
+fn blocks(part: &PartPlan) -> String {
+    let PartPlan { first_block, blocks, resident_blocks, .. } = part;
+    format!("{blocks} blocks from {first_block} on, {resident_blocks} stay")
+}
+
 fn fit(stage: &StagePlan) -> String {
+    let whole = whole_fit(stage);
+    match stage.spread.first() {
+        Some(part) => format!("{whole}; here {}", blocks(part)),
+        None => whole,
+    }
+}
+
+fn whole_fit(stage: &StagePlan) -> String {
     match stage.fit {
         Fit::Cpu(fit) => {
             let stays = match fit.resident_blocks < fit.blocks {

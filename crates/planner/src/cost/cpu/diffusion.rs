@@ -2,7 +2,7 @@
 
 use super::{Cpu, Heap};
 use crate::{
-    cost::Job,
+    cost::{Job, spread},
     table::{ModelTable, Transformer},
 };
 
@@ -51,6 +51,11 @@ impl Pass {
 
 /// `Model::predict` of one item.
 pub(super) fn pass(heap: &mut Heap, t: &Transformer, pass: &Pass) {
+    pass_over(heap, t, pass, &[t.double + t.single]);
+}
+
+/// As [`pass`], where so many blocks at a time are on a device of their own. Gives what the pass takes of each.
+pub(super) fn pass_over(heap: &mut Heap, t: &Transformer, pass: &Pass, parts: &[u64]) -> Vec<u64> {
     let Pass { window, latent: [h, w], text: [states, text], heard, keeps } = *pass;
     let each = (h / 2) * (w / 2);
     let (tokens, image) = (window * each, (window + 1) * each);
@@ -60,7 +65,7 @@ pub(super) fn pass(heap: &mut Heap, t: &Transformer, pass: &Pass) {
     heap.pass(heard * t.audio / 10 * 4);
     heap.take(window * t.latent * h * w * 4);
     prepare(heap, t, [window, each, frames]);
-    let mut refined = refine(heap, t, states);
+    let refined = refine(heap, t, states);
 
     let own = heap.rounded(window * t.latent * h * w);
     let patches = heap.take_tensor(tokens * 4 * t.latent);
@@ -71,29 +76,55 @@ pub(super) fn pass(heap: &mut Heap, t: &Transformer, pass: &Pass) {
     let all = heap.take_tensor(image * t.hidden);
     heap.give(added);
     heap.take((image + text) * t.head * 4);
-    // A second block has the first one's text, which is of the valid rows alone.
-    heap.repeat(t.double, |heap, block| {
-        heap.aside(|heap| modulated(heap, t, 12));
-        let out = double(heap, t, [image, text]);
-        heap.give(all + refined);
-        refined = out.saturating_sub(all);
-        if t.adapters > 0 && block == 0 {
-            heap.counted(t.adapters, |heap| adapt(heap, t, [window, each]));
+    let mut x = all + refined;
+    let (mut begin, mut peaks, mut left_on_first) = (0, Vec::new(), 0);
+    for (number, blocks) in parts.iter().enumerate() {
+        if number > 0 {
+            let (peak, left) = heap.goes_on(x);
+            peaks.push(peak);
+            left_on_first = if number == 1 { left } else { left_on_first };
         }
-    });
-    let mut x = heap.take_tensor((image + text) * t.hidden);
-    heap.give(all + refined);
-    heap.repeat(t.single, |heap, _| {
-        heap.aside(|heap| modulated(heap, t, 3));
-        let out = single(heap, t, image + text);
-        heap.give(x);
-        x = out;
-    });
-    // The features of a full pass are the last block's input.
-    if keeps {
-        heap.take_tensor((image + text) * t.hidden);
+        let end = begin + blocks;
+        let (from, to) = (begin.min(t.double), end.min(t.double));
+        let adapters = match from == 0 && to == t.double {
+            true => t.adapters,
+            false => spread::adapters(t, &(from as usize..to as usize)),
+        };
+        // A second block has the first one's text, which is of the valid rows alone.
+        heap.repeat(to - from, |heap, block| {
+            heap.aside(|heap| modulated(heap, t, 12));
+            let out = double(heap, t, [image, text]);
+            heap.give(x);
+            x = out;
+            if adapters > 0 && block == 0 {
+                heap.counted(adapters, |heap| adapt(heap, t, [window, each]));
+            }
+        });
+        if begin <= t.double && end > begin && end >= t.double && !(number > 0 && begin == t.double) {
+            let joined = heap.take_tensor((image + text) * t.hidden);
+            heap.give(x);
+            x = joined;
+        }
+        heap.repeat(end.saturating_sub(begin.max(t.double)), |heap, _| {
+            heap.aside(|heap| modulated(heap, t, 3));
+            let out = single(heap, t, image + text);
+            heap.give(x);
+            x = out;
+        });
+        begin = end;
     }
+    // The features of a full pass are the last block's input.
+    let kept = if keeps { heap.take_tensor((image + text) * t.hidden) } else { 0 };
     finish(heap, t, [tokens, image + text], x);
+    if peaks.is_empty() {
+        return vec![heap.peak()];
+    }
+    peaks.push(heap.peak());
+    // The first device goes on with the result, and sends it.
+    if let Some(first) = peaks.first_mut() {
+        *first = left_on_first.saturating_add(kept + 2 * 4 * tokens * 4 * t.latent).max(*first);
+    }
+    peaks
 }
 
 /// A cached pass of one item: the last block, on features that were kept.

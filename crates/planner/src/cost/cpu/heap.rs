@@ -50,6 +50,14 @@ impl Heap {
         self.most
     }
 
+    /// Goes on with another device's heap, where nothing is but what comes along; gives the peak on this one, and what
+    /// is left on it.
+    pub(super) fn goes_on(&mut self, bytes: u64) -> (u64, u64) {
+        let (most, left) = (self.most, self.now.saturating_sub(bytes));
+        (self.now, self.most) = (bytes, bytes);
+        (most, left)
+    }
+
     /// What was done.
     pub(super) fn ops(&self) -> Ops {
         self.ops
