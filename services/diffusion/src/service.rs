@@ -16,7 +16,10 @@ use model::{
     ops,
 };
 use planner::{
-    cost::cpu::{Cpu, pass_bytes, resident_blocks},
+    cost::{
+        cpu::{self, Cpu, pass_bytes, resident_beside},
+        cuda,
+    },
     table::Transformer,
 };
 use proto::{
@@ -233,7 +236,9 @@ impl Model {
         } else {
             (most.saturating_add(transformer.unswapped_bytes()), free_bytes)
         };
-        let resident = resident_blocks(&transformer.swap().sizes(), free.saturating_sub(taken));
+        let ahead = if self.on_card { cuda::AHEAD } else { cpu::AHEAD };
+        let resident = resident_beside(&transformer.swap().sizes(), free.saturating_sub(taken), ahead);
+        transformer.swap().look_ahead(usize::try_from(ahead).unwrap_or(usize::MAX));
         transformer.swap().keep(resident, clock);
     }
 

@@ -18,6 +18,9 @@ const HALF: u64 = 2;
 pub const CONTEXT_BYTES: u64 = 256 << 20;
 /// Scores of one chunk of queries against all keys: f32, their exponentials, and these in 16 bits.
 const SCORES_BYTES: u64 = 64 << 20;
+/// Blocks that are brought while another computes. Another one ahead takes the place of a block that could stay, and where
+/// copies are slower than the computing it shortens nothing: the suite for cards measures more of them.
+pub const AHEAD: u64 = 1;
 /// Values a token at the widest point of a block, in widths: of it the half that chunks share out.
 const WIDEST: u64 = 14;
 

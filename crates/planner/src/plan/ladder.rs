@@ -56,7 +56,7 @@ fn swapped(precisions: &[Precision], plain: Fit) -> Vec<Fit> {
     let Some(&precision) = precisions.last() else { return Vec::new() };
     let mut fits: Vec<Fit> = (0..plain.blocks)
         .rev()
-        .map(|resident_blocks| Fit { precision, resident_blocks, prefetch: 1, ..plain })
+        .map(|resident_blocks| Fit { precision, resident_blocks, prefetch: cuda::AHEAD, ..plain })
         .collect();
     fits.extend(fits.last().map(|fit| Fit { prefetch: 0, ..*fit }));
     if plain.token_chunks > 1 {
