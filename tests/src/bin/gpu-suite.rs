@@ -3,7 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result};
@@ -32,6 +32,9 @@ struct Arguments {
     /// Seconds for all; what is not answered by then is stopped or not asked.
     #[arg(long, default_value_t = 520)]
     limit: u64,
+    /// Draws the shapes that kernels are held on. Default: another one at each run, which the results say.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
 }
 
 fn main() -> ExitCode {
@@ -46,12 +49,14 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<bool> {
-    let Arguments { cases, pytorch, avatar, json, limit } = arguments;
+    let Arguments { cases, pytorch, avatar, json, limit, seed } = arguments;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let setup = Setup {
         cases: cases.clone(),
         pytorch: pytorch.clone(),
         avatar: avatar.clone(),
         limit: Duration::from_secs(*limit),
+        seed: seed.unwrap_or(now.as_secs()),
     };
     let results = gpu::run(&setup, &mut |results| {
         if let Some(row) = results.rows.last().filter(|row| row.outcome != Outcome::Skipped || results.card.is_some()) {

@@ -15,38 +15,29 @@ use candle_core::{DType, Device, Tensor};
 use model::{
     blueprint::TransformerSizes,
     convert::Storage,
-    diffusion::{Conditioning, MOTION_EXP, MOTION_POSE, TOKENS_AT_ONCE, Transformer, TransformerConfig},
+    diffusion::{Conditioning, MOTION_EXP, MOTION_POSE, Transformer, TransformerConfig},
     speed, synth,
     weights::Weights,
 };
 use planner::{
-    ModelTable, Planner, Precision, Request, Stage, Tiers,
-    clip::ClipPlan,
+    Precision, Stage,
     cost::{
-        Job,
         cuda::{self, Fit},
-        work::{self, Rates},
+        work,
     },
-    plan::{self, Choice},
-    size::PictureSize,
 };
 use service_kit::memory::StageMeter;
 
-use super::{Asked, Outcome, Question, Row, generation::generated, goals::SWAP, memory::CARD, parts::median};
+use super::{
+    Asked, Outcome, Question, Row,
+    generation::generated,
+    goals::SWAP,
+    memory::CARD,
+    parts::median,
+    predicted::{FRAMES, LARGE, SMALL, Size, fit, job, planned, predicted, table, too_small},
+};
 use crate::bench::{self, Place};
 
-/// A size that is asked for.
-#[derive(Debug, Clone, Copy)]
-struct Size {
-    name: &'static str,
-    /// Rows and columns of the latents.
-    sides: [usize; 2],
-}
-
-/// Latent frames of a window of 129 frames.
-const FRAMES: usize = 33;
-const SMALL: Size = Size { name: "256x256x129", sides: [32, 32] };
-const LARGE: Size = Size { name: super::goals::LARGE, sides: [88, 96] };
 /// Text tokens of a prompt of usual length, and of the longest.
 const TEXT: [usize; 2] = [610, 831];
 /// The part of the transformer that is written to files in 16 bits: two double blocks with an adapter, and four single
@@ -54,10 +45,8 @@ const TEXT: [usize; 2] = [610, 831];
 const PART: TransformerSizes = TransformerSizes { double: 2, single: 4, adapters: 1, ..TransformerSizes::PUBLISHED };
 /// The form of the whole of it.
 const EIGHT: Storage = Storage::Int8;
-/// The card that blocks come and go on: the goal's.
-const NARROW_BYTES: u64 = 8_000_000_000;
 /// Blocks that are read ahead, beside the number that the product takes.
-const MORE_AHEAD: [u64; 2] = [2, 4];
+pub(super) const MORE_AHEAD: [u64; 2] = [2, 4];
 
 /// The questions of this file; `avatar` is the product's binary, where there is one.
 pub(super) fn questions(avatar: Option<&Path>, questions: &mut Vec<Question>) {
@@ -152,65 +141,6 @@ fn write(asked: Asked<'_>) -> Result<Row> {
     Ok(Row { seconds: Some(begin.elapsed().as_secs_f64()), reason: Some(told), ..asked.row })
 }
 
-fn table() -> Result<ModelTable> {
-    ModelTable::published().map_err(anyhow::Error::msg)
-}
-
-/// One full pass as the planner counts it.
-fn job(size: Size) -> Result<Job> {
-    let side = |latents: usize| u32::try_from(8 * latents).unwrap_or(u32::MAX);
-    let picture = PictureSize { width: side(size.sides[1]), height: side(size.sides[0]) };
-    Ok(Job::new(picture, &ClipPlan::new(4 * FRAMES - 3, 1, FRAMES), 1, 1)?)
-}
-
-/// How the network is run here: the planner's words for what the code does.
-fn fit(size: Size, precision: Precision) -> Result<Fit> {
-    let (table, job) = (table()?, job(size)?);
-    let blocks = cuda::block_count(&table, Stage::Diffusion);
-    let tokens = job.image_tokens() + job.text_tokens(&table.llava);
-    Ok(Fit {
-        precision,
-        resident_blocks: blocks,
-        blocks,
-        prefetch: 0,
-        token_chunks: tokens.div_ceil(TOKENS_AT_ONCE as u64),
-        query_chunk: cuda::query_chunk(&table, &job),
-        tile: [256, 64],
-        branches_together: false,
-    })
-}
-
-/// Bytes and seconds of one pass; seconds where the card's rates are known.
-fn predicted(size: Size, fit: &Fit, rates: Option<Rates>) -> Result<(u64, Option<f64>)> {
-    let (table, job) = (table()?, job(size)?);
-    let (here, moved) = cuda::weights(&table, Stage::Diffusion, fit);
-    let seconds = |rates: Rates| {
-        let computing = work::full_pass(&table, &job).seconds(&rates);
-        let moving = moved as f64 / rates.weights;
-        if fit.prefetch > 0 { computing.max(moving) } else { computing + moving }
-    };
-    Ok((here + cuda::activations(&table, Stage::Diffusion, &job, fit), rates.map(seconds)))
-}
-
-/// How many blocks stay on a card of [`NARROW_BYTES`] at the largest size, with so many ahead.
-fn planned(ahead: u64) -> Result<u64> {
-    let planner = Planner {
-        table: table()?,
-        tiers: Tiers::default(),
-        devices: vec![planner::Device::card(0, planner::Bytes(NARROW_BYTES))],
-        placement: None,
-        tier: Choice::Unlimited,
-        precisions: vec![Precision::Int8],
-        allow_degrade: false,
-    };
-    let size = Some(PictureSize { width: 768, height: 704 });
-    let plan = planner.plan(&Request { size, frames: Some(129), steps: Some(50), ..Request::default() })?;
-    let stage = plan.stages.iter().find(|stage| stage.stage == Stage::Diffusion).context("a plan without diffusion")?;
-    let plan::Fit::Cuda(fit) = stage.fit else { anyhow::bail!("a plan for a card without one") };
-    // Each more takes the place of double blocks, which are 2.4 times as large as the single ones that would stay.
-    Ok(fit.resident_blocks.saturating_sub(3 * ahead.saturating_sub(fit.prefetch)))
-}
-
 /// Random weights, made where they are used: on the processor 13 billion values would take longer than all else.
 fn made(sizes: &TransformerSizes, place: &Place) -> Result<Weights> {
     let one = |spec: model::blueprint::Spec| -> Result<(String, Tensor)> {
@@ -272,20 +202,29 @@ fn row((seconds, bytes): (f64, u64), size: Size, fit: &Fit, asked: &Asked<'_>) -
 }
 
 fn in_16_bits(size: Size, asked: Asked<'_>) -> Result<Row> {
+    let fit = fit(size, Precision::Bf16)?;
+    if let Some(row) = too_small(size, &fit, &asked)? {
+        return Ok(row);
+    }
     let place = Place { device: asked.device.clone(), dtype: DType::BF16 };
     let transformer = Transformer::load(&made(&TransformerSizes::PUBLISHED, &place)?, &TransformerConfig::default())?;
     let figures = measured(&transformer, size, asked.device)?;
-    row(figures, size, &fit(size, Precision::Bf16)?, &asked)
+    row(figures, size, &fit, &asked)
 }
 
 /// From the files in 8 bits; with `ahead`, on as much as a narrow card has.
 fn in_8_bits(size: Size, ahead: Option<u64>, asked: Asked<'_>) -> Result<Row> {
+    let fit = fit(size, Precision::Int8)?;
+    if ahead.is_none()
+        && let Some(row) = too_small(size, &fit, &asked)?
+    {
+        return Ok(row);
+    }
     let files = asked.shared.files.borrow();
     let Files(folder) = files.as_ref().context("it was not written")?;
     let folder = folder.0.join(model::checkpoint::Stage::Diffusion.name());
     let config = TransformerConfig::open(&folder.join("config.json"))?;
     let transformer = Transformer::load(&Weights::open(&folder, DType::BF16, asked.device)?, &config)?;
-    let fit = fit(size, Precision::Int8)?;
     let Some(ahead) = ahead else {
         let figures = measured(&transformer, size, asked.device)?;
         asked.shared.resident.borrow_mut().insert(size.name, figures.0);
@@ -357,41 +296,6 @@ fn decoded(asked: Asked<'_>) -> Result<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn on_8_gigabytes_the_whole_network_is_planned_with_blocks_that_come_and_go() {
-        let resident = planned(cuda::AHEAD).unwrap();
-        assert!((1..60).contains(&resident), "{resident} of 60 stay");
-        assert!(planned(4).unwrap() < resident);
-        for size in [SMALL, LARGE] {
-            let fit = Fit { resident_blocks: resident, prefetch: cuda::AHEAD, ..fit(size, Precision::Int8).unwrap() };
-            let (bytes, seconds) = predicted(size, &fit, Some(Rates::CUDA)).unwrap();
-            assert!(bytes < NARROW_BYTES && seconds.unwrap() > 0.0, "{bytes} bytes at {}", size.name);
-            assert_eq!(predicted(size, &fit, None).unwrap(), (bytes, None));
-        }
-    }
-
-    #[test]
-    fn more_ahead_with_fewer_that_stay_takes_no_more_bytes() {
-        let bytes = |ahead: u64| {
-            let fit = Fit {
-                resident_blocks: planned(ahead).unwrap(),
-                prefetch: ahead,
-                ..fit(SMALL, Precision::Int8).unwrap()
-            };
-            predicted(SMALL, &fit, None).unwrap().0
-        };
-        assert!(MORE_AHEAD.iter().all(|ahead| bytes(*ahead) <= bytes(cuda::AHEAD)), "{}", bytes(cuda::AHEAD));
-    }
-
-    #[test]
-    fn a_pass_in_16_bits_is_predicted_with_all_weights_on_the_card() {
-        let fit = fit(LARGE, Precision::Bf16).unwrap();
-        let (bytes, _) = predicted(LARGE, &fit, None).unwrap();
-        assert!(fit.resident() && fit.token_chunks == 9, "{fit:?}");
-        // 26 GB of weights, and less than 6 GB while it works.
-        assert!((26_000_000_000..32_000_000_000).contains(&bytes), "{bytes}");
-    }
 
     #[test]
     fn a_folder_goes_with_what_is_in_it() {

@@ -8,6 +8,7 @@ mod generation;
 mod goals;
 mod memory;
 mod parts;
+mod predicted;
 mod pytorch;
 mod table;
 
@@ -15,7 +16,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -144,6 +145,8 @@ pub(crate) struct Shared {
     pytorch: BTreeMap<String, Theirs>,
     /// The card's peak, 10^12 operations a second.
     peak: Option<f64>,
+    /// All of its memory.
+    total_bytes: u64,
     /// How fast the card was measured to be, since that was asked.
     rates: Cell<Option<Rates>>,
     /// The whole transformer in 8 bits, since it was written.
@@ -217,6 +220,8 @@ pub struct Results {
     pub card: Option<Answering>,
     /// Why there is none.
     pub no_card: Option<String>,
+    /// What the shapes of some questions were drawn with.
+    pub seed: u64,
     /// What a card is to reach.
     pub goals: Vec<Goal>,
     /// One row for each question.
@@ -234,6 +239,8 @@ pub struct Setup {
     pub avatar: Option<PathBuf>,
     /// When all has to be answered.
     pub limit: Duration,
+    /// Draws the shapes of some questions.
+    pub seed: u64,
 }
 
 /// Runs the suite; `show` sees the results as they are after each new row.
@@ -245,11 +252,18 @@ pub fn run(setup: &Setup, show: &mut dyn FnMut(&Results) -> Result<()>) -> Resul
         pytorch: setup.pytorch.as_deref().map(pytorch::read).transpose()?.unwrap_or_default(),
         ..Shared::default()
     };
-    let mut results = Results { complete: false, card: None, no_card: None, goals: goals::of(&[]), rows: Vec::new() };
+    let mut results = Results {
+        complete: false,
+        card: None,
+        no_card: None,
+        seed: setup.seed,
+        goals: goals::of(&[]),
+        rows: Vec::new(),
+    };
     let device = match Device::new_cuda_with_stream(0) {
         Ok(device) => {
             let card = Answering::on(&device);
-            shared.peak = card.peak_tera_operations;
+            (shared.peak, shared.total_bytes) = (card.peak_tera_operations, card.total_bytes);
             results.card = Some(card);
             Some(device)
         }
@@ -267,7 +281,7 @@ pub fn run(setup: &Setup, show: &mut dyn FnMut(&Results) -> Result<()>) -> Resul
     for row in parts::processor(&setup.cases)? {
         add(row, &mut results)?;
     }
-    for question in questions(&setup.cases, setup.avatar.as_deref())? {
+    for question in questions(setup)? {
         let row = match &device {
             None => Row::skipped(question.part, question.name, "no card"),
             Some(_) if Instant::now() >= end => Row::skipped(question.part, question.name, "no time was left"),
@@ -280,11 +294,11 @@ pub fn run(setup: &Setup, show: &mut dyn FnMut(&Results) -> Result<()>) -> Resul
 }
 
 /// All that takes a card: what is right first, then how fast, then what fills the card.
-fn questions(cases: &Path, avatar: Option<&Path>) -> Result<Vec<Question>> {
+fn questions(setup: &Setup) -> Result<Vec<Question>> {
     let mut questions = Vec::new();
-    parts::questions(cases, &mut questions)?;
-    full::questions(avatar, &mut questions);
-    memory::questions(cases, &mut questions)?;
+    parts::questions(&setup.cases, setup.seed, &mut questions)?;
+    full::questions(setup.avatar.as_deref(), &mut questions);
+    memory::questions(&setup.cases, &mut questions)?;
     Ok(questions)
 }
 
@@ -310,9 +324,9 @@ mod tests {
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn without_a_card_cases_run_on_the_processor_and_the_rest_is_skipped_by_name() {
-        let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/rope");
+        let cases = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/rope");
         let mut shown = 0;
-        let setup = Setup { cases, pytorch: None, avatar: None, limit: Duration::from_secs(600) };
+        let setup = Setup { cases, pytorch: None, avatar: None, limit: Duration::from_secs(600), seed: 1 };
         let results = run(&setup, &mut |results| {
             shown += 1;
             assert!(!results.complete && results.rows.len() == shown);

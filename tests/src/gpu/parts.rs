@@ -28,10 +28,10 @@ pub(super) fn processor(cases: &Path) -> Result<Vec<Row>> {
     Ok(parity::find(cases)?.iter().map(report).collect())
 }
 
-/// The questions of this file.
-pub(super) fn questions(cases: &Path, questions: &mut Vec<Question>) -> Result<()> {
+/// The questions of this file; `seed` draws the shapes of some.
+pub(super) fn questions(cases: &Path, seed: u64, questions: &mut Vec<Question>) -> Result<()> {
     parity_on_card(cases, questions)?;
-    kernels(questions);
+    kernels(seed, questions);
     questions.push(Question::new("determinism", "a block gives the same bits twice", same_bits));
     attention(questions);
     blocks(questions);
@@ -86,8 +86,9 @@ fn parity_on_card(cases: &Path, questions: &mut Vec<Question>) -> Result<()> {
 }
 
 #[cfg(feature = "cuda")]
-fn kernels(questions: &mut Vec<Question>) {
-    for check in model::cuda::checks::all() {
+fn kernels(seed: u64, questions: &mut Vec<Question>) {
+    use model::cuda::checks::{all, drawn};
+    for check in all().into_iter().chain(drawn(seed)) {
         questions.push(Question::new("kernels", check.name.clone(), move |asked| {
             let off = check.run(asked.device)?;
             let (outcome, reason) = match off <= check.tolerance {
@@ -101,7 +102,7 @@ fn kernels(questions: &mut Vec<Question>) {
 
 /// Without CUDA in the build there are no kernels, and so nothing to name one by one.
 #[cfg(not(feature = "cuda"))]
-fn kernels(questions: &mut Vec<Question>) {
+fn kernels(_: u64, questions: &mut Vec<Question>) {
     let ask = |_: Asked<'_>| anyhow::bail!("this build has no kernels");
     questions.push(Question::new("kernels", "every kernel against its clear twin", ask));
 }
