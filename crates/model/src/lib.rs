@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod memory;
 pub mod nn;
 pub mod ops;
+pub mod speed;
 pub mod synth;
 pub mod text;
 pub mod vae;

@@ -86,7 +86,8 @@ pub enum Command {
 /// The flags of `avatar devices`.
 #[derive(Debug, Args)]
 pub struct DevicesFlags {
-    /// Measure the processor's speed again: predicted seconds rest on it, and it was measured when first needed.
+    /// Measure the speed of the processor and of each card again: predicted seconds rest on it, and it was measured when
+    /// first needed.
     ///
     /// Of use after a change of the machine, or where it was busy then. Takes some seconds.
     #[arg(long)]

@@ -8,7 +8,7 @@ use service_kit::hardware::{Card, Driver, HAS_CUDA, HostMemory, Nvml, cards, hos
 
 use crate::{
     config::DevicesFlags,
-    plan::rates,
+    plan::{card, rates},
     progress::{print_line, print_text},
 };
 
@@ -19,6 +19,12 @@ pub fn show(flags: &DevicesFlags) {
     let (host, cards) = (host_memory(), cards(driver));
     let version = driver.and_then(Driver::version);
     let rates = if flags.measure { rates::measured_now() } else { rates::kept() };
+    let of_card = |card: Card| {
+        let measured = flags.measure && HAS_CUDA;
+        let rates = if measured { card::measured_now } else { card::kept }(&card, version.as_deref());
+        (card, rates)
+    };
+    let cards: Vec<(Card, Option<Rates>)> = cards.into_iter().map(of_card).collect();
     if flags.json {
         print_line(&as_json(&host, &cards, version.as_deref(), rates.as_ref()));
     } else {
@@ -26,7 +32,7 @@ pub fn show(flags: &DevicesFlags) {
     }
 }
 
-fn as_json(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Option<&Rates>) -> Value {
+fn as_json(host: &HostMemory, cards: &[(Card, Option<Rates>)], driver: Option<&str>, rates: Option<&Rates>) -> Value {
     let cpu = json!({
         "device": "cpu",
         "usable": true,
@@ -35,7 +41,7 @@ fn as_json(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Optio
         "limit_bytes": host.limit_bytes,
         "rates": rates,
     });
-    let cards = cards.iter().map(|card| {
+    let cards = cards.iter().map(|(card, rates)| {
         json!({
             "device": format!("cuda:{}", card.index),
             "usable": HAS_CUDA,
@@ -47,12 +53,13 @@ fn as_json(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Optio
             "temperature_celsius": card.temperature_celsius,
             "throttled": card.throttled,
             "ecc_errors": card.ecc_errors,
+            "rates": rates,
         })
     });
     json!({ "devices": std::iter::once(cpu).chain(cards).collect::<Vec<_>>(), "cuda_driver": driver })
 }
 
-fn as_text(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Option<&Rates>) -> String {
+fn as_text(host: &HostMemory, cards: &[(Card, Option<Rates>)], driver: Option<&str>, rates: Option<&Rates>) -> String {
     let mut text = format!("cpu     {} of {} free", gib(host.free_bytes), gib(host.total_bytes));
     if host.limit_bytes.is_some() {
         text.push_str(", the container's limit");
@@ -63,7 +70,7 @@ fn as_text(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Optio
         let _ = write!(text, "; measured: {products:.0} GFLOP/s in products, {convolutions:.0} in convolutions");
     }
     text.push('\n');
-    for card in cards {
+    for (card, rates) in cards {
         let (free, total) = (gib(card.free_bytes), gib(card.total_bytes));
         let others = gib(card.used_by_others_bytes);
         // Writing to a string does not fail.
@@ -77,6 +84,12 @@ fn as_text(host: &HostMemory, cards: &[Card], driver: Option<&str>, rates: Optio
         }
         if let Some(errors) = card.ecc_errors.filter(|&errors| errors > 0) {
             let _ = write!(text, ", {errors} memory errors that could not be mended");
+        }
+        if let Some(rates) = rates {
+            let [products, attention, convolutions] =
+                [rates.products, rates.attention, rates.convolutions].map(|rate| rate / 1e12);
+            let _ = write!(text, "; measured: {products:.0} TFLOP/s in layers, {attention:.0} in attention, ");
+            let _ = write!(text, "{convolutions:.0} in convolutions, {:.0} GB/s of weights", rates.weights / 1e9);
         }
         text.push('\n');
     }
@@ -120,9 +133,13 @@ mod tests {
         }
     }
 
+    fn one(rates: Option<Rates>) -> Vec<(Card, Option<Rates>)> {
+        cards(Some(&OneCard)).into_iter().map(|card| (card, rates)).collect()
+    }
+
     #[test]
     fn people_read_everything_that_is_wrong_with_a_card() {
-        let text = as_text(&HOST, &cards(Some(&OneCard)), OneCard.version().as_deref(), None);
+        let text = as_text(&HOST, &one(None), OneCard.version().as_deref(), None);
         for part in ["6.0 GiB of 8.0 GiB free, the container's limit", "cuda:0", "1.0 GiB of 4.0 GiB free", "Card X"] {
             assert!(text.contains(part), "{part} in {text}");
         }
@@ -132,12 +149,15 @@ mod tests {
         assert_eq!(text.contains("no CUDA: it computes on cpu only"), !HAS_CUDA, "{text}");
         let text = as_text(&HOST, &[], None, Some(&Rates { products: 65.4e9, ..Rates::of_cores(2) }));
         assert!(text.contains("measured: 65 GFLOP/s in products, 50 in convolutions"), "{text}");
+        let text = as_text(&HOST, &one(Some(Rates::CUDA)), Some("570.1"), None);
+        let told = "measured: 60 TFLOP/s in layers, 40 in attention, 25 in convolutions, 12 GB/s of weights";
+        assert!(text.contains(told), "{text}");
         assert!(as_text(&HOST, &[], None, None).contains("No NVIDIA driver answers"));
     }
 
     #[test]
     fn programs_read_bytes() {
-        let value = as_json(&HOST, &cards(Some(&OneCard)), Some("570.1"), None);
+        let value = as_json(&HOST, &one(Some(Rates::CUDA)), Some("570.1"), None);
         assert_eq!(
             value["devices"][0],
             json!({
@@ -150,6 +170,7 @@ mod tests {
             })
         );
         assert_eq!((&value["devices"][1]["uuid"], &value["devices"][1]["ecc_errors"]), (&json!("GPU-1"), &json!(2)));
+        assert_eq!(value["devices"][1]["rates"]["attention"], json!(40e12));
         assert_eq!(value["devices"][1]["used_by_others_bytes"], json!(3u64 << 30));
         assert_eq!(value["cuda_driver"], json!("570.1"));
     }

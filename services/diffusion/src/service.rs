@@ -19,7 +19,7 @@ use model::{
 use planner::{
     Precision as Stored,
     cost::{
-        cpu::{Cpu, pass_bytes, resident_blocks},
+        cpu::{self, Cpu, pass_bytes, resident_beside},
         cuda,
         spread::divide,
     },
@@ -234,6 +234,7 @@ impl Model {
         };
         let works: Vec<Vec<u64>> = header.items.iter().map(works).collect();
         let transformer = &self.stage.transformer;
+        let ahead = if on_card { cuda::AHEAD } else { cpu::AHEAD };
         for (part, (swap, &others)) in transformer.swaps().zip(transformer.unswapped_bytes()).enumerate() {
             let most = works.iter().filter_map(|work| work.get(part)).copied().max().unwrap_or(0);
             let sizes = swap.sizes();
@@ -247,7 +248,8 @@ impl Model {
                 let taken = most.saturating_add(others);
                 (taken, free_for(part, all.saturating_add(taken)))
             };
-            swap.keep(resident_blocks(&sizes, free.saturating_sub(taken)), clock);
+            swap.look_ahead(usize::try_from(ahead).unwrap_or(usize::MAX));
+            swap.keep(resident_beside(&sizes, free.saturating_sub(taken), ahead), clock);
         }
     }
 

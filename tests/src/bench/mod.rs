@@ -70,6 +70,15 @@ pub enum Block {
 
 /// One block of the transformer over `tokens` tokens, 610 of them text.
 pub fn block(block: Block, tokens: usize, runs: usize, place: &Place) -> Result<Row> {
+    let name = format!("{block:?} block, {tokens} tokens").to_lowercase();
+    measure(name, runs, place, block_of(block, tokens, place)?)
+}
+
+/// What runs a network on inputs that are there.
+type Run = Box<dyn Fn() -> Result<Tensor>>;
+
+/// The same block, to be run; gives its tokens, of a double block the picture's.
+pub fn block_of(block: Block, tokens: usize, place: &Place) -> Result<Run> {
     let images = tokens.checked_sub(TEXT).filter(|n| *n > 0).context("more than 610 tokens are needed")?;
     let (image, text) = (place.random(&[images, HIDDEN], 1)?, place.random(&[TEXT, HIDDEN], 2)?);
     // What conditions a block is f32 in every type.
@@ -77,18 +86,17 @@ pub fn block(block: Block, tokens: usize, runs: usize, place: &Place) -> Result<
     // A row of tokens: how they lie in the picture changes no time.
     let grid = Grid { frames: 0, rows: 1, columns: images };
     let rope = |still| Rope::new(grid, ROPE, 256.0, still, &place.device);
-    let name = format!("{block:?} block, {tokens} tokens").to_lowercase();
-    match block {
+    Ok(match block {
         Block::Double => {
             let (block, rope) = (DoubleBlock::load(&made::block("double_blocks", place)?, HIDDEN)?, rope(0)?);
-            measure(name, runs, place, || Ok(block.forward(&image, &text, &vec, &rope)?.0))
+            Box::new(move || Ok(block.forward(&image, &text, &vec, &rope)?.0))
         }
         Block::Single => {
             let (block, rope) = (SingleBlock::load(&made::block("single_blocks", place)?, HIDDEN)?, rope(TEXT)?);
             let x = Tensor::cat(&[&image, &text], 0)?;
-            measure(name, runs, place, || Ok(block.forward(&x, &vec, &rope)?))
+            Box::new(move || Ok(block.forward(&x, &vec, &rope)?))
         }
-    }
+    })
 }
 
 /// The VAE's decoder, untiled, widths 128, 256, 512, 512.

@@ -1,69 +1,144 @@
-//! The transformer at its published width, with values made on the card: the whole of it, and a part of it whose blocks
-//! come and go; the VAE's decoder at the largest size; a whole generation.
+//! The transformer at its published width: all 13 billion weights made on the card in 16 bits, and from files in 8 bits,
+//! where they stay or come and go; the VAE's decoder at the largest size; a whole generation.
+//!
+//! Beside each figure stands what the planner predicts for it, at the rates that the card was measured to have.
 
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    process::Command,
     sync::LazyLock,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use model::{
     blueprint::TransformerSizes,
+    convert::Storage,
     diffusion::{Conditioning, MOTION_EXP, MOTION_POSE, Transformer, TransformerConfig},
-    synth,
+    speed, synth,
     weights::Weights,
 };
-use service_kit::{hardware::DeviceName, memory::StageMeter};
+use planner::{
+    Precision, Stage,
+    cost::{
+        cuda::{self, Fit},
+        work,
+    },
+};
+use service_kit::memory::StageMeter;
 
-use super::{Outcome, Question, Row, parts::median};
+use super::{
+    Asked, Outcome, Question, Row,
+    generation::generated,
+    goals::SWAP,
+    memory::CARD,
+    parts::median,
+    predicted::{FRAMES, LARGE, SMALL, Size, fit, job, planned, predicted, table, too_small},
+};
 use crate::bench::{self, Place};
 
-/// Latent frames of a window of 129 frames.
-const FRAMES: usize = 33;
-/// Name, and rows and columns of the latents.
-const SIZES: [(&str, [usize; 2]); 2] = [("256x256x129", [32, 32]), ("704x768x129", [88, 96])];
 /// Text tokens of a prompt of usual length, and of the longest.
 const TEXT: [usize; 2] = [610, 831];
-/// The part of the transformer that is written to files: two double blocks with an adapter, and four single ones.
+/// The part of the transformer that is written to files in 16 bits: two double blocks with an adapter, and four single
+/// ones.
 const PART: TransformerSizes = TransformerSizes { double: 2, single: 4, adapters: 1, ..TransformerSizes::PUBLISHED };
+/// The form of the whole of it.
+const EIGHT: Storage = Storage::Int8;
+/// Blocks that are read ahead, beside the number that the product takes.
+pub(super) const MORE_AHEAD: [u64; 2] = [2, 4];
 
 /// The questions of this file; `avatar` is the product's binary, where there is one.
 pub(super) fn questions(avatar: Option<&Path>, questions: &mut Vec<Question>) {
-    for (name, sides) in SIZES {
-        questions.push(Question::new("full", format!("13B, one pass, {name}, bf16"), move |device, row| {
-            let place = Place { device: device.clone(), dtype: DType::BF16 };
-            let transformer = Transformer::load(&made(&TransformerSizes::PUBLISHED, &place)?, &config())?;
-            timed(&transformer, sides, device, row)
-        }));
+    let mut ask = |part, name: String, seconds, ask: Box<dyn FnOnce(Asked<'_>) -> Result<Row>>| {
+        questions.push(Question::new(part, name, ask).within(seconds));
+    };
+    ask("planner", "the card's rates are measured".to_owned(), 30, Box::new(rates));
+    for size in [SMALL, LARGE] {
+        ask("full", format!("13B, one pass, {}, bf16", size.name), 90, Box::new(move |asked| in_16_bits(size, asked)));
     }
-    for (name, sides) in SIZES {
-        questions.push(Question::new("swap", format!("2 + 4 blocks, {name}, none stays, bf16"), move |device, row| {
-            swapped(sides, device, row)
-        }));
+    ask("full", format!("13B written in {EIGHT}"), 120, Box::new(write));
+    for size in [SMALL, LARGE] {
+        let name = format!("13B, one pass, {}, {EIGHT}, all blocks stay", size.name);
+        ask("full", name, 90, Box::new(move |asked| in_8_bits(size, None, asked)));
+        let name = format!("13B, one pass, {}, {EIGHT}, blocks as planned for 8 GB", size.name);
+        ask(SWAP, name, 90, Box::new(move |asked| in_8_bits(size, Some(cuda::AHEAD), asked)));
     }
-    questions.push(Question::new("VAE", "decode of 704x768x129 in tiles, f16", |device, row| {
-        let place = Place { device: device.clone(), dtype: DType::F16 };
-        let meter = StageMeter::on(CARD);
-        let [rows, columns] = SIZES[1].1;
-        let seconds = meter.measure(|| bench::vae_decode_tiled([FRAMES, rows, columns], &place))?;
-        Ok(Row { seconds: Some(seconds), peak_bytes: Some(meter.report().peak_bytes), ..row })
-    }));
+    for ahead in MORE_AHEAD {
+        let name = format!("13B, one pass, {}, {EIGHT}, {ahead} blocks ahead", SMALL.name);
+        ask(SWAP, name, 30, Box::new(move |asked| in_8_bits(SMALL, Some(ahead), asked)));
+    }
+    for size in [SMALL, LARGE] {
+        let name = format!("2 + 4 blocks, {}, bf16, none stays", size.name);
+        ask(SWAP, name, 60, Box::new(move |asked| swapped(size, asked)));
+    }
+    ask("VAE", format!("decode of {} in tiles, f16", LARGE.name), 60, Box::new(decoded));
     let avatar = avatar.map(Path::to_owned);
-    questions.push(Question::new("generation", "a small model, tier maximum", move |_, row| match &avatar {
-        Some(avatar) => generated(avatar, row),
-        None => Ok(Row { outcome: Outcome::Skipped, reason: Some("no --avatar was given".to_owned()), ..row }),
-    }));
+    let whole = move |asked: Asked<'_>| match &avatar {
+        Some(avatar) => Ok(Row { seconds: Some(generated(avatar)?), ..asked.row }),
+        None => Ok(Row { outcome: Outcome::Skipped, reason: Some("no --avatar was given".to_owned()), ..asked.row }),
+    };
+    ask("generation", "a small model, tier maximum".to_owned(), 60, Box::new(whole));
 }
 
-/// The card that the suite asks.
-pub(super) const CARD: DeviceName = DeviceName::Cuda { index: 0 };
+fn clock() -> Duration {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    START.elapsed()
+}
 
-fn config() -> TransformerConfig {
-    TransformerConfig::default()
+fn rates(asked: Asked<'_>) -> Result<Row> {
+    let begin = Instant::now();
+    let folder = Folder::new("rates")?;
+    let rates = speed::rates(asked.device, &speed::Load::CARD, &folder.0, clock)?;
+    ensure!(rates.usable(), "{rates:?}");
+    asked.shared.rates.set(Some(rates));
+    let told = format!(
+        "TFLOP/s: layers {:.1}, attention {:.1}, convolutions {:.1}; GB/s: weights {:.1}, files {:.1}",
+        rates.products / 1e12,
+        rates.attention / 1e12,
+        rates.convolutions / 1e12,
+        rates.weights / 1e9,
+        rates.files / 1e9,
+    );
+    Ok(Row { seconds: Some(begin.elapsed().as_secs_f64()), reason: Some(told), ..asked.row })
+}
+
+/// A folder that goes with what is in it.
+#[derive(Debug)]
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("gpu-suite-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What is left of it matters to nobody.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The whole transformer in files.
+#[derive(Debug)]
+pub(super) struct Files(Folder);
+
+fn write(asked: Asked<'_>) -> Result<Row> {
+    let begin = Instant::now();
+    let folder = Folder::new("8-bits")?;
+    let options = synth::Options {
+        size: synth::Size::Full(synth::Depth::default()),
+        storage: EIGHT,
+        stages: vec![model::checkpoint::Stage::Diffusion],
+        seed: 1,
+    };
+    synth::write(&options, &folder.0, &mut |_| ())?;
+    let told = format!("{:.2} GB", synth::bytes(&options) as f64 / 1e9);
+    *asked.shared.files.borrow_mut() = Some(Files(folder));
+    Ok(Row { seconds: Some(begin.elapsed().as_secs_f64()), reason: Some(told), ..asked.row })
 }
 
 /// Random weights, made where they are used: on the processor 13 billion values would take longer than all else.
@@ -77,9 +152,9 @@ fn made(sizes: &TransformerSizes, place: &Place) -> Result<Weights> {
 }
 
 /// One pass over a window of the size, in which everything is heard.
-fn pass(transformer: &Transformer, [rows, columns]: [usize; 2], device: &Device) -> Result<Tensor> {
+fn pass(transformer: &Transformer, size: Size, device: &Device) -> Result<Tensor> {
     let widths = transformer.widths();
-    let [valid, longest] = TEXT;
+    let ([rows, columns], [valid, longest]) = (size.sides, TEXT);
     let mask: Vec<i64> = (0..longest).map(|i| i64::from(i < valid)).collect();
     let random = |shape: &[usize]| Tensor::rand(-1f32, 1f32, shape, device);
     let given = Conditioning {
@@ -97,57 +172,97 @@ fn pass(transformer: &Transformer, [rows, columns]: [usize; 2], device: &Device)
     Ok(transformer.predict(&latents, 900.0, &given, false)?.velocity)
 }
 
-/// Seconds of a pass after one that is not counted, and the most bytes that it held on the card, weights included.
-fn timed(transformer: &Transformer, sides: [usize; 2], device: &Device, row: Row) -> Result<Row> {
+/// Seconds of a pass after a small one that is not counted, and the most bytes on the card meanwhile, weights included.
+fn measured(transformer: &Transformer, size: Size, device: &Device) -> Result<(f64, u64)> {
+    drop(pass(transformer, SMALL, device)?);
+    device.synchronize()?;
     let meter = StageMeter::on(CARD);
-    let mut seconds = [0.0; 2];
-    for second in &mut seconds {
+    let before = meter.report().process_bytes;
+    let begin = Instant::now();
+    let velocity = meter.measure(|| -> Result<Tensor> {
+        let velocity = pass(transformer, size, device)?;
         device.synchronize()?;
-        let begin = Instant::now();
-        let velocity = pass(transformer, sides, device)?;
-        device.synchronize()?;
-        *second = begin.elapsed().as_secs_f64();
-        let sum = velocity.sum_all()?.to_scalar::<f32>()?;
-        ensure!(sum.is_finite(), "the velocity is not finite");
-    }
-    let peak = meter.measure(|| -> Result<u64> {
-        drop(pass(transformer, sides, device)?);
-        Ok(meter.report().process_bytes)
+        Ok(velocity)
     })?;
-    Ok(Row { seconds: Some(seconds[1]), peak_bytes: Some(peak + meter.report().peak_bytes), ..row })
+    let seconds = begin.elapsed().as_secs_f64();
+    ensure!(velocity.sum_all()?.to_scalar::<f32>()?.is_finite(), "the velocity is not finite");
+    Ok((seconds, before + meter.report().peak_bytes))
 }
 
-fn clock() -> Duration {
-    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    START.elapsed()
+/// The row of a pass, with what was predicted for it.
+fn row((seconds, bytes): (f64, u64), size: Size, fit: &Fit, asked: &Asked<'_>) -> Result<Row> {
+    let (predicted_bytes, predicted_seconds) = predicted(size, fit, asked.shared.rates.get())?;
+    let operations = work::full_pass(&table()?, &job(size)?).total();
+    Ok(Row {
+        peak_bytes: Some(bytes),
+        predicted_bytes: Some(predicted_bytes),
+        predicted_seconds,
+        ..asked.row.clone().timed(seconds, operations, asked)
+    })
+}
+
+fn in_16_bits(size: Size, asked: Asked<'_>) -> Result<Row> {
+    let fit = fit(size, Precision::Bf16)?;
+    if let Some(row) = too_small(size, &fit, &asked)? {
+        return Ok(row);
+    }
+    let place = Place { device: asked.device.clone(), dtype: DType::BF16 };
+    let transformer = Transformer::load(&made(&TransformerSizes::PUBLISHED, &place)?, &TransformerConfig::default())?;
+    let figures = measured(&transformer, size, asked.device)?;
+    row(figures, size, &fit, &asked)
+}
+
+/// From the files in 8 bits; with `ahead`, on as much as a narrow card has.
+fn in_8_bits(size: Size, ahead: Option<u64>, asked: Asked<'_>) -> Result<Row> {
+    let fit = fit(size, Precision::Int8)?;
+    if ahead.is_none()
+        && let Some(row) = too_small(size, &fit, &asked)?
+    {
+        return Ok(row);
+    }
+    let files = asked.shared.files.borrow();
+    let Files(folder) = files.as_ref().context("it was not written")?;
+    let folder = folder.0.join(model::checkpoint::Stage::Diffusion.name());
+    let config = TransformerConfig::open(&folder.join("config.json"))?;
+    let transformer = Transformer::load(&Weights::open(&folder, DType::BF16, asked.device)?, &config)?;
+    let Some(ahead) = ahead else {
+        let figures = measured(&transformer, size, asked.device)?;
+        asked.shared.resident.borrow_mut().insert(size.name, figures.0);
+        return row(figures, size, &fit, &asked);
+    };
+    let fit = Fit { resident_blocks: planned(ahead)?, prefetch: ahead, ..fit };
+    let swap = transformer.swaps().next().context("the transformer has no blocks")?;
+    swap.look_ahead(usize::try_from(ahead)?);
+    swap.keep(usize::try_from(fit.resident_blocks)?, clock);
+    let figures = measured(&transformer, size, asked.device)?;
+    let told = swap.told();
+    let overhead = asked.shared.resident.borrow().get(size.name).map(|resident| figures.0 / resident - 1.0);
+    let more = overhead.map_or(String::new(), |more| format!("{:.1} % more than where all stay; ", 100.0 * more));
+    let (waited, hidden) = (told.waited.as_secs_f64(), told.hidden.as_secs_f64());
+    let told = format!(
+        "{more}{} of {} stay; two passes waited {waited:.2} s, hid {hidden:.2} s",
+        fit.resident_blocks, fit.blocks
+    );
+    Ok(Row { overhead, reason: Some(told), ..row(figures, size, &fit, &asked)? })
 }
 
 /// A pass whose blocks all come and go against one whose blocks stay, from the same files.
-fn swapped(sides: [usize; 2], device: &Device, row: Row) -> Result<Row> {
-    let folder = std::env::temp_dir().join(format!("gpu-suite-{}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
-    let place = Place { device: device.clone(), dtype: DType::BF16 };
-    let outcome = written(&folder, &place).and_then(|()| {
-        let weights = Weights::open(&folder, DType::BF16, device)?;
-        let transformer = Transformer::load(&weights, &config())?;
-        let swap = transformer.swaps().next().context("the transformer has no blocks")?;
-        let run = || {
-            median(device, || {
-                pass(&transformer, sides, device)?;
-                Ok(())
-            })
-        };
-        let resident = run()?;
-        swap.keep(0, clock);
-        let coming = run()?;
-        let told = swap.told();
-        let (waited, hidden) = (told.waited.as_secs_f64(), told.hidden.as_secs_f64());
-        let more = coming / resident - 1.0;
-        let reason = format!("{:.1} % more than resident; waited {waited:.2} s, hidden {hidden:.2} s", 100.0 * more);
-        Ok(Row { seconds: Some(coming), peak_bytes: Some(told.held_bytes), reason: Some(reason), ..row })
-    });
-    std::fs::remove_dir_all(&folder)?;
-    outcome
+fn swapped(size: Size, asked: Asked<'_>) -> Result<Row> {
+    let device = asked.device;
+    let folder = Folder::new("16-bits")?;
+    written(&folder.0, &Place { device: device.clone(), dtype: DType::BF16 })?;
+    let weights = Weights::open(&folder.0, DType::BF16, device)?;
+    let transformer = Transformer::load(&weights, &TransformerConfig::default())?;
+    let swap = transformer.swaps().next().context("the transformer has no blocks")?;
+    let run = || median(device, || pass(&transformer, size, device).map(drop));
+    let resident = run()?;
+    swap.keep(0, clock);
+    let coming = run()?;
+    let told = swap.told();
+    let (waited, hidden) = (told.waited.as_secs_f64(), told.hidden.as_secs_f64());
+    let more = coming / resident - 1.0;
+    let reason = format!("{:.1} % more than where all stay; waited {waited:.2} s, hid {hidden:.2} s", 100.0 * more);
+    Ok(Row { seconds: Some(coming), overhead: Some(more), reason: Some(reason), ..asked.row })
 }
 
 fn written(folder: &Path, place: &Place) -> Result<()> {
@@ -159,47 +274,35 @@ fn written(folder: &Path, place: &Place) -> Result<()> {
     Ok(candle_core::safetensors::save(&tensors, folder.join("model.safetensors"))?)
 }
 
-/// Runs the product on a model, a picture and a sound that are made here.
-fn generated(avatar: &Path, row: Row) -> Result<Row> {
-    let folder = std::env::temp_dir().join(format!("gpu-suite-generation-{}", std::process::id()));
-    let outcome = generate(avatar, &folder);
-    // What is left of it matters to nobody.
-    let _ = std::fs::remove_dir_all(&folder);
-    Ok(Row { seconds: Some(outcome?), ..row })
+fn decoded(asked: Asked<'_>) -> Result<Row> {
+    let place = Place { device: asked.device.clone(), dtype: DType::F16 };
+    let meter = StageMeter::on(CARD);
+    let before = meter.report().process_bytes;
+    let [rows, columns] = LARGE.sides;
+    let seconds = meter.measure(|| bench::vae_decode_tiled([FRAMES, rows, columns], &place))?;
+    let (table, job) = (table()?, job(LARGE)?);
+    let fit = Fit { resident_blocks: 0, blocks: 0, ..fit(LARGE, Precision::Bf16)? };
+    let (weights, _) = cuda::weights(&table, Stage::VaeDecode, &fit);
+    let work = work::stage(&table, Stage::VaeDecode, &job);
+    let row = asked.row.clone().timed(seconds, work.total(), &asked);
+    Ok(Row {
+        peak_bytes: Some(before + meter.report().peak_bytes),
+        predicted_bytes: Some(weights + cuda::activations(&table, Stage::VaeDecode, &job, &fit)),
+        predicted_seconds: asked.shared.rates.get().map(|rates| work.seconds(&rates)),
+        ..row
+    })
 }
 
-fn generate(avatar: &Path, folder: &Path) -> Result<f64> {
-    let models = folder.join("models");
-    synth::tiny(&models, 1)?;
-    let (picture, sound, out) = (folder.join("picture.ppm"), folder.join("sound.wav"), folder.join("out.mp4"));
-    std::fs::write(&picture, [b"P6 256 256 255\n".as_slice(), &[128; 256 * 256 * 3]].concat())?;
-    std::fs::write(&sound, silence())?;
-    let begin = Instant::now();
-    let given = [("--models", &models), ("--image", &picture), ("--audio", &sound), ("--out", &out)];
-    let done = Command::new(avatar)
-        .arg("generate")
-        .args(given.iter().flat_map(|(flag, path): &(&str, &PathBuf)| [(*flag).as_ref(), path.as_os_str()]))
-        .args(["--device", "cuda:0", "--compute", "bf16", "--tier", "maximum", "--steps", "2", "--prompt", "A person."])
-        .output()
-        .with_context(|| avatar.display().to_string())?;
-    if !done.status.success() || !out.is_file() {
-        bail!("{}: {}", done.status, String::from_utf8_lossy(&done.stderr));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_goes_with_what_is_in_it() {
+        let folder = Folder::new("of-a-test").unwrap();
+        let path = folder.0.clone();
+        std::fs::write(path.join("file"), [0]).unwrap();
+        drop(folder);
+        assert!(!path.exists());
     }
-    Ok(begin.elapsed().as_secs_f64())
-}
-
-/// One second of it, 16 kHz, 16 bits, one channel.
-fn silence() -> Vec<u8> {
-    const RATE: u32 = 16_000;
-    let mut wav = b"RIFF".to_vec();
-    wav.extend((36 + 2 * RATE).to_le_bytes());
-    wav.extend(b"WAVEfmt ");
-    wav.extend(16u32.to_le_bytes());
-    wav.extend([1u16, 1].map(u16::to_le_bytes).concat());
-    wav.extend([RATE, 2 * RATE].map(u32::to_le_bytes).concat());
-    wav.extend([2u16, 16].map(u16::to_le_bytes).concat());
-    wav.extend(b"data");
-    wav.extend((2 * RATE).to_le_bytes());
-    wav.resize(wav.len() + 2 * RATE as usize, 0);
-    wav
 }

@@ -7,7 +7,8 @@
 //!
 //! On a card the same blocks are copied there from their files, through pinned memory and on a stream of the thread's
 //! own. What is dropped behind is given back when the work that was begun with it is done, and the next copy waits for
-//! that on its stream; so no more than two blocks are there besides those that stay.
+//! that on its stream; so besides those that stay no more blocks are there than the one that computes and those that are
+//! read ahead.
 
 use std::{
     fmt,
@@ -47,6 +48,8 @@ struct Inside {
     places: Vec<Place>,
     reader: Option<Reader>,
     clock: Clock,
+    /// Blocks that are read while another computes.
+    ahead: usize,
     /// Bytes that are there or on their way.
     held: u64,
     reading: Duration,
@@ -103,6 +106,7 @@ impl Swap {
             places: vec![Place::Away; count],
             reader: None,
             clock: || Duration::ZERO,
+            ahead: 1,
             held: 0,
             reading: Duration::ZERO,
             told: Swapped { blocks: count, resident: count, ..Swapped::default() },
@@ -137,6 +141,12 @@ impl Swap {
             }
         }
         inside.told.held_bytes = inside.held;
+    }
+
+    /// Has the next `blocks` blocks read while one computes, of those that do not stay; one unless told otherwise. What
+    /// more are on their way then still come.
+    pub fn look_ahead(&self, blocks: usize) {
+        self.inside().ahead = blocks;
     }
 
     /// Bytes of blocks that are there now or on their way.
@@ -220,9 +230,15 @@ impl Pass<'_> {
         inside.told.waited += (inside.clock)().saturating_sub(began);
         inside.told.hidden = inside.reading.saturating_sub(inside.told.waited);
         let count = inside.told.blocks;
-        let mut ahead = (1..count).map(|step| (block + step) % count);
-        if let Some(next) = ahead.find(|next| inside.places.get(*next) != Some(&Place::Here)) {
-            inside.order(next);
+        let mut coming = 0;
+        for next in (1..count).map(|step| (block + step) % count) {
+            if coming == inside.ahead {
+                break;
+            }
+            if inside.places.get(next) != Some(&Place::Here) {
+                inside.order(next);
+                coming += 1;
+            }
         }
     }
 
@@ -276,6 +292,30 @@ mod tests {
             let told = run(&swap, 3);
             assert_eq!((told.resident, told.held_bytes), (resident.min(6), held * each), "{resident}");
         }
+    }
+
+    #[test]
+    fn as_many_blocks_come_ahead_as_are_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let each = 64 * 1024 * 4;
+        for (resident, ahead, held) in [(0, 0, 1), (0, 2, 3), (2, 3, 6), (1, 0, 2), (0, 99, 6), (4, 2, 6)] {
+            let swap = Swap::new(blocks(folder.path(), 6));
+            swap.look_ahead(ahead);
+            swap.keep(resident, || Duration::ZERO);
+            assert_eq!(run(&swap, 3).held_bytes, held * each, "{resident} stay, {ahead} come ahead");
+        }
+    }
+
+    #[test]
+    fn fewer_blocks_can_come_ahead_from_the_next_pass_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let swap = Swap::new(blocks(folder.path(), 6));
+        swap.look_ahead(3);
+        swap.keep(1, || Duration::ZERO);
+        run(&swap, 2);
+        swap.look_ahead(1);
+        run(&swap, 2);
+        assert_eq!(swap.pass().0.places.iter().filter(|p| **p != Place::Away).count(), 2);
     }
 
     #[test]

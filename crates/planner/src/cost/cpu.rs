@@ -156,16 +156,25 @@ pub fn prompt_bytes(networks: (&Llava, &Clip), size: PictureSize, prompt_tokens:
     heap.peak()
 }
 
+/// Blocks that are read while another computes: the pages of one are there before it is needed, or the disk is too slow.
+pub const AHEAD: u64 = 1;
+
 /// How many of a network's blocks, the last ones, stay in `room` bytes with the one that computes and the one that is
 /// read meanwhile; all of them where they fit.
 ///
 /// - `blocks`: bytes of each, in the order in which a pass needs them
 #[must_use]
 pub fn resident_blocks(blocks: &[u64], room: u64) -> usize {
+    resident_beside(blocks, room, AHEAD)
+}
+
+/// As [`resident_blocks`], where `ahead` blocks are read meanwhile.
+#[must_use]
+pub fn resident_beside(blocks: &[u64], room: u64, ahead: u64) -> usize {
     if blocks.iter().fold(0, |sum: u64, block| sum.saturating_add(*block)) <= room {
         return blocks.len();
     }
-    let moving = blocks.iter().max().copied().unwrap_or(0).saturating_mul(2);
+    let moving = blocks.iter().max().copied().unwrap_or(0).saturating_mul(ahead.saturating_add(1));
     let mut left = room.saturating_sub(moving);
     let stays = |block: &&u64| match left.checked_sub(**block) {
         Some(less) => {
@@ -199,4 +208,19 @@ fn resident(table: &ModelTable, stage: Stage, cpu: Cpu) -> u64 {
         part.heap.saturating_mul(part.count).saturating_mul(each)
     };
     table.of(stage).map(values).fold(table.tables_of(stage), u64::saturating_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_that_come_ahead_take_the_place_of_some_that_could_stay() {
+        let blocks = [30, 30, 30, 10, 10, 10];
+        // All fit: none has to come.
+        assert_eq!([0, 1, 3].map(|ahead| resident_beside(&blocks, 120, ahead)), [6; 3]);
+        assert_eq!([0, 1, 2, 3, 99].map(|ahead| resident_beside(&blocks, 100, ahead)), [4, 3, 1, 0, 0]);
+        assert_eq!(resident_blocks(&blocks, 100), resident_beside(&blocks, 100, AHEAD));
+        assert_eq!(resident_beside(&[], 0, 2), 0);
+    }
 }

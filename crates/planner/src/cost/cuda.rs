@@ -22,7 +22,8 @@ const HALF: u64 = 2;
 pub const CONTEXT_BYTES: u64 = 256 << 20;
 /// Part of a card's free memory that no plan and no stage uses: fragments, and what others take meanwhile.
 const SPARE_PERCENT: u64 = 5;
-/// Blocks that are brought while another computes, as `model::weights` does it.
+/// Blocks that are brought while another computes. Another one ahead takes the place of a block that could stay, and where
+/// copies are slower than the computing it shortens nothing: the suite for cards measures more of them.
 pub const AHEAD: u64 = 1;
 /// Queries that a block of the kernel for attention takes, as `model::cuda` has them.
 const QUERIES: u64 = 128;

@@ -1,5 +1,6 @@
 //! What a stage needs: bytes and seconds.
 
+pub mod apart;
 pub mod cpu;
 pub mod cuda;
 pub mod spread;

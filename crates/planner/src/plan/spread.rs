@@ -164,8 +164,8 @@ impl Planner {
         let stays: u64 = parts.iter().map(|part| part.resident as u64).sum();
         let share = |(part, (device, _)): (Part, &(usize, u64))| {
             let need = needs.of(&part.blocks);
-            let fit = CpuFit { resident_blocks: stays, ..self.cpu_fit(Stage::Diffusion, cpu) };
-            let fit = Fit::Cpu(CpuFit { blocks: blocks.len() as u64, ..fit });
+            let (blocks, plain) = (blocks.len() as u64, self.cpu_fit(job, Stage::Diffusion, cpu));
+            let fit = Fit::Cpu(CpuFit { resident_blocks: stays, blocks, prefetch: u64::from(stays < blocks), ..plain });
             let placed = Placed { fit, rung: 0, resident: need.resident, kept: need.kept, work: need.work };
             Share { device: *device, part, placed }
         };

@@ -1,5 +1,6 @@
 //! `avatar plan` and `avatar tiers`: what the planner would do, before any weight is read.
 
+pub(crate) mod card;
 pub mod flags;
 mod machine;
 pub(crate) mod rates;
@@ -13,9 +14,11 @@ use gateway::{
     planning::{Fleet, FleetSource, Wanted},
 };
 use model::checkpoint::Choice as Form;
-use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request, plan::Placement};
+use planner::{
+    Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request, cost::work::Rates, plan::Placement,
+};
 use serde_json::json;
-use service_kit::hardware::{DeviceConfig, DeviceName, Driver, Nvml, cards};
+use service_kit::hardware::{DeviceConfig, DeviceName, Driver, HAS_CUDA, Nvml, cards};
 
 use self::flags::{PlanFlags, TiersFlags};
 use crate::{
@@ -208,7 +211,8 @@ fn local(
         }
         DeviceName::Cuda { index } => {
             let driver = Nvml::load();
-            let all = cards(driver.as_ref().map(|driver| driver as &dyn Driver));
+            let driver = driver.as_ref().map(|driver| driver as &dyn Driver);
+            let all = cards(driver);
             let card = all.iter().find(|card| card.index == index).ok_or_else(|| {
                 Failure::input(
                     "device",
@@ -219,6 +223,11 @@ fn local(
                 // What this process holds is its own to give back.
                 free: Bytes(card.total_bytes.saturating_sub(card.used_by_others_bytes)),
                 name: name.to_string(),
+                // A build without CUDA plans for the card that it sees, and cannot ask it.
+                rates: match HAS_CUDA {
+                    true => card::rates(card, driver.and_then(Driver::version).as_deref()),
+                    false => Rates::CUDA,
+                },
                 ..Device::card(0, Bytes(card.total_bytes))
             })
         }

@@ -1,7 +1,7 @@
 //! How fast this machine's CPU is: measured once, with the networks' own operations, and kept.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -13,7 +13,11 @@ use model::{
     vae::{CausalConv3d, GroupNorm},
     weights::{Matrix, Weights},
 };
-use planner::cost::{cpu::Pace, work::Rates};
+use planner::cost::{
+    apart::{Run, apart},
+    cpu::Pace,
+    work::Rates,
+};
 
 /// How long the operations take turns, and how many rounds at least.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -38,10 +42,14 @@ pub(super) fn assumed() -> Rates {
 
 /// The rates that were kept.
 pub(crate) fn kept() -> Option<Rates> {
-    let file = kept_in()?;
-    let small = std::fs::metadata(&file).ok().filter(|info| info.len() <= KEPT_BYTES)?;
-    let rates: Rates = serde_json::from_slice(&std::fs::read(&file).ok()?).ok()?;
-    (small.is_file() && rates.usable() && rates.measured && rates.pace.is_some()).then_some(rates)
+    read(&kept_in()?).filter(|rates| rates.pace.is_some())
+}
+
+/// Measured rates from the file that keeps them.
+pub(super) fn read(file: &Path) -> Option<Rates> {
+    let small = std::fs::metadata(file).ok().filter(|info| info.len() <= KEPT_BYTES)?;
+    let rates: Rates = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+    (small.is_file() && rates.usable() && rates.measured).then_some(rates)
 }
 
 /// Measures the rates and keeps them instead of those that were; nothing where that fails.
@@ -57,15 +65,21 @@ pub(crate) fn measured_now() -> Option<Rates> {
 fn kept_in() -> Option<PathBuf> {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
-    // A build without optimisation is another machine.
-    let build = if cfg!(debug_assertions) { "checked" } else { "release" };
-    let key = format!("{name}|{}|{}|{build}|{MEASURES}", model::ops::threads(), model::ops::has_kernel());
-    let name = format!("cpu-{:08x}-{}.json", crc32c::crc32c(key.as_bytes()), env!("CARGO_PKG_VERSION"));
+    let key = format!("{name}|{}|{}|{BUILD}|{MEASURES}", model::ops::threads(), model::ops::has_kernel());
+    file_of("cpu", &key)
+}
+
+/// A build without optimisation is another machine.
+pub(super) const BUILD: &str = if cfg!(debug_assertions) { "checked" } else { "release" };
+
+/// The file that keeps the rates of what `key` says all about that they depend on.
+pub(super) fn file_of(kind: &str, key: &str) -> Option<PathBuf> {
+    let name = format!("{kind}-{:08x}-{}.json", crc32c::crc32c(key.as_bytes()), env!("CARGO_PKG_VERSION"));
     Some(std::env::home_dir()?.join(".cache/avatar/rates").join(name))
 }
 
 /// Keeps the rates; a machine on which nothing can be kept measures again.
-fn keep(file: &std::path::Path, rates: &Rates) {
+pub(super) fn keep(file: &Path, rates: &Rates) {
     let written = || -> std::io::Result<()> {
         let folder = file.parent().ok_or(std::io::ErrorKind::NotFound)?;
         std::fs::create_dir_all(folder)?;
@@ -162,28 +176,6 @@ const COLUMN_TILE: usize = 32;
 /// So many rows as whole tiles have, where the kernel works in tiles.
 fn tiled(rows: usize, tile: usize) -> f64 {
     (if model::ops::has_kernel() { rows.next_multiple_of(tile) } else { rows }) as f64
-}
-
-/// What one operation did of two kinds of work, and its seconds.
-#[derive(Debug, Clone, Copy)]
-struct Run {
-    work: [f64; 2],
-    seconds: f64,
-}
-
-/// Rates of two kinds of work, of which two operations did different parts. Where times do not tell them apart, all of the
-/// time is the first one's.
-fn apart(long: Run, short: Run) -> (f64, f64) {
-    /// A rate at which work takes no time that counts.
-    const FREE: f64 = 1e15;
-    let ([a, b], [c, d]) = (long.work, short.work);
-    let whole = a * d - b * c;
-    let first = (long.seconds * d - short.seconds * b) / whole;
-    let second = (a * short.seconds - c * long.seconds) / whole;
-    match first.is_finite() && second.is_finite() && first > 0.0 && second > 0.0 {
-        true => (1.0 / first, 1.0 / second),
-        false => (a / long.seconds.max(1e-9), FREE),
-    }
 }
 
 /// Attention with heads of some width.
@@ -338,7 +330,7 @@ impl Streamed {
     }
 
     fn failed(error: std::io::Error) -> model::Error {
-        model::Error::file(std::path::Path::new("temporary file"), error)
+        model::Error::file(Path::new("temporary file"), error)
     }
 }
 
@@ -353,16 +345,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("a/rates.json");
         keep(&file, &rates);
-        let back: Rates = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        let back = read(&file).unwrap();
         assert!((back.products / rates.products - 1.0).abs() < 1e-9 && back.measured);
-    }
-
-    #[test]
-    fn two_kinds_of_work_are_told_apart_by_two_operations() {
-        let run = |work: [f64; 2]| Run { work, seconds: work[0] / 100.0 + work[1] / 5.0 };
-        let (first, second) = apart(run([1000.0, 10.0]), run([100.0, 10.0]));
-        assert!((first - 100.0).abs() < 1e-9 && (second - 5.0).abs() < 1e-9, "{first} {second}");
-        let same = Run { work: [1000.0, 10.0], seconds: 2.0 };
-        assert_eq!(apart(same, same), (500.0, 1e15));
+        keep(&file, &Rates { measured: false, ..rates });
+        assert_eq!(read(&file), None, "assumed rates are not measured ones");
     }
 }
