@@ -155,7 +155,7 @@ impl From<&GenerationEvent> for VideoEvent {
                 bytes: preview.bytes,
                 url: format!("/v1/videos/{}/previews/{}", event.generation_id, preview.step),
             }),
-            memory: event.memory.map(|memory| VideoMemory {
+            memory: event.memory.as_ref().map(|memory| VideoMemory {
                 resident_bytes: memory.resident_bytes,
                 peak_bytes: memory.peak_bytes,
                 device_bytes: memory.device_bytes,

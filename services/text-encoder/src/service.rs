@@ -67,9 +67,9 @@ impl StageModel for Model {
         Ok(Self { encoder, sizes: (llava, clip), stored, cpu, device: setup.device })
     }
 
-    fn weights(&self) -> WeightsReport {
+    fn weights(&self) -> Vec<WeightsReport> {
         let told = self.encoder.swap().told();
-        WeightsReport::new([told.blocks, told.resident], [told.waited, told.hidden])
+        vec![WeightsReport::new([told.blocks, told.resident], [told.waited, told.hidden])]
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {

@@ -135,7 +135,8 @@ impl Weights {
     /// The part of the checkpoint under `prefix.name.`.
     #[must_use]
     pub fn pp(&self, name: impl Display) -> Self {
-        Self { prefix: self.full(name), ..self.clone() }
+        let (shared, device) = (self.shared.clone(), self.device.clone());
+        Self { shared, device, prefix: self.full(name), later: self.later }
     }
 
     /// The same, given on another device.

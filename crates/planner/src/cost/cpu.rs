@@ -135,7 +135,7 @@ pub fn pass_bytes(transformer: &Transformer, pass: &Pass, (blocks, cpu): (&[u64]
 #[must_use]
 pub fn beside_blocks(table: &ModelTable, precision: Precision, range: &Range<usize>) -> u64 {
     let t = &table.transformer;
-    let (blocks, others) = blocks(table, precision);
+    let (blocks, others) = blocks(table, Stage::Diffusion, precision);
     let last = (2 * t.hidden + 4 * t.latent) * (t.hidden + 1);
     let on = |range: &Range<usize>| {
         let adapters = spread::adapters(t, range).saturating_mul(4 * t.hidden * (t.adapter + 1));
