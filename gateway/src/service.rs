@@ -196,13 +196,10 @@ fn answers(owned: Owned, until: Option<tokio::time::Instant>) -> Answers<Generat
         Ok(event) => Ok(GenerateResponse { body: Some(Body::Event(event)) }),
         Err(fault) => Err(fault.to_status()),
     });
+    // In a task of its own, as the looks for events: a reader may take nothing in the middle of it.
     let video = stream::once(async move {
-        let generation = store.get(&id.to_string()).await.map_err(|fault| fault.to_status())?;
-        match (generation.state(), &generation.failure) {
-            (GenerationState::Completed, _) => open_video(&store, &generation.generation_id, 0).await,
-            (GenerationState::Failed, Some(failure)) => Err(Fault::from_failure(failure).to_status()),
-            _ => Err(Fault::new(Kind::Cancelled, "the generation was cancelled").to_status()),
-        }
+        let found = tokio::spawn(async move { ended_video(&store, id).await }).await;
+        found.unwrap_or_else(|error| Err(Fault::internal("the video cannot be read", &error).to_status()))
     })
     .map_ok(|video| video_chunks(video, 0))
     .try_flatten()
@@ -229,6 +226,16 @@ fn answers(owned: Owned, until: Option<tokio::time::Instant>) -> Answers<Generat
             }
         }
     }))
+}
+
+/// The video of a generation that has ended, or why there is none.
+async fn ended_video(store: &Store, id: Uuid) -> Result<Content, Status> {
+    let generation = store.get(&id.to_string()).await.map_err(|fault| fault.to_status())?;
+    match (generation.state(), &generation.failure) {
+        (GenerationState::Completed, _) => open_video(store, &generation.generation_id, 0).await,
+        (GenerationState::Failed, Some(failure)) => Err(Fault::from_failure(failure).to_status()),
+        _ => Err(Fault::new(Kind::Cancelled, "the generation was cancelled").to_status()),
+    }
 }
 
 /// A completed generation's video, of which an offset is no more than the end.

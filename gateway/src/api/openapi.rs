@@ -5,7 +5,7 @@ use utoipa::{OpenApi, ToSchema};
 
 use super::{
     content,
-    events::{self, VideoEvent, VideoPreview},
+    events::{self, VideoEvent, VideoMemory, VideoPreview},
     list::{self, VideoList},
     plan::{self, PlanBody, TierList},
     preview, rest,
@@ -76,6 +76,7 @@ pub(crate) struct CreateVideo {
         Video,
         VideoList,
         VideoEvent,
+        VideoMemory,
         VideoPreview,
         VideoError,
         DeviceSeconds,

@@ -32,7 +32,7 @@ impl Store {
                 }
                 // Before looking: what happens in between makes `changed` return at once.
                 bell.borrow_and_update();
-                match store.look(id, next).await {
+                match store.look_apart(id, next).await {
                     Err(fault) => {
                         over = true;
                         ready.push_back(Err(fault));
@@ -48,6 +48,14 @@ impl Store {
                 }
             }
         })
+    }
+
+    /// As [`look`](Self::look), in a task of its own. A stream whose reader takes nothing is not gone on with, wherever it
+    /// stands; in the middle of a look it would keep a connection to the records from everybody.
+    async fn look_apart(&self, id: Uuid, from: u64) -> Result<(Vec<GenerationEvent>, bool), Fault> {
+        let store = self.clone();
+        let looked = tokio::spawn(async move { store.look(id, from).await }).await;
+        looked.unwrap_or_else(|error| Err(Fault::internal("the events cannot be read", &error)))
     }
 
     /// Events of a generation from a number on, and whether no more can come.
