@@ -3,9 +3,10 @@
 mod deadlines;
 mod decoders;
 mod doors;
-mod fitting;
+
 mod memory;
 mod output;
+mod plans;
 mod previews;
 mod queue;
 mod resume;

@@ -1,29 +1,45 @@
-//! What the devices hold, asked before anything begins.
+//! Generations held against the devices before they are accepted.
 
-use super::*;
-use crate::planning::{Fleet, FleetSource};
+use std::sync::{Arc, atomic::Ordering};
+
+use planner::{
+    Bytes, Device, DeviceKind, ModelTable, Planner, Precision, Request, Tiers,
+    cost::{cpu::Cpu, work::Rates},
+    plan::Choice,
+    size::PictureSize,
+};
+use proto::v1::{GenerationSpec, GenerationState};
+
+use super::{Desk, upload};
+use crate::{
+    Options,
+    config::TierOptions,
+    fakes::Script,
+    fault::Kind,
+    planning::{Fleet, FleetSource},
+};
 
 /// A processor whose free bytes lie between what 65 frames of a size need and what 5 need.
-fn middling() -> (FleetSource, planner::Planner) {
-    let device = |free: u64| planner::Device {
+fn middling() -> (FleetSource, Planner) {
+    let device = |free: u64| Device {
         name: "cpu".into(),
-        kind: planner::DeviceKind::Cpu([planner::cost::cpu::Cpu { threads: 2, packs: true, value_bytes: 4 }; 5]),
-        total: planner::Bytes(free),
-        free: planner::Bytes(free),
-        rates: planner::cost::work::Rates::of_cores(2),
+        kind: DeviceKind::Cpu([Cpu { threads: 2, packs: true, value_bytes: 4 }; 5]),
+        total: Bytes(free),
+        free: Bytes(free),
+        rates: Rates::of_cores(2),
     };
-    let planner = |free: u64| planner::Planner {
-        table: planner::ModelTable::published().unwrap(),
-        tiers: planner::Tiers::default(),
+    let planner = |free: u64| Planner {
+        table: ModelTable::published().unwrap(),
+        tiers: Tiers::default(),
         devices: vec![device(free)],
         placement: None,
         tier: Choice::Unlimited,
-        precisions: vec![planner::Precision::Bf16],
+        precisions: vec![Precision::Bf16],
         allow_degrade: false,
     };
-    let size = Some(planner::size::PictureSize { width: 256, height: 256 });
+    let size = Some(PictureSize { width: 256, height: 256 });
     let least = |frames: u32| {
-        let request = planner::Request { size, frames: Some(frames), steps: Some(2), ..Default::default() };
+        let request = Request { size, frames: Some(frames), steps: Some(2), ..Default::default() };
         let (mut no, mut yes) = (1u64 << 20, 1u64 << 40);
         while yes - no > 1 << 20 {
             let middle = no.midpoint(yes);
@@ -33,7 +49,7 @@ fn middling() -> (FleetSource, planner::Planner) {
     };
     let free = least(5).midpoint(least(65)) / 100 * 95;
     let ask = move |_| {
-        let table = planner::ModelTable::published()?;
+        let table = ModelTable::published()?;
         Ok(Fleet { table, devices: vec![device(free)], placement: None })
     };
     (FleetSource::new(ask), planner(free))
@@ -76,18 +92,14 @@ async fn what_the_devices_cannot_hold_is_lowered_where_that_is_allowed_and_said(
     assert!(size < (256, 256) || frames < 65, "{size:?}, {frames} frames");
     let warnings = generation.outcome.unwrap().warnings;
     assert!(warnings.iter().any(|said| said.contains("lowered to")), "{warnings:?}");
-    let made = planner::Request {
-        size: Some(planner::size::PictureSize { width: size.0, height: size.1 }),
+    let made = Request {
+        size: Some(PictureSize { width: size.0, height: size.1 }),
         frames: Some(frames),
         steps: Some(2),
         ..Default::default()
     };
-    let roomier = planner::Planner {
-        devices: planner
-            .devices
-            .iter()
-            .map(|d| planner::Device { free: planner::Bytes(d.free.0 / 100 * 106), ..d.clone() })
-            .collect(),
+    let roomier = Planner {
+        devices: planner.devices.iter().map(|d| Device { free: Bytes(d.free.0 / 100 * 106), ..d.clone() }).collect(),
         ..planner
     };
     assert!(roomier.plan(&made).is_ok(), "{made:?}");
