@@ -3,7 +3,6 @@
 mod deadlines;
 mod decoders;
 mod doors;
-
 mod memory;
 mod output;
 mod plans;

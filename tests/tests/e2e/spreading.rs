@@ -26,7 +26,7 @@ const HIDDEN: usize = 768;
 /// The tiny checkpoint with a transformer whose blocks are most of it: six blocks of some 160 MiB.
 fn wide_models() -> TempDir {
     let models = own_models();
-    let tiny = transformer_table(models.path(), Choice::Auto).unwrap();
+    let (tiny, _) = transformer_table(models.path(), Choice::Auto).unwrap();
     let of_tiny = |value: u64| value as usize;
     let sizes = TransformerSizes {
         hidden: HIDDEN,

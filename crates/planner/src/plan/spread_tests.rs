@@ -92,7 +92,7 @@ fn cards_that_do_not_hold_all_blocks_together_swap_fewer_of_them() {
 fn blocks_that_do_not_stay_in_either_part_of_a_processor_stay_in_both() {
     let wanted = request(128, 128, 9, 10);
     let whole = on(&[gib(1024.0)]).plan(&wanted).unwrap();
-    let (sizes, _) = blocks(&ModelTable::published().unwrap(), Precision::Bf16);
+    let (sizes, _) = blocks(&ModelTable::published().unwrap(), Stage::Diffusion, Precision::Bf16);
     let all = sizes.len() as u64;
     assert_eq!((cpu_fit(&whole).resident_blocks, transformer(&whole).spread.len()), (all, 0));
     let most = Bytes(whole.peak_bytes + sizes.iter().sum::<u64>() * 3 / 4);
