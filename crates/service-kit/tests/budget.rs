@@ -206,7 +206,7 @@ async fn a_stage_on_a_card_that_needs_more_than_is_free_has_idle_stages_unloaded
     second.submit(|_, _| Ok(())).unwrap().await.unwrap();
     let free = |wanted: u64| {
         let host = first.clone();
-        first.submit(move |_, _| Ok(host.free_for(wanted))).unwrap()
+        first.submit(move |_, _| Ok(host.free_for(0, wanted))).unwrap()
     };
     assert!(free(TIB / 4).await.unwrap() >= TIB / 2);
     assert_eq!((first.memory().unloaded_stages, second.memory().resident_bytes > 0), (0, true), "there is room");
