@@ -6,6 +6,7 @@
 //! to a tier's limits or by leave. Chunks of tokens and branches in turn cost next to nothing and come before precision.
 
 mod choose;
+mod finish;
 mod ladder;
 mod reasons;
 mod spread;
