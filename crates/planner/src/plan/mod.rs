@@ -6,6 +6,7 @@
 //! tokens and branches in turn cost next to nothing, so the engine always works in them.
 
 mod choose;
+mod finish;
 mod ladder;
 mod reasons;
 mod spread;

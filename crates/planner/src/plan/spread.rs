@@ -100,7 +100,7 @@ impl Planner {
         match first.map(|device| device.kind) {
             Some(DeviceKind::Cpu(cpus)) => self.shares_of_cpu(job, placement, beside, cpus[Stage::Diffusion as usize]),
             Some(DeviceKind::Cuda) => self.shares_of_cards(job, placement, beside),
-            None => Err(self.lacking(placement, 0)),
+            None => Err(self.lacking(placement, 0, |_, _| 0)),
         }
     }
 
@@ -157,9 +157,10 @@ impl Planner {
         };
         let parts = self.divided(placement, &blocks, room);
         if parts.is_empty() {
-            let half = blocks.len() / placement.spread.len().max(1);
-            let (first, _) = self.usable(placement, 0).unwrap_or_default();
-            return Err(self.lacking(placement, taken(first, &(0..half.max(1))).0));
+            let needed = |part: usize, range: Range<usize>| {
+                self.usable(placement, part).map_or(0, |(number, _)| taken(number, &range).0)
+            };
+            return Err(self.lacking(placement, blocks.len(), needed));
         }
         let stays: u64 = parts.iter().map(|part| part.resident as u64).sum();
         let share = |(part, (device, _)): (Part, &(usize, u64))| {
@@ -180,7 +181,6 @@ impl Planner {
         beside: &[Beside],
     ) -> Result<(Vec<Share>, usize), Shortage> {
         let fits = ladder::fits(&self.table, Stage::Diffusion, job, &self.precisions_of(Stage::Diffusion));
-        let mut most = 0;
         // All blocks stay, in one precision after the other, or as many as can of the last one.
         let swapped = fits.iter().position(|fit| !fit.resident()).unwrap_or(fits.len());
         for (rung, fit) in fits.iter().take(swapped + 1).enumerate() {
@@ -198,7 +198,6 @@ impl Planner {
             };
             let parts = self.divided(placement, &blocks, room);
             if parts.is_empty() {
-                most = work.saturating_add(cuda::CONTEXT_BYTES);
                 continue;
             }
             let stays: usize = parts.iter().map(|part| part.resident).sum();
@@ -217,19 +216,53 @@ impl Planner {
             };
             return Ok((parts.into_iter().zip(&placement.spread).map(share).collect(), rung));
         }
-        Err(self.lacking(placement, most))
+        let needed = |part: usize, range: Range<usize>| {
+            let Some((number, fit)) = self.usable(placement, part).map(|(number, _)| number).zip(fits.last()) else {
+                return 0;
+            };
+            let (blocks, _) = cpu::blocks(&self.table, fit.precision);
+            let beside = beside.get(number).copied().unwrap_or_default();
+            let others = cpu::beside_blocks(&self.table, fit.precision, &range);
+            let moving = blocks.iter().max().copied().unwrap_or(0).saturating_mul(2);
+            let work = cuda::activations(&self.table, Stage::Diffusion, job, fit).max(beside.work);
+            let taken = [cuda::CONTEXT_BYTES, work, beside.resident, others, moving];
+            taken.into_iter().fold(0, u64::saturating_add)
+        };
+        Err(self.lacking(placement, (self.table.transformer.double + self.table.transformer.single) as usize, needed))
     }
 
-    /// What a placement that spreads the transformer lacks on its first device.
-    fn lacking(&self, placement: &Placement, needed: u64) -> Shortage {
-        let first = placement.spread.first().and_then(|(device, _)| self.devices.get(*device));
-        Shortage {
-            device: first.map(|device| device.name.clone()).unwrap_or_default(),
-            phase: Stage::Diffusion,
-            needed: Bytes(needed),
-            free: Bytes(first.map_or(0, Device::usable)),
-            nearest: None,
+    /// The part that does not fit of a placement that spreads the transformer.
+    ///
+    /// - `needed`: bytes that a device needs for some of the blocks, by its number among the parts
+    fn lacking(&self, placement: &Placement, count: usize, needed: impl Fn(usize, Range<usize>) -> u64) -> Shortage {
+        let even = count.div_ceil(placement.spread.len().max(1));
+        let mut begin = 0;
+        let mut most: Option<Shortage> = None;
+        for (part, (number, blocks)) in placement.spread.iter().enumerate() {
+            let own = usize::try_from(*blocks).unwrap_or(usize::MAX);
+            let wanted = if own > 0 { own } else { even };
+            let end = begin + wanted.min(count - begin);
+            let device = self.devices.get(*number);
+            let told = Shortage {
+                device: device.map(|device| device.name.clone()).unwrap_or_default(),
+                phase: Stage::Diffusion,
+                needed: Bytes(needed(part, begin..end)),
+                free: Bytes(device.map_or(0, Device::usable)),
+                nearest: None,
+            };
+            begin = end;
+            let missing = |s: &Shortage| s.needed.0.saturating_sub(s.free.0);
+            if most.as_ref().is_none_or(|before| missing(&told) > missing(before)) {
+                most = Some(told);
+            }
         }
+        most.unwrap_or(Shortage {
+            device: String::new(),
+            phase: Stage::Diffusion,
+            needed: Bytes(0),
+            free: Bytes(0),
+            nearest: None,
+        })
     }
 
     /// Bytes of the transformer's blocks that one pass brings, since they do not stay.
