@@ -220,7 +220,7 @@ impl Planner {
             let Some((number, fit)) = self.usable(placement, part).map(|(number, _)| number).zip(fits.last()) else {
                 return 0;
             };
-            let (blocks, _) = cpu::blocks(&self.table, fit.precision);
+            let (blocks, _) = cpu::blocks(&self.table, Stage::Diffusion, fit.precision);
             let beside = beside.get(number).copied().unwrap_or_default();
             let others = cpu::beside_blocks(&self.table, fit.precision, &range);
             let moving = blocks.iter().max().copied().unwrap_or(0).saturating_mul(2);
