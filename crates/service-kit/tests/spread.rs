@@ -183,7 +183,7 @@ async fn a_device_that_is_full_is_named_whichever_it_is() {
     full(host.submit(|_, _| hold(80).map(drop)).unwrap().await.unwrap_err(), "cpu.0");
     // Nothing is left behind by what failed.
     assert!(near(workers[1].budget().held_bytes(), 8), "{}", workers[1].budget().held_bytes());
-    assert!(near(host.free_bytes()[1], 20), "{:?}", host.free_bytes());
+    assert!(near(host.free_for(1, 0), 20), "{}", host.free_for(1, 0));
     let light = |_: &mut Spread| -> Result<usize, ServiceError> {
         go(1, 0);
         hold(16).map(|held| held.len())
