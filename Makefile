@@ -7,6 +7,11 @@ VENV := target/venv/bin
 # The tools of the virtual environment (helm, buf) come first.
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
+# Where a tree is built once and thrown away, what cargo keeps for the next build is gigabytes for nothing.
+ifdef CI
+export CARGO_INCREMENTAL := 0
+endif
+
 DEMO_MODELS := models/demo/weights
 ROUNDS := 200
 LOAD_SECONDS := 60

@@ -2,8 +2,11 @@
 //!
 //! A folder of clips holds, for each, `NN.png` (the portrait), `NN.wav` (the speech), `NN.json` (the mouth's box, and how
 //! far it is open in each frame that was drawn for this speech) and `NN.still.png` (white where those frames stand
-//! still); `models/demo/train/held_out.py` draws them. The videos are `NN-own.mp4`, with the clip's own speech, and
-//! `NN-other.mp4`, with the next clip's, in a folder of theirs.
+//! still); `models/demo/train/held_out.py` draws them. The videos are `NN-own.mp4`, with the clip's speech, and
+//! `NN-shuffled.mp4`, with the halves of that speech exchanged (`NN-shuffled.wav`), in a folder of theirs.
+//!
+//! The exchange leaves voice, loudness and length as they are and takes the time away alone. Another clip's speech would
+//! not do that: all speech begins and ends with a closed mouth, so any two sentences have something in common.
 
 use std::{
     collections::BTreeMap,
@@ -14,6 +17,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use planner::clip::FPS;
 use serde::{Deserialize, Serialize};
 
 /// Frames by which the mouth is looked for early and late.
@@ -51,9 +55,10 @@ pub struct Row {
     pub correlation: f64,
     /// Frames by which the video is late where the correlation is highest.
     pub best_lag: i32,
-    /// Correlation where the other speech was heard; nothing without that video.
+    /// Correlation of the mouth's opening with the drawn one where the halves of the speech were exchanged; nothing without
+    /// that video.
     pub shuffled: Option<f64>,
-    /// Correlation of the same video with the mouth that was drawn for the speech that it has.
+    /// Correlation of the same video with the drawn mouth whose halves are exchanged too.
     pub heard: Option<f64>,
     /// PSNR in dB of what stands still, against the portrait.
     pub still_psnr: f64,
@@ -107,17 +112,22 @@ pub fn clips(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Makes the videos that are missing: of each clip with its own speech, and with the next one's.
+/// Makes the videos that are missing: of each clip with its speech, and with the halves of that exchanged.
 ///
-/// Errors: the program fails.
+/// Errors: a program fails.
 pub fn make(make: &Make, folder: &Path, names: &[String], videos: &Path) -> Result<()> {
     fs::create_dir_all(videos)?;
-    for (i, name) in names.iter().enumerate() {
-        let next = &names[(i + 1) % names.len()];
-        for (kind, speech) in [("own", name), ("other", next)] {
+    for name in names {
+        for kind in ["own", "shuffled"] {
             let out = videos.join(format!("{name}-{kind}.mp4"));
-            if out.exists() || (kind == "other" && names.len() == 1) {
+            if out.exists() {
                 continue;
+            }
+            let mut speech = folder.join(format!("{name}.wav"));
+            if kind == "shuffled" {
+                let exchanged = videos.join(format!("{name}-{kind}.wav"));
+                exchange_halves(&speech, &Truth::read(&folder.join(format!("{name}.json")))?, &exchanged)?;
+                speech = exchanged;
             }
             let done = Command::new(&make.avatar)
                 .args(["generate", "--quiet", "--prompt", "A person speaks.", "--models"])
@@ -125,7 +135,7 @@ pub fn make(make: &Make, folder: &Path, names: &[String], videos: &Path) -> Resu
                 .arg("--image")
                 .arg(folder.join(format!("{name}.png")))
                 .arg("--audio")
-                .arg(folder.join(format!("{speech}.wav")))
+                .arg(&speech)
                 .arg("--out")
                 .arg(&out)
                 .args(&make.flags)
@@ -143,21 +153,18 @@ pub fn make(make: &Make, folder: &Path, names: &[String], videos: &Path) -> Resu
 /// Errors: a file cannot be read, has another size than its portrait, or no clip has a video.
 pub fn measure(folder: &Path, names: &[String], videos: &Path, window: usize) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for (i, name) in names.iter().enumerate() {
+    for name in names {
         let own = videos.join(format!("{name}-own.mp4"));
         if own.exists() {
-            let next = &names[(i + 1) % names.len()];
-            let row = row(folder, (name, next), videos, window).with_context(|| own.display().to_string())?;
-            rows.push(row);
+            rows.push(row(folder, name, videos, window).with_context(|| own.display().to_string())?);
         }
     }
     ensure!(!rows.is_empty(), "{}: there is no video (NN-own.mp4) of a clip", videos.display());
     Ok(rows)
 }
 
-fn row(folder: &Path, (name, next): (&str, &str), videos: &Path, window: usize) -> Result<Row> {
-    let [truth, other_truth] = [name, next].map(|of| Truth::read(&folder.join(format!("{of}.json"))));
-    let (truth, other_truth) = (truth?, other_truth?);
+fn row(folder: &Path, name: &str, videos: &Path, window: usize) -> Result<Row> {
+    let truth = Truth::read(&folder.join(format!("{name}.json")))?;
     let portrait = Frames::read(&folder.join(format!("{name}.png")), None)?;
     let size = Some((portrait.width, portrait.height));
     let still = Frames::read(&folder.join(format!("{name}.still.png")), size)?;
@@ -165,11 +172,12 @@ fn row(folder: &Path, (name, next): (&str, &str), videos: &Path, window: usize) 
     let measured = opening(&own, truth.mouth_box)?;
     let by_lag: Vec<f64> = (-LAGS..=LAGS).map(|lag| correlation(&measured, &truth.opening, lag)).collect();
     let best = (0..by_lag.len()).max_by(|&a, &b| by_lag[a].total_cmp(&by_lag[b])).unwrap_or_default();
-    let other = videos.join(format!("{name}-other.mp4"));
+    let other = videos.join(format!("{name}-shuffled.mp4"));
     let shuffled = match other.exists() {
         true => {
             let mouth = opening(&Frames::read(&other, size)?, truth.mouth_box)?;
-            Some((correlation(&mouth, &truth.opening, 0), correlation(&mouth, &other_truth.opening, 0)))
+            let exchanged = [&truth.opening[truth.middle()..], &truth.opening[..truth.middle()]].concat();
+            Some((correlation(&mouth, &truth.opening, 0), correlation(&mouth, &exchanged, 0)))
         }
         false => None,
     };
@@ -196,6 +204,26 @@ impl Truth {
         let text = fs::read(path).with_context(|| path.display().to_string())?;
         serde_json::from_slice(&text).with_context(|| path.display().to_string())
     }
+
+    /// The frame with which the second half begins.
+    fn middle(&self) -> usize {
+        self.opening.len() / 2
+    }
+}
+
+/// Writes speech whose second half comes first; it is cut between two frames.
+fn exchange_halves(speech: &Path, truth: &Truth, out: &Path) -> Result<()> {
+    let middle = truth.middle() as f64 / f64::from(FPS);
+    let graph = format!("[0]atrim=start={middle}[a];[0]atrim=end={middle}[b];[a][b]concat=n=2:v=0:a=1");
+    let done = Command::new("ffmpeg")
+        .args(["-v", "error", "-y", "-i"])
+        .arg(speech)
+        .args(["-filter_complex", &graph])
+        .arg(out)
+        .output()
+        .context("ffmpeg")?;
+    ensure!(done.status.success(), "{}: {}", out.display(), String::from_utf8_lossy(&done.stderr));
+    Ok(())
 }
 
 impl Frames {
@@ -316,7 +344,7 @@ pub fn medians(rows: &[Row]) -> Medians {
 /// A table of rows and their medians, as Markdown.
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
-    let mut text = "| clip | frames | correlation | best lag | with other speech | and that speech's own mouth | still, dB | flicker | seam |\n\
+    let mut text = "| clip | frames | correlation | best lag | halves exchanged | and the mouth's too | still, dB | flicker | seam |\n\
                     | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         .to_owned();
     let shown = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));

@@ -9,13 +9,14 @@ use e2e::quality::{self, Make};
 /// Measures whether the mouth follows the voice, and whether the rest of the picture stays: prints a row for each clip of
 /// a folder, and the medians.
 ///
-/// With --models, videos that are missing are made first: of each clip with its own speech, and with the next one's.
+/// With --models, videos that are missing are made first: of each clip with its speech, and with the
+/// halves of that exchanged.
 #[derive(Parser)]
 #[command(name = "quality", version)]
 struct Arguments {
     /// Folder of the clips: NN.png, NN.wav, NN.json, NN.still.png.
     clips: PathBuf,
-    /// Folder of the videos: NN-own.mp4, NN-other.mp4.
+    /// Folder of the videos: NN-own.mp4, NN-shuffled.mp4.
     #[arg(long, value_name = "DIR")]
     videos: PathBuf,
     /// Makes missing videos with the models in this folder.

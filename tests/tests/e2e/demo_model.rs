@@ -42,8 +42,7 @@ fn the_mouth_follows_the_voice_and_the_rest_stays_with_weights_of_8_bits_too() {
     let (of, table) = (quality::medians(&rows), quality::table(&rows));
     assert!(of.correlation >= 0.75, "{table}");
     assert!(of.best_lag.abs() <= 1.0, "{table}");
-    // Drawn mouths of two sentences have something in common, so this is not 0; with three clips it is no fine measure.
-    assert!(of.shuffled.unwrap() < of.correlation - 0.2, "{table}");
+    assert!(of.shuffled.unwrap() < 0.2, "{table}");
     assert!(of.heard.unwrap() >= 0.75, "{table}");
     assert!(of.still_psnr >= 28.0, "{table}");
     assert!(of.flicker <= 0.5, "{table}");
