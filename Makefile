@@ -66,7 +66,7 @@ fuzz: build ## Runs the crates' tests with other cases of the properties, until 
 python: setup build ## Runs the clients and the chart's tests in Python
 	$(VENV)/python -m pytest -q tests/python
 
-chaos: build ## Kills processes at random moments, ROUNDS times on each database, and cancels as often
+chaos: build ## Kills processes at random moments, ROUNDS times on each database, cancels as often, and stops one of two gateways for 60 s
 	cargo bench --workspace --profile dev --locked --bench chaos -- --rounds $(ROUNDS)
 
 load: ## Measures what a gateway answers to many callers at once, for LOAD_SECONDS
