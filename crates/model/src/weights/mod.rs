@@ -135,7 +135,7 @@ impl Weights {
     /// The part of the checkpoint under `prefix.name.`.
     #[must_use]
     pub fn pp(&self, name: impl Display) -> Self {
-        Self { prefix: self.full(name), ..self.clone() }
+        Self { shared: self.shared.clone(), device: self.device.clone(), prefix: self.full(name), later: self.later }
     }
 
     /// The same, given on another device.
