@@ -294,7 +294,8 @@ impl<M: StageModel> StageHost<M> {
         let spent = |ms: fn(&WeightsReport) -> u64| self.places.iter().map(|place| ms(&place.meter.weights())).sum();
         MemoryReport {
             budget_bytes: budget.device().budget_bytes,
-            pressure: self.places.iter().fold(false, |before, place| place.budget.pressed() || before),
+            // Each of them is asked, as a change is noted when it is.
+            pressure: self.places.iter().filter(|place| place.budget.pressed()).count() > 0,
             free_bytes: budget.free_bytes(),
             pressure_percent: budget.pressure_percent().into(),
             pressure_count: self.places.iter().map(|place| place.budget.pressures()).sum(),

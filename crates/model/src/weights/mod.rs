@@ -135,8 +135,7 @@ impl Weights {
     /// The part of the checkpoint under `prefix.name.`.
     #[must_use]
     pub fn pp(&self, name: impl Display) -> Self {
-        let (shared, device) = (self.shared.clone(), self.device.clone());
-        Self { shared, device, prefix: self.full(name), later: self.later }
+        Self { shared: self.shared.clone(), device: self.device.clone(), prefix: self.full(name), later: self.later }
     }
 
     /// The same, given on another device.
