@@ -151,7 +151,11 @@ const NEAR_PERCENT: u64 = 5;
 ///
 /// Errors: it does not fit in any way, and may not be lowered to what does; with the device, the stage, the bytes and what
 /// would fit.
-pub(crate) fn admit(wanted: &Request, tier: &TierOptions, source: &FleetSource) -> Result<Option<Lowered>, Fault> {
+pub(crate) fn admit(
+    wanted: &Request,
+    (tier, may_lower): (&TierOptions, bool),
+    source: &FleetSource,
+) -> Result<Option<Lowered>, Fault> {
     let fleet = match (source.0)(Wanted::Bytes) {
         Ok(fleet) => fleet,
         Err(reason) => {
@@ -170,7 +174,7 @@ pub(crate) fn admit(wanted: &Request, tier: &TierOptions, source: &FleetSource) 
         placement: fleet.placement,
         tier: tier.choice.clone(),
         precisions: vec![Precision::Bf16],
-        allow_degrade: tier.allow_degrade,
+        allow_degrade: may_lower,
     };
     let plan = match planner.plan(wanted) {
         Ok(plan) => plan,
@@ -235,7 +239,7 @@ fn refused(refusal: &Refusal) -> Fault {
         Refusal::Limits(excesses) => past_limits(excesses),
         Refusal::Model { .. } => Fault::invalid("width", told),
         Refusal::NoPrecision | Refusal::NoDevice => Fault::new(Kind::Precondition, told),
-        Refusal::Memory(_) => Fault::new(Kind::Exhausted, told),
+        Refusal::Memory(_) => Fault::new(Kind::OutOfMemory, told),
     }
 }
 
@@ -396,19 +400,19 @@ mod tests {
     fn what_cannot_fit_is_refused_before_the_work_and_lowered_where_that_is_allowed() {
         let size = Some(PictureSize { width: 704, height: 704 });
         let large = Request { size, frames: Some(129), steps: Some(30), ..Request::default() };
-        let strict = TierOptions::default();
-        assert_eq!(admit(&large, &strict, &processor(1 << 40)), Ok(None));
-        let fault = admit(&large, &strict, &processor(2 << 30)).unwrap_err();
+        let tier = TierOptions::default();
+        let (strict, willing) = ((&tier, false), (&tier, true));
+        assert_eq!(admit(&large, strict, &processor(1 << 40)), Ok(None));
+        let fault = admit(&large, strict, &processor(2 << 30)).unwrap_err();
         assert_eq!(fault.kind, Kind::OutOfMemory);
         for part in ["needs at least", "on cpu, of which 2.10 GiB may be used", "would fit"] {
             assert!(fault.message.contains(part), "{part} in {fault}");
         }
-        let willing = TierOptions { allow_degrade: true, ..TierOptions::default() };
-        let lowered = admit(&large, &willing, &processor(2 << 30)).unwrap().unwrap();
+        let lowered = admit(&large, willing, &processor(2 << 30)).unwrap().unwrap();
         assert!(lowered.size < 704 && lowered.frames <= 129 && lowered.said.contains("lowered to"), "{lowered:?}");
-        assert!(admit(&large, &willing, &processor(1 << 20)).is_err());
+        assert!(admit(&large, willing, &processor(1 << 20)).is_err());
         let unreadable = FleetSource::new(|_| Err("no checkpoint".into()));
-        assert_eq!(admit(&large, &strict, &unreadable), Ok(None));
+        assert_eq!(admit(&large, strict, &unreadable), Ok(None));
     }
 
     #[test]
@@ -429,7 +433,7 @@ mod tests {
     fn what_does_not_fit_and_what_is_past_a_tier_are_told_apart() {
         let large = v1::PlanGenerationRequest { width: Some(1024), height: Some(1536), frames: Some(129), ..card(4) };
         let fault = plan(&large, &TierOptions::default(), None).unwrap_err();
-        assert!(fault.kind == Kind::Exhausted && fault.message.contains("would fit"), "{fault}");
+        assert!(fault.kind == Kind::OutOfMemory && fault.message.contains("would fit"), "{fault}");
         let limited = v1::PlanGenerationRequest { tier: "low".into(), ..large };
         let fault = plan(&limited, &TierOptions::default(), None).unwrap_err();
         assert_eq!((fault.kind, fault.violations[0].field.as_str()), (Kind::Invalid, "size"));

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proto::v1::{Generation, GenerationDefaults, GenerationState, PlanGenerationRequest};
+use proto::v1::{Generation, GenerationDefaults, GenerationState, Parity, PlanGenerationRequest};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
@@ -250,8 +250,10 @@ impl Gateway {
         let inner = Arc::clone(&self.inner);
         let read = move || {
             let mut prepared = Prepared::read(&upload, settings, limit, &tier)?;
+            // The reference's rules leave nothing to lower.
+            let may_lower = tier.allow_degrade && prepared.settings.parity == Parity::Unspecified;
             if let Some(fleet) = inner.fleet.get()
-                && let Some(lowered) = planning::admit(&prepared.request(), &tier, fleet)?
+                && let Some(lowered) = planning::admit(&prepared.request(), (&tier, may_lower), fleet)?
             {
                 prepared = prepared.lowered(lowered);
             }

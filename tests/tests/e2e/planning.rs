@@ -155,6 +155,8 @@ async fn the_gateway_answers_from_the_same_planner() {
     assert_eq!((&plan["tier"], &plan["placement"]["diffusion"]), (&"low".into(), &"cuda:0".into()), "{plan}");
     let wrong = post(json!({ "vram": 8 })).await.unwrap();
     assert_eq!(wrong.status().as_u16(), 400);
+    let much = post(json!({ "vram_bytes": [1u64 << 27] })).await.unwrap();
+    assert_eq!(much.status().as_u16(), 507, "as the description of the call says");
     let past = post(json!({ "vram_bytes": [12u64 << 30], "tier": "low", "steps": 50 })).await.unwrap();
     assert_eq!(past.status().as_u16(), 400);
     let told: Value = past.json().await.unwrap();

@@ -296,15 +296,18 @@ impl Planner {
                 reasons.extend(reasons::of_choice(self, &job, &chosen));
                 Ok(self.finish(tier, limited, &job, chosen, (degraded, reasons)))
             }
-            Err(shortage) => {
+            Err(with_features) => {
                 let full = Job { no_feature_cache: true, ..job };
-                if job.caches()
-                    && let Ok(chosen) = self.fit(&full)
-                {
-                    degraded.push(format!("{shortage}; without kept features it fits, so every step runs in full"));
-                    reasons.extend(reasons::of_choice(self, &full, &chosen));
-                    return Ok(self.finish(tier, limited, &full, chosen, (degraded, reasons)));
-                }
+                let shortage = match self.fit(&full) {
+                    Ok(chosen) => {
+                        degraded.push(format!(
+                            "{with_features}; without kept features it fits, so every step runs in full"
+                        ));
+                        reasons.extend(reasons::of_choice(self, &full, &chosen));
+                        return Ok(self.finish(tier, limited, &full, chosen, (degraded, reasons)));
+                    }
+                    Err(least) => least,
+                };
                 let nearest = self.nearest(&full, window);
                 let Some((smaller, told)) = nearest else { return Err(Refusal::Memory(shortage)) };
                 if !self.allow_degrade {
