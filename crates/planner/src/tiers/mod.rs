@@ -2,7 +2,10 @@
 
 mod limits;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -79,37 +82,32 @@ impl Tiers {
     ///
     /// Errors: everything that is wrong with the file, together.
     pub fn with_file(text: &str) -> Result<Self, TiersError> {
-        let default = rows(DEFAULT).unwrap_or_default();
+        let default = rows(DEFAULT, &mut Vec::new());
         Self::read(&default, text)
     }
 
-    fn read(base: &BTreeMap<String, BTreeMap<String, u64>>, text: &str) -> Result<Self, TiersError> {
+    fn read(base: &BTreeMap<String, Said>, text: &str) -> Result<Self, TiersError> {
         let mut all = base.clone();
         let mut mistakes = Vec::new();
-        let read = rows(text).map_err(|told| mistakes.extend(told)).unwrap_or_default();
-        for (name, row) in read {
-            all.entry(name).or_default().extend(row);
+        // What is wrong with one value does not keep the others from being looked at.
+        for (name, said) in rows(text, &mut mistakes) {
+            let row = all.entry(name).or_default();
+            row.numbers.extend(said.numbers);
+            row.wrong.extend(said.wrong);
         }
         if all.len() > MOST_TIERS {
             mistakes.push(format!("{} tiers, the most are {MOST_TIERS}", all.len()));
             return Err(TiersError(mistakes));
         }
-        // What is half read would be told of a second time.
-        if !mistakes.is_empty() {
-            return Err(TiersError(mistakes));
-        }
-        let mut tiers: Vec<Tier> = all.iter().filter_map(|(name, row)| tier(name, row, &mut mistakes)).collect();
+        let mut tiers: Vec<Tier> = all.iter().filter_map(|(name, said)| tier(name, said, &mut mistakes)).collect();
         tiers.sort_by_key(|tier| tier.from_gb.unwrap_or(u64::MAX));
-        for pair in tiers.windows(2) {
-            let [lower, upper] = pair else { continue };
-            if let (Some(_), Some(from)) = (lower.from_gb, upper.from_gb)
-                && lower.to_gb.is_none_or(|to| to >= from)
+        let mut ranges: Vec<Range<'_>> = all.iter().filter_map(|(name, said)| Range::of(name, said)).collect();
+        ranges.sort_by_key(|range| range.from);
+        for pair in ranges.windows(2) {
+            if let [lower, upper] = pair
+                && lower.to.is_none_or(|to| to >= upper.from)
             {
-                let range = |t: &Tier| match (t.from_gb, t.to_gb) {
-                    (Some(from), Some(to)) => format!("{from} to {to} GB"),
-                    (from, _) => format!("{} GB and more", from.unwrap_or_default()),
-                };
-                mistakes.push(format!("{}: {} overlaps {}: {}", upper.name, range(upper), lower.name, range(lower)));
+                mistakes.push(format!("{}: {upper} overlaps {}: {lower}", upper.name, lower.name));
             }
         }
         if mistakes.is_empty() { Ok(Self(tiers)) } else { Err(TiersError(mistakes)) }
@@ -155,14 +153,27 @@ pub fn nominal_gb(total: Bytes) -> u64 {
     (total.as_gib().round() as u64).max(1)
 }
 
-/// The tables of a file, with whole numbers for known keys.
-fn rows(text: &str) -> Result<BTreeMap<String, BTreeMap<String, u64>>, Vec<String>> {
+/// What a file says of one tier.
+#[derive(Debug, Clone, Default)]
+struct Said {
+    numbers: BTreeMap<String, u64>,
+    /// Keys with values that are none.
+    wrong: BTreeSet<String>,
+}
+
+/// The tables of a file, with whole numbers for known keys; what is wrong goes to `mistakes`.
+fn rows(text: &str, mistakes: &mut Vec<String>) -> BTreeMap<String, Said> {
     if text.len() > MOST_BYTES {
-        return Err(vec![format!("{} bytes, the limit is {MOST_BYTES}", text.len())]);
+        mistakes.push(format!("{} bytes, the limit is {MOST_BYTES}", text.len()));
+        return BTreeMap::new();
     }
-    let read: BTreeMap<String, toml::Value> =
-        toml::from_str(text).map_err(|e| vec![e.to_string().trim_end().to_owned()])?;
-    let mut mistakes = Vec::new();
+    let read: BTreeMap<String, toml::Value> = match toml::from_str(text) {
+        Ok(read) => read,
+        Err(e) => {
+            mistakes.push(e.to_string().trim_end().to_owned());
+            return BTreeMap::new();
+        }
+    };
     let mut rows = BTreeMap::new();
     for (name, value) in read {
         if !is_name(&name) {
@@ -172,7 +183,7 @@ fn rows(text: &str) -> Result<BTreeMap<String, BTreeMap<String, u64>>, Vec<Strin
             mistakes.push(format!("{name}: not a table, as in [{name}]"));
             continue;
         };
-        let mut numbers = BTreeMap::new();
+        let mut said = Said::default();
         for (key, value) in row {
             let Some((_, least, most)) = KEYS.iter().find(|(known, ..)| *known == key) else {
                 let known = KEYS.map(|(key, ..)| key).join(", ");
@@ -180,16 +191,19 @@ fn rows(text: &str) -> Result<BTreeMap<String, BTreeMap<String, u64>>, Vec<Strin
                 continue;
             };
             match value.as_integer().and_then(|v| u64::try_from(v).ok()).filter(|v| (*least..=*most).contains(v)) {
-                Some(number) => drop(numbers.insert(key, number)),
-                None => mistakes.push(format!(
-                    "{name}: {key} = {}; a whole number from {least} to {most} is needed",
-                    shown(&value)
-                )),
+                Some(number) => drop(said.numbers.insert(key, number)),
+                None => {
+                    mistakes.push(format!(
+                        "{name}: {key} = {}; a whole number from {least} to {most} is needed",
+                        shown(&value)
+                    ));
+                    said.wrong.insert(key);
+                }
             }
         }
-        rows.insert(name, numbers);
+        rows.insert(name, said);
     }
-    if mistakes.is_empty() { Ok(rows) } else { Err(mistakes) }
+    rows
 }
 
 /// A value as messages show it.
@@ -209,16 +223,41 @@ fn is_name(name: &str) -> bool {
         && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
-fn tier(name: &str, row: &BTreeMap<String, u64>, mistakes: &mut Vec<String>) -> Option<Tier> {
-    let number = |key: &str| row.get(key).copied();
+/// Nominal sizes that a tier is for, as far as they can be made out.
+struct Range<'a> {
+    name: &'a str,
+    from: u64,
+    to: Option<u64>,
+}
+
+impl<'a> Range<'a> {
+    fn of(name: &'a str, said: &Said) -> Option<Self> {
+        let known = ["from_gb", "to_gb"].iter().all(|key| !said.wrong.contains(*key));
+        let (from, to) = (*said.numbers.get("from_gb")?, said.numbers.get("to_gb").copied());
+        (known && to.is_none_or(|to| to >= from)).then_some(Self { name, from, to })
+    }
+}
+
+impl fmt::Display for Range<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.to {
+            Some(to) => write!(f, "{} to {to} GB", self.from),
+            None => write!(f, "{} GB and more", self.from),
+        }
+    }
+}
+
+fn tier(name: &str, said: &Said, mistakes: &mut Vec<String>) -> Option<Tier> {
+    let number = |key: &str| said.numbers.get(key).copied();
+    let there = |key: &&str| said.numbers.contains_key(*key) || said.wrong.contains(*key);
     let missing: Vec<&str> =
-        ["pixels", "frames", "audio_seconds", "steps"].into_iter().filter(|key| !row.contains_key(*key)).collect();
+        ["pixels", "frames", "audio_seconds", "steps"].into_iter().filter(|key| !there(key)).collect();
     if !missing.is_empty() {
         mistakes.push(format!("{name}: a tier of its own needs {}", missing.join(", ")));
     }
     let (from_gb, to_gb) = (number("from_gb"), number("to_gb"));
     match (from_gb, to_gb) {
-        (None, Some(_)) => mistakes.push(format!("{name}: to_gb without from_gb")),
+        (None, Some(_)) if !there(&"from_gb") => mistakes.push(format!("{name}: to_gb without from_gb")),
         (Some(from), Some(to)) if from > to => {
             mistakes.push(format!("{name}: from_gb = {from} is more than to_gb = {to}"))
         }

@@ -85,6 +85,19 @@ fn everything_that_is_wrong_with_a_file_is_told_at_once() {
     ] {
         assert!(wrong.iter().any(|line| line.contains(part)), "{part} in {wrong:#?}");
     }
+    // What is wrong with one tier, or with one value of it, hides nothing of the others or of its other values.
+    let wrong = told("[low]\nstep = 7\npixels = 0\n[high]\nsteps = 0\nto_gb = 99\n[odd]\nfrom_gb = \"x\"\nto_gb = 3\n");
+    for part in [
+        "low: unknown key \"step\"",
+        "low: pixels = 0",
+        "high: steps = 0",
+        "maximum: 24 GB and more overlaps high: 17 to 99 GB",
+        "odd: from_gb = \"x\"",
+        "odd: a tier of its own needs pixels, frames, audio_seconds, steps",
+    ] {
+        assert!(wrong.iter().any(|line| line.contains(part)), "{part} in {wrong:#?}");
+    }
+    assert_eq!(wrong.len(), 6, "{wrong:#?}");
     assert_eq!(told("steps = 3\n"), ["steps: not a table, as in [steps]"]);
     assert!(told("[high\n")[0].contains("line 1"), "{:?}", told("[high\n"));
     assert!(told(&"#".repeat(70_000))[0].contains("65536"));
