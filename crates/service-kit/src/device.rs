@@ -52,9 +52,17 @@ pub(crate) trait Tenant: Send + Sync {
     /// Gives back what nobody has asked for in a long time.
     fn tidy(&self);
 
-    /// Gives back what can be had again: caches, and the weights where no generation needs them now. Says whether the
-    /// weights went.
-    fn relieve(&self) -> bool;
+    /// Gives back what can be had again: caches, and the weights where no generation needs them now.
+    fn relieve(&self) -> Relieved;
+}
+
+/// What a stage gave back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Relieved {
+    /// Bytes of caches.
+    pub(crate) cache_bytes: u64,
+    /// Whether the weights went.
+    pub(crate) unloaded: bool,
 }
 
 struct Shared {
@@ -65,6 +73,8 @@ struct Shared {
     tenants: Mutex<Vec<Weak<dyn Tenant>>>,
     /// Stages that were unloaded to make room.
     unloaded: AtomicU64,
+    /// How often a stage gave its caches back to make room.
+    emptied: AtomicU64,
     capacity: usize,
     waiting: AtomicUsize,
     /// Milliseconds of a task, smoothed.
@@ -124,6 +134,7 @@ impl DeviceWorker {
             id: uuid::Uuid::new_v4().to_string(),
             tenants: Mutex::default(),
             unloaded: AtomicU64::new(0),
+            emptied: AtomicU64::new(0),
             capacity,
             waiting: AtomicUsize::new(0),
             pace_ms: AtomicU64::new(1000),
@@ -147,6 +158,12 @@ impl DeviceWorker {
     #[must_use]
     pub fn unloaded(&self) -> u64 {
         self.0.unloaded.load(Relaxed)
+    }
+
+    /// How often a stage gave its caches back to make room, since the start.
+    #[must_use]
+    pub fn emptied(&self) -> u64 {
+        self.0.emptied.load(Relaxed)
     }
 
     /// Gives the device up: from now on it takes no work.
@@ -185,13 +202,12 @@ impl DeviceWorker {
         if !self.0.budget.pressed() {
             return Ok(());
         }
-        let tenants: Vec<Arc<dyn Tenant>> = self.tenants().iter().filter_map(Weak::upgrade).collect();
+        let tenants = self.settled();
         for tenant in &tenants {
             if tenant.name() == own {
                 tenant.tidy();
-            } else if tenant.relieve() {
-                self.0.unloaded.fetch_add(1, Relaxed);
-                tracing::warn!(stage = tenant.name(), "unloaded, as its device is nearly full");
+            } else {
+                self.relieve(tenant.as_ref(), "its device is nearly full");
             }
         }
         if new_work && self.0.budget.pressed() && tenants.iter().any(|tenant| tenant.serves()) {
@@ -204,6 +220,37 @@ impl DeviceWorker {
             });
         }
         Ok(())
+    }
+
+    fn settled(&self) -> Vec<Arc<dyn Tenant>> {
+        self.tenants().iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Lets a stage give back what it can have again, and says so.
+    fn relieve(&self, tenant: &dyn Tenant, why: &str) {
+        let Relieved { cache_bytes, unloaded } = tenant.relieve();
+        if cache_bytes > 0 {
+            self.0.emptied.fetch_add(1, Relaxed);
+            tracing::warn!(stage = tenant.name(), cache_bytes, "caches freed, as {why}");
+        }
+        if unloaded {
+            self.0.unloaded.fetch_add(1, Relaxed);
+            tracing::warn!(stage = tenant.name(), "unloaded, as {why}");
+        }
+    }
+
+    /// Bytes of the device that may still be held. Where these are fewer than `wanted`, stages besides `own` that no
+    /// generation needs are unloaded first, one after the other. To be called on the device's thread.
+    pub(crate) fn free_for(&self, own: &'static str, wanted: u64) -> u64 {
+        for tenant in self.settled() {
+            if self.0.budget.free_now() >= wanted {
+                break;
+            }
+            if tenant.name() != own && !tenant.serves() {
+                self.relieve(tenant.as_ref(), &format!("{own} needs its memory"));
+            }
+        }
+        self.0.budget.free_now()
     }
 
     /// Hands a task to the thread.

@@ -161,8 +161,10 @@ fn unheld(name: DeviceName) -> Box<dyn Fn() -> u64 + Send + Sync> {
         #[cfg(feature = "cuda")]
         DeviceName::Cuda { index } => {
             let driver = crate::hardware::Nvml::load();
+            let all = crate::hardware::cards(driver.as_ref().map(|driver| driver as &dyn crate::hardware::Driver));
+            let uuid = all.into_iter().find(|card| card.index == index).map(|card| card.uuid);
             Box::new(move || {
-                let free = driver.as_ref().and_then(|driver| driver.free_bytes(index));
+                let free = driver.as_ref().zip(uuid.as_deref()).and_then(|(driver, uuid)| driver.free_bytes(uuid));
                 // A driver that does not answer leaves the process's own count to decide.
                 free.map_or(u64::MAX, |free| free.saturating_add(crate::hardware::pool::spare_bytes(index)))
             })
@@ -208,6 +210,11 @@ impl std::fmt::Debug for Unheld {
 }
 
 impl Unheld {
+    /// Lets the next answer be a new one.
+    fn forget(&self) {
+        *self.said.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn bytes(&self) -> u64 {
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         match *said {
@@ -314,6 +321,12 @@ impl Budget {
     #[must_use]
     pub fn free_bytes(&self) -> u64 {
         self.config.budget_bytes.saturating_sub(self.used_bytes())
+    }
+
+    /// As [`free_bytes`](Self::free_bytes), with what other processes hold asked anew.
+    pub(crate) fn free_now(&self) -> u64 {
+        self.unheld.forget();
+        self.free_bytes()
     }
 
     /// Bytes of it that are held: by this process, or by others where these leave less than is left of the budget.
@@ -447,6 +460,16 @@ pub struct WeightsReport {
     pub waited_ms: u64,
     /// Milliseconds of reading for which it did not wait.
     pub hidden_ms: u64,
+}
+
+impl WeightsReport {
+    /// Of so many blocks so many stay; work waited so long, and so long was read without.
+    #[must_use]
+    pub fn new([blocks, resident]: [usize; 2], [waited, hidden]: [Duration; 2]) -> Self {
+        let count = |blocks: usize| u32::try_from(blocks).unwrap_or(u32::MAX);
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Self { blocks: count(blocks), resident_blocks: count(resident), waited_ms: ms(waited), hidden_ms: ms(hidden) }
+    }
 }
 
 impl StageMeter {

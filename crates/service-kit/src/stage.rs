@@ -5,10 +5,10 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, LazyLock, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::{Stream, StreamExt as _};
@@ -25,10 +25,17 @@ use tonic::{Request, Response, Status};
 use crate::{
     ServiceError,
     config::{Compute, StageConfig},
-    device::{CancelToken, DeviceWorker, Pending, Tenant},
+    device::{CancelToken, DeviceWorker, Pending, Relieved, Tenant},
     hardware::{CardFault, DeviceName, PRESSURE_PERCENTS},
     memory::{StageMeter, Watch, WeightsReport},
 };
+
+/// The time since the first call.
+#[must_use]
+pub fn clock() -> Duration {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    START.elapsed()
+}
 
 /// What a stage puts on its device: the networks, and all that lives and dies with them.
 pub trait StageModel: Send + Sized + 'static {
@@ -248,9 +255,21 @@ impl<M: StageModel> StageHost<M> {
             pressure_count: budget.pressures(),
             pressure_refusals: budget.refusals(),
             unloaded_stages: self.device.unloaded(),
+            emptied_caches: self.device.emptied(),
             device_bytes: budget.held_bytes(),
             device_peak_bytes: budget.peak_bytes(),
             ..self.meter.report()
+        }
+    }
+
+    /// Bytes that work of this stage may hold now. On a card, where they are fewer than `wanted`, stages that no
+    /// generation needs are unloaded for it first; on a processor weights stay in their files, so that others hold little.
+    /// To be called by work of this stage.
+    #[must_use]
+    pub fn free_for(&self, wanted: u64) -> u64 {
+        match self.device.budget().device().name.card() {
+            Some(_) => self.device.free_for(M::NAME, wanted),
+            None => self.device.budget().free_bytes(),
         }
     }
 
@@ -288,18 +307,19 @@ impl<M: StageModel> Tenant for StageHost<M> {
         }
     }
 
-    fn relieve(&self) -> bool {
+    fn relieve(&self) -> Relieved {
         let mut slot = self.model.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(model) = slot.as_mut() else { return false };
+        let Some(model) = slot.as_mut() else { return Relieved::default() };
+        let before = model.kept_bytes();
         model.trim();
         self.meter.keep(model.kept_bytes());
         self.tell();
-        let idle = !self.serves();
+        let (cache_bytes, unloaded) = (before.saturating_sub(model.kept_bytes()), !self.serves());
         drop(slot);
-        if idle {
+        if unloaded {
             self.unload();
         }
-        idle
+        Relieved { cache_bytes, unloaded }
     }
 }
 

@@ -44,6 +44,7 @@ fn hold(mib: usize) -> Result<Vec<u8>, ServiceError> {
 struct Model<const STAGE: usize> {
     _weights: Vec<u8>,
     kept: Vec<u8>,
+    cached: Vec<u8>,
     forgotten: Vec<u8>,
 }
 
@@ -54,7 +55,7 @@ impl<const N: usize> StageModel for Model<N> {
     const NAME: &'static str = if N == 0 { "diffusion" } else { "vae-decode" };
 
     fn open(_: &Path, _: (DeviceName, Compute), (): &()) -> Result<Self, ServiceError> {
-        Ok(Self { _weights: hold(16)?, kept: Vec::new(), forgotten: Vec::new() })
+        Ok(Self { _weights: hold(16)?, kept: Vec::new(), cached: Vec::new(), forgotten: Vec::new() })
     }
 
     fn files(_: &Path, (): &()) -> Vec<PathBuf> {
@@ -62,7 +63,12 @@ impl<const N: usize> StageModel for Model<N> {
     }
 
     fn kept_bytes(&self) -> u64 {
-        (self.kept.len() + self.forgotten.len()) as u64
+        (self.kept.len() + self.cached.len() + self.forgotten.len()) as u64
+    }
+
+    fn trim(&mut self) {
+        self.tidy();
+        self.cached = Vec::new();
     }
 
     fn tidy(&mut self) {
@@ -156,6 +162,62 @@ async fn a_stage_gives_back_what_itself_keeps_for_nobody() {
     // Nothing else is left on the device, so what begins does not wait.
     host.submit_new(|_, _| Ok(())).unwrap().await.unwrap();
     assert!(!host.memory().pressure && host.memory().pressure_refusals == 0);
+}
+
+#[tokio::test]
+async fn above_the_mark_caches_of_busy_stages_are_freed_and_counted() {
+    let (first, second) = start(64, 60);
+    let budget = first.memory().budget_bytes as usize;
+    first
+        .submit(|model, _| {
+            model.kept = hold(1)?;
+            hold(12).map(|cached| model.cached = cached)
+        })
+        .unwrap()
+        .await
+        .unwrap();
+    let fill = (budget / 100 * 80).saturating_sub(current_bytes() as usize + 16 * MIB) / MIB;
+    second.submit(move |model, _| hold(fill).map(|kept| model.kept = kept)).unwrap().await.unwrap();
+    assert!(second.memory().pressure && second.memory().emptied_caches == 0, "{:?}", second.memory());
+    second.submit(|_, _| Ok(())).unwrap().await.unwrap();
+    let told = second.memory();
+    // A generation still has something there, so that the weights stay.
+    assert_eq!((told.emptied_caches, told.unloaded_stages), (1, 0));
+    assert!(first.memory().resident_bytes > 0);
+    let left = first.submit(|model, _| Ok((model.kept.len(), model.cached.len()))).unwrap().await.unwrap();
+    assert_eq!(left, (MIB, 0));
+    second.submit(|_, _| Ok(())).unwrap().await.unwrap();
+    assert_eq!(second.memory().emptied_caches, 1, "what is empty is not emptied again");
+}
+
+/// On a card weights are in its memory, so that a stage that needs more of it comes before idle ones.
+#[tokio::test]
+async fn a_stage_on_a_card_that_needs_more_than_is_free_has_idle_stages_unloaded_first() {
+    const TIB: u64 = 1 << 40;
+    let left = Arc::new(AtomicU64::new(TIB / 2));
+    let asked = Arc::clone(&left);
+    let device = DeviceConfig { name: DeviceName::Cuda { index: 0 }, budget_bytes: TIB, ..DeviceConfig::cpu() };
+    let config = StageConfig { device: device.clone(), ..StageConfig::local("none") };
+    // What is unloaded is free after it.
+    let budget = Budget::within(device, Duration::from_secs(3600), move || asked.fetch_add(TIB / 8, Relaxed));
+    let worker = DeviceWorker::spawn_within(budget, 4).unwrap();
+    let first: Host<0> = StageHost::new(&config, (), worker.clone(), CancellationToken::new());
+    let second: Host<1> = StageHost::new(&config, (), worker, CancellationToken::new());
+    second.submit(|_, _| Ok(())).unwrap().await.unwrap();
+    let free = |wanted: u64| {
+        let host = first.clone();
+        first.submit(move |_, _| Ok(host.free_for(wanted))).unwrap()
+    };
+    assert!(free(TIB / 4).await.unwrap() >= TIB / 2);
+    assert_eq!((first.memory().unloaded_stages, second.memory().resident_bytes > 0), (0, true), "there is room");
+    left.store(TIB / 2, Relaxed);
+    assert!(free(TIB / 4 * 3).await.unwrap() > TIB / 2);
+    assert_eq!((first.memory().unloaded_stages, second.memory().resident_bytes), (1, 0));
+    // One that a generation needs stays.
+    second.submit(|model, _| hold(1).map(|kept| model.kept = kept)).unwrap().await.unwrap();
+    left.store(0, Relaxed);
+    free(TIB).await.unwrap();
+    assert_eq!((first.memory().unloaded_stages, second.memory().resident_bytes > 0), (1, true));
 }
 
 /// A memory of 1 TiB, of which another process takes and gives.

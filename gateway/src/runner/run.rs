@@ -47,8 +47,9 @@ struct Inside {
     progress: Progress,
     reports: BTreeMap<i32, StageReport>,
     warnings: Vec<String>,
-    /// By stage, as it said last: whether its device is nearly full, and how many stages had to go.
-    pressure: BTreeMap<i32, (bool, u64)>,
+    /// By stage, as it said last: whether its device is nearly full, and how many stages had to go or to give back
+    /// their caches.
+    pressure: BTreeMap<i32, (bool, [u64; 2])>,
     /// How often steps came to need less because their device was nearly full.
     eased: u32,
     /// What was waited for stages already lets it take longer.
@@ -213,11 +214,16 @@ impl Run {
 
     /// Says when a stage's device becomes nearly full, when it is so no more, and when idle stages had to go.
     async fn watch_pressure(&self, stage: Stage, memory: MemoryReport) {
-        let before = self.lock().pressure.insert(stage.into(), (memory.pressure, memory.unloaded_stages));
-        let (pressed, unloaded) = before.unwrap_or((false, memory.unloaded_stages));
+        let gone = [memory.unloaded_stages, memory.emptied_caches];
+        let before = self.lock().pressure.insert(stage.into(), (memory.pressure, gone));
+        let (pressed, [unloaded, emptied]) = before.unwrap_or((false, gone));
         let name = stage_name(stage);
-        if let Some(count) = memory.unloaded_stages.checked_sub(unloaded).filter(|&count| count > 0) {
-            self.note(stage, format!("{name}'s device was nearly full; idle stages unloaded: {count}")).await;
+        for (what, now, before) in
+            [("idle stages unloaded", gone[0], unloaded), ("stages whose caches were freed", gone[1], emptied)]
+        {
+            if let Some(count) = now.checked_sub(before).filter(|&count| count > 0) {
+                self.note(stage, format!("to make room on {name}'s device, {what}: {count}")).await;
+            }
         }
         match (pressed, memory.pressure) {
             (false, true) => self.note(stage, format!("{name}'s device is nearly full; new work has to wait")).await,

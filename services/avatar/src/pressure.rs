@@ -55,19 +55,21 @@ fn as_json(device: &str, memory: &MemoryReport) -> Value {
         "pressure_count": memory.pressure_count,
         "pressure_refusals": memory.pressure_refusals,
         "unloaded_stages": memory.unloaded_stages,
+        "emptied_caches": memory.emptied_caches,
     })
 }
 
 fn as_text(device: &str, memory: &MemoryReport) -> String {
     let state = if memory.pressure { "nearly full" } else { "not nearly full" };
     format!(
-        "{device}: {} of {} free, {state} (from {} % on); so far nearly full {} times, {} stages unloaded for it, {} calls \
-         had to wait",
+        "{device}: {} of {} free, {state} (from {} % on); so far nearly full {} times, {} stages unloaded and {} caches \
+         freed for it, {} calls had to wait",
         Bytes(memory.free_bytes),
         Bytes(memory.budget_bytes),
         memory.pressure_percent,
         memory.pressure_count,
         memory.unloaded_stages,
+        memory.emptied_caches,
         memory.pressure_refusals,
     )
 }
@@ -86,10 +88,13 @@ mod tests {
             pressure_count: 3,
             pressure_refusals: 7,
             unloaded_stages: 2,
+            emptied_caches: 4,
             ..MemoryReport::default()
         };
         let text = as_text("cpu", &memory);
-        for part in ["cpu: 512 MiB of 4 GiB free, nearly full (from 85 % on)", "3 times", "2 stages", "7 calls"] {
+        for part in
+            ["cpu: 512 MiB of 4 GiB free, nearly full (from 85 % on)", "3 times", "2 stages", "4 caches", "7 calls"]
+        {
             assert!(text.contains(part), "{part} in {text}");
         }
         let value = as_json("cpu", &memory);

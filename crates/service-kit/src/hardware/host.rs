@@ -27,28 +27,55 @@ fn read(file: &dyn Fn(&Path) -> Option<String>) -> HostMemory {
         free_bytes: field(&info, "MemAvailable:").unwrap_or(machine).min(machine),
         limit_bytes: None,
     };
-    // Only version 2 of control groups has the line without a controller. A group's limit binds those below it.
+    // A group's limit binds those below it.
     let groups = file(Path::new("/proc/self/cgroup")).unwrap_or_default();
-    let Some(own) = groups.lines().find_map(|line| line.strip_prefix("0::/")) else { return memory };
-    for group in Path::new(own).ancestors() {
-        let number = |name: &str| -> Option<u64> {
-            file(&Path::new("/sys/fs/cgroup").join(group).join(name))?.trim().parse().ok()
-        };
-        let Some(limit) = number("memory.max") else { continue }; // `max`, or the root, which has no limit.
-        if limit < memory.total_bytes {
-            memory.total_bytes = limit;
-            memory.limit_bytes = Some(limit);
+    for Version { mount, own, limit, held } in groups.lines().filter_map(Version::of) {
+        for group in Path::new(own).ancestors() {
+            let at = |name: &str| Path::new(mount).join(group).join(name);
+            let number = |name: &str| -> Option<u64> { file(&at(name))?.trim().parse().ok() };
+            let Some(limit) = number(limit) else { continue }; // `max`, or the root, which has no limit.
+            if limit < memory.total_bytes {
+                memory.total_bytes = limit;
+                memory.limit_bytes = Some(limit);
+            }
+            // A group's use counts pages of files that the system drops when memory is needed, mapped weights among them.
+            let stat = file(&at("memory.stat")).unwrap_or_default();
+            let pages = |name: &str| -> u64 {
+                stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap_or(0)
+            };
+            let cached = pages("inactive_file ").saturating_add(pages("active_file "));
+            let held = number(held).unwrap_or(0).saturating_sub(cached);
+            memory.free_bytes = memory.free_bytes.min(limit.saturating_sub(held));
         }
-        // A group's use counts pages of files that the system drops when memory is needed, mapped weights among them.
-        let stat = file(&Path::new("/sys/fs/cgroup").join(group).join("memory.stat")).unwrap_or_default();
-        let pages = |name: &str| -> u64 {
-            stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap_or(0)
-        };
-        let cached = pages("inactive_file ").saturating_add(pages("active_file "));
-        let held = number("memory.current").unwrap_or(0).saturating_sub(cached);
-        memory.free_bytes = memory.free_bytes.min(limit.saturating_sub(held));
     }
     memory
+}
+
+/// Where a version of control groups says what a group may have, and what it has.
+struct Version<'a> {
+    mount: &'static str,
+    /// This process's group, below the mount.
+    own: &'a str,
+    limit: &'static str,
+    held: &'static str,
+}
+
+impl<'a> Version<'a> {
+    /// Of a line of `/proc/self/cgroup`: only version 2 has one without a controller, version 1 one for memory. Nothing for
+    /// others.
+    fn of(line: &'a str) -> Option<Self> {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, own) = rest.split_once(":/")?;
+        if controllers.is_empty() {
+            return Some(Self { mount: "/sys/fs/cgroup", own, limit: "memory.max", held: "memory.current" });
+        }
+        controllers.split(',').any(|controller| controller == "memory").then_some(Self {
+            mount: "/sys/fs/cgroup/memory",
+            own,
+            limit: "memory.limit_in_bytes",
+            held: "memory.usage_in_bytes",
+        })
+    }
 }
 
 /// A field of `/proc/meminfo`, which counts in KiB.
@@ -84,6 +111,26 @@ mod tests {
             ("/sys/fs/cgroup/one/memory.stat", "anon 1048576\ninactive_file 2097152\nactive_file 1048576\n"),
         ]);
         assert_eq!(memory.free_bytes, 3 << 20);
+    }
+
+    /// In a container its own group is the mount's root, whatever the host calls it.
+    #[test]
+    fn the_older_version_of_groups_limits_too() {
+        let memory = with(&[
+            ("/proc/meminfo", MACHINE),
+            ("/proc/self/cgroup", "7:cpu,cpuacct:/docker/one\n4:memory:/docker/one\n0::/\n"),
+            ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "4194304\n"),
+            ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "3145728\n"),
+            ("/sys/fs/cgroup/memory/memory.stat", "cache 1\ninactive_file 1048576\nactive_file 0\n"),
+        ]);
+        assert_eq!(memory, HostMemory { total_bytes: 4 << 20, free_bytes: 2 << 20, limit_bytes: Some(4 << 20) });
+        let unbound = "9223372036854771712\n";
+        let none = with(&[
+            ("/proc/meminfo", MACHINE),
+            ("/proc/self/cgroup", "4:memory:/\n"),
+            ("/sys/fs/cgroup/memory/memory.limit_in_bytes", unbound),
+        ]);
+        assert_eq!((none.total_bytes, none.limit_bytes), (16 << 20, None));
     }
 
     #[test]

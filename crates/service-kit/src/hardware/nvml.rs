@@ -1,4 +1,4 @@
-//! CUDA devices, as NVIDIA's management library reports them.
+//! CUDA devices, as NVIDIA's management library reports them: cards, or the slices that they are cut into.
 
 use std::{ffi::OsStr, sync::Once};
 
@@ -19,7 +19,7 @@ pub struct Card {
     pub index: u32,
     /// The product's name.
     pub name: String,
-    /// The same in every container and after a restart.
+    /// The same in every container and after a restart: of the card, or of the slice.
     pub uuid: String,
     /// All of its memory.
     pub total_bytes: u64,
@@ -62,38 +62,107 @@ impl Nvml {
             .ok()
     }
 
-    /// Memory of a card that nobody holds; nothing where it does not answer.
+    /// Memory of a card, or of a slice of one, that nobody holds; nothing where it does not answer.
     #[cfg(feature = "cuda")]
-    pub(crate) fn free_bytes(&self, index: u32) -> Option<u64> {
-        Some(self.0.device_by_index(index).ok()?.memory_info().ok()?.free)
+    pub(crate) fn free_bytes(&self, uuid: &str) -> Option<u64> {
+        Some(self.0.device_by_uuid(uuid).ok()?.memory_info().ok()?.free)
     }
 
-    fn card(&self, index: u32) -> Result<Card, NvmlError> {
+    fn board(&self, index: u32) -> Result<Board, NvmlError> {
+        /// As the library has it.
+        const ENABLED: u32 = 1;
         let device = self.0.device_by_index(index)?;
-        let memory = device.memory_info()?;
-        let own = std::process::id();
-        let ours: u64 = device
-            .running_compute_processes()
-            .unwrap_or_default()
-            .iter()
-            .filter(|process| process.pid == own)
-            .map(|process| match process.used_gpu_memory {
-                UsedGpuMemory::Used(bytes) => bytes,
-                UsedGpuMemory::Unavailable => 0,
-            })
-            .sum();
-        Ok(Card {
-            index,
-            name: device.name()?,
-            uuid: device.uuid()?,
-            total_bytes: memory.total,
-            free_bytes: memory.free,
-            used_by_others_bytes: memory.used.saturating_sub(ours),
-            temperature_celsius: device.temperature(TemperatureSensor::Gpu).ok(),
-            throttled: device.current_throttle_reasons().map(reasons).unwrap_or_default(),
-            ecc_errors: device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile).ok(),
-        })
+        let whole = card(&device, None)?;
+        if device.mig_mode().map_or(0, |mode| mode.current) != ENABLED {
+            return Ok(Board::Whole(whole));
+        }
+        // Places for slices that are empty have no device.
+        let slices = (0..device.mig_device_count()?).filter_map(|slice| device.mig_device_by_index(slice).ok());
+        Ok(Board::Cut(slices.map(|slice| card(&slice, Some(&whole))).collect::<Result<_, _>>()?))
     }
+}
+
+/// A card in the machine: as a whole, or the slices that it is cut into (MIG), which are devices of their own.
+#[derive(Debug, Clone)]
+enum Board {
+    Whole(Card),
+    Cut(Vec<Card>),
+}
+
+/// The devices of some cards, numbered as CUDA numbers them.
+///
+/// - `visible`: the ends of the UUIDs of the devices that CUDA shows to this process, in its order, which a container or
+///   the environment may limit; nothing where CUDA was not asked
+fn numbered(boards: Vec<Board>, visible: Option<&[String]>) -> Vec<Card> {
+    let devices: Vec<Card> = boards
+        .into_iter()
+        .flat_map(|board| match board {
+            Board::Whole(card) => vec![card],
+            Board::Cut(slices) => slices,
+        })
+        .collect();
+    let chosen: Vec<Card> = match visible {
+        None => devices,
+        Some(ids) => {
+            ids.iter().filter_map(|id| devices.iter().find(|d| d.uuid.ends_with(id.as_str())).cloned()).collect()
+        }
+    };
+    (0..).zip(chosen).map(|(index, card)| Card { index, ..card }).collect()
+}
+
+/// The ends of the UUIDs of the devices that CUDA shows to this process, in its order; nothing where it does not answer.
+#[cfg(feature = "cuda")]
+fn visible() -> Option<Vec<String>> {
+    use candle_core::cuda_backend::cudarc::driver::result::{device, init};
+    init().ok()?;
+    let one = |index| {
+        let hex: Vec<String> =
+            device::get_uuid(device::get(index).ok()?).ok()?.bytes.map(|b| format!("{:02x}", b as u8)).into();
+        let part = |range: std::ops::Range<usize>| hex.get(range).unwrap_or_default().concat();
+        Some([0..4, 4..6, 6..8, 8..10, 10..16].map(part).join("-"))
+    };
+    (0..device::get_count().ok()?).map(one).collect()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn visible() -> Option<Vec<String>> {
+    None
+}
+
+/// What the library says of a card, or of a slice of `whole`, which shares its heat and its faults.
+fn card(device: &nvml_wrapper::Device<'_>, whole: Option<&Card>) -> Result<Card, NvmlError> {
+    let memory = device.memory_info()?;
+    let own = std::process::id();
+    let ours: u64 = device
+        .running_compute_processes()
+        .unwrap_or_default()
+        .iter()
+        .filter(|process| process.pid == own)
+        .map(|process| match process.used_gpu_memory {
+            UsedGpuMemory::Used(bytes) => bytes,
+            UsedGpuMemory::Unavailable => 0,
+        })
+        .sum();
+    Ok(Card {
+        index: 0,
+        name: device.name()?,
+        uuid: device.uuid()?,
+        total_bytes: memory.total,
+        free_bytes: memory.free,
+        used_by_others_bytes: memory.used.saturating_sub(ours),
+        temperature_celsius: match whole {
+            Some(whole) => whole.temperature_celsius,
+            None => device.temperature(TemperatureSensor::Gpu).ok(),
+        },
+        throttled: match whole {
+            Some(whole) => whole.throttled.clone(),
+            None => device.current_throttle_reasons().map(reasons).unwrap_or_default(),
+        },
+        ecc_errors: match whole {
+            Some(whole) => whole.ecc_errors,
+            None => device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile).ok(),
+        },
+    })
 }
 
 impl Driver for Nvml {
@@ -103,7 +172,8 @@ impl Driver for Nvml {
 
     fn cards(&self) -> Result<Vec<Card>, String> {
         let count = self.0.device_count().map_err(|e| format!("the driver does not count its devices: {e}"))?;
-        (0..count).map(|index| self.card(index).map_err(|e| format!("cuda:{index} does not answer: {e}"))).collect()
+        let board = |index| self.board(index).map_err(|e| format!("card {index} does not answer: {e}"));
+        Ok(numbered((0..count).map(board).collect::<Result<_, _>>()?, visible().as_deref()))
     }
 }
 
@@ -151,6 +221,39 @@ mod tests {
     fn without_a_driver_or_with_a_broken_one_there_are_no_cards() {
         assert_eq!(cards(None), []);
         assert_eq!(cards(Some(&Broken)), []);
+    }
+
+    fn named(uuid: &str, gib: u64) -> Card {
+        Card {
+            index: 0,
+            name: "Card X".into(),
+            uuid: uuid.into(),
+            total_bytes: gib << 30,
+            free_bytes: gib << 30,
+            used_by_others_bytes: 0,
+            temperature_celsius: Some(50),
+            throttled: Vec::new(),
+            ecc_errors: None,
+        }
+    }
+
+    #[test]
+    fn slices_of_a_card_are_devices_with_their_own_memory_and_names_instead_of_the_card() {
+        let boards = || {
+            let slices = vec![named("MIG-a-1", 10), named("MIG-a-2", 20)];
+            vec![Board::Whole(named("GPU-b-0", 80)), Board::Cut(slices), Board::Cut(Vec::new())]
+        };
+        let seen = |visible: Option<&[&str]>| -> Vec<(u32, String, u64)> {
+            let visible: Option<Vec<String>> = visible.map(|ids| ids.iter().map(|id| (*id).to_owned()).collect());
+            let cards = numbered(boards(), visible.as_deref());
+            cards.into_iter().map(|card| (card.index, card.uuid, card.total_bytes >> 30)).collect()
+        };
+        let is = |index: u32, uuid: &str, gib: u64| (index, uuid.to_owned(), gib);
+        assert_eq!(seen(None), [is(0, "GPU-b-0", 80), is(1, "MIG-a-1", 10), is(2, "MIG-a-2", 20)]);
+        // A container is shown one slice, and the environment may turn the order round.
+        assert_eq!(seen(Some(&["a-2"])), [is(0, "MIG-a-2", 20)]);
+        assert_eq!(seen(Some(&["a-1", "b-0"])), [is(0, "MIG-a-1", 10), is(1, "GPU-b-0", 80)]);
+        assert!(seen(Some(&[])).is_empty());
     }
 
     #[test]
