@@ -108,7 +108,7 @@ fn in_proportion(models: &Path, tier: &Tier, card: Bytes, steps: u32) -> Result<
         rates: Rates::of_cores(1),
     };
     let stored = table.stored_of(Stage::Diffusion).unwrap_or(Precision::Bf16);
-    let (own, others) = blocks(&table, stored);
+    let (own, others) = blocks(&table, Stage::Diffusion, stored);
     let planner = Planner {
         table,
         tiers: Tiers::default(),
@@ -120,7 +120,7 @@ fn in_proportion(models: &Path, tier: &Tier, card: Bytes, steps: u32) -> Result<
     };
     let need = planner.plan(&request(tier, steps))?.peak_bytes;
     let published = ModelTable::published().map_err(anyhow::Error::msg)?;
-    let (all, beside) = blocks(&published, stored);
+    let (all, beside) = blocks(&published, Stage::Diffusion, stored);
     let room = card.0.saturating_sub(need).saturating_sub(beside) as f64;
     let share = (room / all.iter().sum::<u64>() as f64).min(1.0);
     // A process holds a little besides its stages.

@@ -135,7 +135,7 @@ impl Completed {
         for report in &outcome.stages {
             let name = stage_name(report.stage());
             self.seconds.insert(name.to_owned(), json!(rounded(report.seconds)));
-            if report.weight_blocks > 0 {
+            if report.stage() == Stage::Diffusion && report.weight_blocks > 0 {
                 self.weights = Some(Brought {
                     blocks: report.weight_blocks,
                     resident_blocks: report.resident_weight_blocks,

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, LazyLock},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,7 +16,11 @@ use model::{
     ops,
 };
 use planner::{
-    cost::cpu::{Cpu, pass_bytes, resident_blocks},
+    Precision as Stored,
+    cost::{
+        cpu::{Cpu, pass_bytes, resident_blocks},
+        cuda,
+    },
     table::Transformer,
 };
 use proto::{
@@ -34,7 +38,7 @@ use service_kit::{
     device::CancelToken,
     hardware::DeviceName,
     memory::{Watch, WeightsReport},
-    stage::{StageHost, StageModel},
+    stage::{StageHost, StageModel, clock},
     tensors::{Item, Limits, Outbox, ReplyStream, RequestReader, streamed_reply},
 };
 use tonic::{Request, Response, Status, Streaming};
@@ -52,15 +56,10 @@ const MAX_WINDOW: usize = 1024;
 pub(crate) struct Model {
     stage: DiffusionStage,
     sizes: Transformer,
+    stored: Stored,
     cpu: Cpu,
-    on_card: bool,
+    device: Device,
     sessions: HashMap<String, Session>,
-}
-
-/// The time since the first call.
-fn clock() -> Duration {
-    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    START.elapsed()
 }
 
 impl StageModel for Model {
@@ -71,23 +70,17 @@ impl StageModel for Model {
 
     fn open(models: &Path, on: (DeviceName, Compute), choice: &Choice) -> Result<Self, ServiceError> {
         let fault = |e: model::Error| ServiceError::failed_precondition(e.to_string());
-        let stage = DiffusionStage::open(models, &setup(on, *choice)?).map_err(fault)?;
-        let sizes = transformer_table(models, *choice).map_err(fault)?;
+        let setup = setup(on, *choice)?;
+        let stage = DiffusionStage::open(models, &setup).map_err(fault)?;
+        let (sizes, stored) = transformer_table(models, *choice).map_err(fault)?;
         let value_bytes = if on.1 == Compute::F32 { 4 } else { 2 };
         let cpu = Cpu { threads: ops::threads() as u64, packs: ops::has_kernel(), value_bytes };
-        Ok(Self { stage, sizes, cpu, on_card: on.0.card().is_some(), sessions: HashMap::new() })
+        Ok(Self { stage, sizes, stored, cpu, device: setup.device, sessions: HashMap::new() })
     }
 
     fn weights(&self) -> WeightsReport {
         let told = self.stage.transformer.swap().told();
-        let count = |blocks: usize| u32::try_from(blocks).unwrap_or(u32::MAX);
-        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        WeightsReport {
-            blocks: count(told.blocks),
-            resident_blocks: count(told.resident),
-            waited_ms: ms(told.waited),
-            hidden_ms: ms(told.hidden),
-        }
+        WeightsReport::new([told.blocks, told.resident], [told.waited, told.hidden])
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
@@ -180,7 +173,7 @@ impl DiffusionService for Service {
         // Room for every result, so that a slow reader never holds the device.
         let messages = streamed_reply(header.items.len(), wrap, |outbox| {
             let work = move |model: &mut Model, cancel: &CancelToken| {
-                model.settle(&header, settled.memory().free_bytes);
+                model.settle(&header, |wanted| settled.free_for(wanted));
                 model.predict(&header, latents, (&outbox, cancel))
             };
             let pending = self.host.submit(work)?;
@@ -220,21 +213,32 @@ impl Model {
     }
 
     /// Lets as many blocks of weights stay in memory as the largest item leaves room for in what is free now.
-    fn settle(&self, header: &PredictHeader, free_bytes: u64) {
+    ///
+    /// - `free_for`: bytes that are free, after others made room where there are fewer than so many
+    fn settle(&self, header: &PredictHeader, free_for: impl Fn(u64) -> u64) {
         let Some(session) = self.sessions.get(&header.session_id) else { return };
-        let work = |item| pass_bytes(&self.sizes, &session.pass(item, header.keep_features), self.cpu);
-        let most = header.items.iter().map(work).max().unwrap_or(0);
-        let transformer = &self.stage.transformer;
-        let (taken, free) = if self.on_card {
-            // Weights that are on the card already are not free there, but free for weights. Beside them stands the
-            // layer that is being widened, which is no larger than a block.
-            let widened = transformer.swap().sizes().into_iter().max().unwrap_or(0);
-            (most.saturating_add(widened), free_bytes.saturating_add(transformer.swap().held_bytes()))
-        } else {
-            (most.saturating_add(transformer.unswapped_bytes()), free_bytes)
+        let on_card = !matches!(self.device, Device::Cpu);
+        let work = |item| {
+            let pass = session.pass(item, header.keep_features);
+            match on_card {
+                true => cuda::pass_bytes(&self.sizes, &pass, self.cpu.value_bytes),
+                false => pass_bytes(&self.sizes, &pass, self.cpu),
+            }
         };
-        let resident = resident_blocks(&transformer.swap().sizes(), free.saturating_sub(taken));
-        transformer.swap().keep(resident, clock);
+        let most = header.items.iter().map(work).max().unwrap_or(0);
+        let (transformer, swap) = (&self.stage.transformer, self.stage.transformer.swap());
+        let sizes = swap.sizes();
+        let all: u64 = sizes.iter().sum();
+        let (taken, free) = if on_card {
+            // Weights that are on the card already are not free there, but free for weights.
+            let (taken, here) = (most + cuda::transformer_widened(&self.sizes, self.stored), swap.held_bytes());
+            let free = free_for(all.saturating_add(taken).saturating_sub(here));
+            (taken, cuda::usable(free.saturating_add(here)))
+        } else {
+            let taken = most.saturating_add(transformer.unswapped_bytes());
+            (taken, free_for(all.saturating_add(taken)))
+        };
+        swap.keep(resident_blocks(&sizes, free.saturating_sub(taken)), clock);
     }
 
     /// Runs the items in order; gives the seconds it took.
@@ -245,7 +249,7 @@ impl Model {
         (outbox, cancel): (&Outbox<PredictResponse>, &CancelToken),
     ) -> Result<f64, ServiceError> {
         let begin = Instant::now();
-        let Self { stage, sessions, .. } = self;
+        let Self { stage, sessions, device, .. } = self;
         let session = sessions
             .get_mut(&header.session_id)
             .ok_or_else(|| ServiceError::not_found(format!("no session {:?} is open here", header.session_id)))?;
@@ -270,12 +274,14 @@ impl Model {
                 let features = features.ok_or_else(|| {
                     ServiceError::failed_precondition("the kept features are of different sizes; run the item FULL")
                 })?;
+                let features = features.to_device(device).map_err(fault)?;
                 transformer.predict_cached(&features, header.timestep, &given).map_err(fault)?
             } else {
                 let pass =
                     transformer.predict(&latents, header.timestep, &given, header.keep_features).map_err(fault)?;
                 if let Some(features) = pass.features {
-                    session.keep(item, features)?;
+                    // They are many and seldom used: a card's memory is for the passes.
+                    session.keep(item, features.to_device(&Device::Cpu).map_err(fault)?)?;
                 }
                 pass.velocity
             };

@@ -5,11 +5,23 @@ use std::{
     sync::Arc,
 };
 
+use candle_core::Device;
 use model::{
     Precision,
+    blueprint::text_tables,
     checkpoint::{self, Choice, Setup},
     image::Rgb8,
+    ops,
     text::{Branch, TextEncoder},
+};
+use planner::{
+    Precision as Stored,
+    cost::{
+        cpu::{Cpu, prompt_bytes, resident_blocks},
+        cuda,
+    },
+    size::PictureSize,
+    table::{Clip, Llava},
 };
 use proto::{
     tensor::HostTensor,
@@ -22,8 +34,8 @@ use service_kit::{
     ServiceError,
     config::Compute,
     hardware::DeviceName,
-    memory::Watch,
-    stage::{StageHost, StageModel},
+    memory::{Watch, WeightsReport},
+    stage::{StageHost, StageModel, clock},
     tensors::{Item, Limits, ReplyStream, RequestReader, reply},
 };
 use tonic::{Request, Response, Status, Streaming};
@@ -32,7 +44,13 @@ use tonic::{Request, Response, Status, Streaming};
 const MAX_SIDE: u32 = 8192;
 
 /// The networks on the device.
-pub(crate) struct Model(TextEncoder);
+pub(crate) struct Model {
+    encoder: TextEncoder,
+    sizes: (Llava, Clip),
+    stored: Stored,
+    cpu: Cpu,
+    device: Device,
+}
 
 impl StageModel for Model {
     const STAGE: Stage = Stage::TextEncoder;
@@ -40,7 +58,18 @@ impl StageModel for Model {
     type Options = ();
 
     fn open(models: &Path, on: (DeviceName, Compute), (): &()) -> Result<Self, ServiceError> {
-        TextEncoder::open(models, &setup(on)?).map(Self).map_err(|e| ServiceError::failed_precondition(e.to_string()))
+        let fault = |e: model::Error| ServiceError::failed_precondition(e.to_string());
+        let setup = setup(on)?;
+        let encoder = TextEncoder::open(models, &setup).map_err(fault)?;
+        let (llava, clip, stored) = text_tables(models).map_err(fault)?;
+        let value_bytes = if on.1 == Compute::F32 { 4 } else { 2 };
+        let cpu = Cpu { threads: ops::threads() as u64, packs: ops::has_kernel(), value_bytes };
+        Ok(Self { encoder, sizes: (llava, clip), stored, cpu, device: setup.device })
+    }
+
+    fn weights(&self) -> WeightsReport {
+        let told = self.encoder.swap().told();
+        WeightsReport::new([told.blocks, told.resident], [told.waited, told.hidden])
     }
 
     fn watched<R>(watch: Watch, work: impl FnOnce() -> R) -> R {
@@ -82,12 +111,14 @@ impl TextEncoderService for Service {
         }
         let [picture] = reader.all(["picture"]).await?;
         let picture = picture_of(picture)?;
+        let settled = self.host.clone();
         let work = move |model: &mut Model, _: &_| {
             let (prompt, width, height) = (header.prompt.as_str(), header.width, header.height);
+            model.settle(prompt, PictureSize { width, height }, |wanted| settled.free_for(wanted))?;
             let states = if header.truncate_prompt {
-                model.0.encode_cut(prompt, &picture, width, height)
+                model.encoder.encode_cut(prompt, &picture, width, height)
             } else {
-                model.0.encode(prompt, &picture, width, height)
+                model.encoder.encode(prompt, &picture, width, height)
             };
             let states = states.map_err(fault)?;
             let mut tensors = branch("positive", &states.positive)?;
@@ -108,6 +139,31 @@ impl TextEncoderService for Service {
         let summary = EncodePromptSummary { memory, device_use, ..summary };
         let summary = EncodePromptResponse { body: Some(encode_prompt_response::Body::Summary(summary)) };
         Ok(Response::new(reply(tensors, wrap, summary)))
+    }
+}
+
+impl Model {
+    /// Lets as many layers of the Llama stay in memory as the prompt leaves room for in what is free now.
+    ///
+    /// - `free_for`: bytes that are free, after others made room where there are fewer than so many
+    fn settle(&self, prompt: &str, size: PictureSize, free_for: impl Fn(u64) -> u64) -> Result<(), ServiceError> {
+        let (llava, clip) = &self.sizes;
+        let swap = self.encoder.swap();
+        let sizes = swap.sizes();
+        let all: u64 = sizes.iter().sum();
+        let (taken, free) = if matches!(self.device, Device::Cpu) {
+            let tokens = self.encoder.prompt_tokens(prompt).map_err(fault)? as u64;
+            let taken = prompt_bytes((llava, clip), size, tokens, self.cpu) + self.encoder.unswapped_bytes();
+            (taken, free_for(all.saturating_add(taken)))
+        } else {
+            // Weights that are on the card already are not free there, but free for weights.
+            let work = cuda::prompt_bytes(llava, llava.tokens, self.cpu.value_bytes);
+            let (taken, here) = (work + cuda::llama_widened(llava, self.stored), swap.held_bytes());
+            let free = free_for(all.saturating_add(taken).saturating_sub(here));
+            (taken, cuda::usable(free.saturating_add(here)))
+        };
+        swap.keep(resident_blocks(&sizes, free.saturating_sub(taken)), clock);
+        Ok(())
     }
 }
 

@@ -15,7 +15,7 @@ mod vae;
 pub use self::{
     audio::WhisperSizes,
     shapes::{Missing, Shapes},
-    table::{model_table, transformer_table},
+    table::{model_table, text_tables, transformer_table},
     text::{ClipSizes, LlavaSizes},
     transformer::TransformerSizes,
     vae::{VaeHalf, VaeSizes},

@@ -1,6 +1,9 @@
 //! What the planner knows of a checkpoint: sizes and numbers of values, from headers alone.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use planner::table::{self, ModelTable};
 
@@ -38,12 +41,8 @@ pub fn model_table(models: &Path, choice: Choice) -> Result<ModelTable> {
             if let Ok(file) = std::fs::metadata(&tokenizer) {
                 bytes += TOKENIZER_BYTES + file.len().saturating_mul(TOKENIZER_FACTOR);
             }
-            let missing = |m: super::Missing| Error::file(&part.place, format!("{}: {}", m.name, m.reason));
-            found.take(&part.config, &shapes, &part.place).map_err(|fault| match fault {
-                Fault::Missing(m) => missing(m),
-                Fault::Error(e) => e,
-            })?;
-            let specs = part.config.expected(&shapes).map_err(missing)?;
+            found.take(&part.config, &shapes, &part.place).map_err(|fault| fault.at(&part.place))?;
+            let specs = part.config.expected(&shapes).map_err(|missing| Fault::from(missing).at(&part.place))?;
             let network = part.config.network();
             found.parts.extend(parts(network, &specs));
             found.stored.extend(stored(network, &listed).map(|precision| (stage.into(), precision)));
@@ -57,20 +56,39 @@ pub fn model_table(models: &Path, choice: Choice) -> Result<ModelTable> {
     found.table(models, tables)
 }
 
-/// The sizes of the transformer below a folder of models; only headers are read.
+/// The sizes of the transformer below a folder of models, and the precision of its large layers; only headers are read.
 ///
 /// Errors: as [`model_table`], of its stage alone.
-pub fn transformer_table(models: &Path, choice: Choice) -> Result<table::Transformer> {
-    let source = Source::open(models, Stage::Diffusion, choice)?;
-    for part in &source.parts {
-        if let Config::Transformer(config) = &part.config {
-            let shapes: Shapes = part.weights.list().into_iter().map(|t| (t.name, t.shape)).collect();
-            let sizes = TransformerSizes::of(&shapes, config);
-            let missing = |m: super::Missing| Error::file(&part.place, format!("{}: {}", m.name, m.reason));
-            return Ok(transformer(&sizes.map_err(missing)?));
-        }
+pub fn transformer_table(models: &Path, choice: Choice) -> Result<(table::Transformer, planner::Precision)> {
+    let (found, place) = found(models, Stage::Diffusion, choice)?;
+    let precision = found.precision();
+    let sizes = found.transformer.ok_or_else(|| Error::file(&place, "a network is missing"))?;
+    Ok((sizes, precision))
+}
+
+/// The sizes of LLaVA and CLIP below a folder of models, and the precision of the Llama's large layers.
+///
+/// Errors: as [`model_table`], of their stage alone.
+pub fn text_tables(models: &Path) -> Result<(table::Llava, table::Clip, planner::Precision)> {
+    let (found, place) = found(models, Stage::TextEncoder, Choice::Auto)?;
+    let precision = found.precision();
+    match (found.llava, found.clip) {
+        (Some(llava), Some(clip)) => Ok((llava, clip, precision)),
+        _ => Err(Error::file(&place, "a network is missing")),
     }
-    Err(Error::file(models, "a network is missing"))
+}
+
+/// What one stage has, and where.
+fn found(models: &Path, stage: Stage, choice: Choice) -> Result<(Found, PathBuf)> {
+    let source = Source::open(models, stage, choice)?;
+    let mut found = Found::default();
+    for part in &source.parts {
+        let listed = part.weights.list();
+        let shapes: Shapes = listed.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
+        found.take(&part.config, &shapes, &part.place).map_err(|fault| fault.at(&part.place))?;
+        found.stored.extend(stored(part.config.network(), &listed).map(|precision| (stage.into(), precision)));
+    }
+    Ok((found, models.to_owned()))
 }
 
 impl From<Stage> for planner::Stage {
@@ -88,6 +106,15 @@ impl From<Stage> for planner::Stage {
 enum Fault {
     Missing(super::Missing),
     Error(Error),
+}
+
+impl Fault {
+    fn at(self, place: &Path) -> Error {
+        match self {
+            Self::Missing(missing) => Error::file(place, format!("{}: {}", missing.name, missing.reason)),
+            Self::Error(error) => error,
+        }
+    }
 }
 
 impl From<super::Missing> for Fault {
@@ -110,6 +137,11 @@ struct Found {
 }
 
 impl Found {
+    /// Of the large layers; 16 bits where the files have none that is less.
+    fn precision(&self) -> planner::Precision {
+        self.stored.first().map_or(planner::Precision::Bf16, |(_, precision)| *precision)
+    }
+
     fn take(&mut self, config: &Config, shapes: &Shapes, place: &Path) -> Result<(), Fault> {
         match config {
             Config::Whisper(config) => self.whisper = Some(whisper(&WhisperSizes::of(shapes, config)?, config)),

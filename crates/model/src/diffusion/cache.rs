@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::{Error, Result};
 
@@ -15,6 +15,18 @@ pub struct Features {
     pub image: Tensor,
     /// Valid text tokens, `(L, H)`.
     pub text: Tensor,
+}
+
+impl Features {
+    /// The same values on another device; on their own one nothing is copied.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let moved = |tokens: &Tensor| match tokens.device().same_device(device) {
+            true => Ok(tokens.clone()),
+            // A view would bring all that it is a part of.
+            false => tokens.force_contiguous()?.to_device(device),
+        };
+        Ok(Self { reference: moved(&self.reference)?, image: moved(&self.image)?, text: moved(&self.text)? })
+    }
 }
 
 /// What a whole window shares: kept once, however many of its frames are still its own.
@@ -95,8 +107,6 @@ impl FeatureCache {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     const EACH: usize = 3;

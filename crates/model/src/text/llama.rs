@@ -8,7 +8,7 @@ use crate::{
     attention::{attention, join_heads, split_heads},
     nn::{Linear, RmsNorm},
     ops::Activation,
-    weights::Weights,
+    weights::{Swap, Weights},
 };
 
 const WORDS: &str = "embed_tokens.weight";
@@ -20,6 +20,8 @@ pub(super) struct Llama {
     layers: Vec<Layer>,
     shape: Shape,
     rope_theta: f64,
+    /// The layers' weights.
+    swap: Swap,
 }
 
 /// What all layers have in common.
@@ -56,8 +58,15 @@ impl Llama {
         if found < needed {
             return Err(weights.fault(format!("layers.{found}.self_attn.q_proj.weight"), "it is missing"));
         }
-        let layers = (0..needed).map(|i| Layer::load(&weights.pp("layers").pp(i), shape)).collect::<Result<_>>()?;
-        Ok(Self { weights: weights.clone(), layers, shape, rope_theta: config.rope_theta })
+        let coming = weights.pp("layers").later();
+        let layers = (0..needed).map(|i| Layer::load(&coming.pp(i), shape)).collect::<Result<_>>()?;
+        let swap = Swap::new((0..needed).map(|i| weights.pp("layers").pp(i).extent()).collect());
+        Ok(Self { weights: weights.clone(), layers, shape, rope_theta: config.rope_theta, swap })
+    }
+
+    /// The layers' weights, which may stay in memory or come and go.
+    pub(super) fn swap(&self) -> &Swap {
+        &self.swap
     }
 
     /// Layers that are run.
@@ -87,8 +96,11 @@ impl Llama {
     pub(super) fn forward(&self, x: &Tensor, positions: &[usize], mask: &Tensor) -> Result<Tensor> {
         let rope = Rope::new(positions, self.shape.width / self.shape.heads, self.rope_theta, x.device())?;
         let mut x = x.clone();
-        for layer in &self.layers {
+        let mut pass = self.swap.pass();
+        for (i, layer) in self.layers.iter().enumerate() {
+            pass.enter(i);
             x = layer.forward(&x, &rope, mask)?;
+            pass.leave(i);
         }
         Ok(x)
     }

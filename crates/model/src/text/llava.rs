@@ -3,7 +3,13 @@
 use candle_core::{DType, Tensor};
 
 use super::{clip::rows_of, config::LlavaConfig, llama::Llama, vision::VisionTower};
-use crate::{Error, Result, attention::causal_mask, nn::Linear, ops::Activation, weights::Weights};
+use crate::{
+    Error, Result,
+    attention::causal_mask,
+    nn::Linear,
+    ops::Activation,
+    weights::{Swap, Weights},
+};
 
 const VISION: &str = "vision_tower.vision_model";
 const PROJECTOR: &str = "multi_modal_projector";
@@ -66,6 +72,17 @@ impl Llava {
     #[must_use]
     pub fn vision(&self) -> &VisionTower {
         &self.vision
+    }
+
+    /// Bytes in their files of all weights that are in no layer of the Llama, without its table of tokens.
+    pub(super) fn unswapped_bytes(weights: &Weights) -> u64 {
+        [VISION, PROJECTOR].map(|part| weights.pp(part).extent().bytes()).into_iter().sum()
+    }
+
+    /// The weights of the Llama's layers, which may stay in memory or come and go.
+    #[must_use]
+    pub fn swap(&self) -> &Swap {
+        self.llama.swap()
     }
 
     /// Number of tokens that have an embedding.

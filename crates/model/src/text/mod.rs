@@ -24,7 +24,7 @@ use crate::{
     Error, Result,
     checkpoint::{Layout, Network, Setup, Stage, locate, official},
     image::{Rgb8, llava_pixels, resize_lanczos},
-    weights::read_json,
+    weights::{Swap, read_json},
 };
 
 /// What is put before every prompt.
@@ -77,6 +77,8 @@ pub struct TextEncoder {
     llava_tokens: PromptTokenizer,
     clip: ClipText,
     clip_tokens: ClipTokenizer,
+    /// Bytes of all weights in their files that are in no layer of the Llama.
+    unswapped: u64,
     device: Device,
 }
 
@@ -107,7 +109,29 @@ impl TextEncoder {
         clip_weights.refuse_unused(ClipText::may_skip)?;
         let sizes = (clip.length(), clip.vocabulary()?);
         let clip_tokens = ClipTokenizer::open(&clip_source.folder, config.clip.eot_token, sizes)?;
-        Ok(Self { llava, llava_tokens, clip, clip_tokens, device: setup.device.clone() })
+        let unswapped = Llava::unswapped_bytes(&llava_weights) + clip_weights.extent().bytes();
+        Ok(Self { llava, llava_tokens, clip, clip_tokens, unswapped, device: setup.device.clone() })
+    }
+
+    /// The weights of the Llama's layers, which may stay in memory or come and go.
+    #[must_use]
+    pub fn swap(&self) -> &Swap {
+        self.llava.swap()
+    }
+
+    /// Bytes of all weights in their files that are in no layer of the Llama.
+    #[must_use]
+    pub fn unswapped_bytes(&self) -> u64 {
+        self.unswapped
+    }
+
+    /// Tokens that LLaVA reads of a caller's prompt, with the words that are put before it; no more than it can read.
+    ///
+    /// Errors: the tokenizer does not take the text.
+    pub fn prompt_tokens(&self, prompt: &str) -> Result<usize> {
+        let positive = positive_prompt(prompt);
+        let (kept, _) = self.llava_tokens.cut(&positive)?;
+        Ok(self.llava_tokens.encode(kept)?.prompt)
     }
 
     /// Encodes a caller's prompt, and the negative prompt, with a picture.

@@ -37,6 +37,42 @@ fn encodes_both_branches_and_says_how_long_the_prompt_is() -> Result<()> {
 }
 
 #[test]
+fn layers_of_the_llama_that_come_and_go_are_held_two_at_a_time_and_change_no_bit() -> Result<()> {
+    let (_folder, encoder) = small();
+    let states = || -> Result<Vec<f32>> {
+        let states = encoder.encode("a person speaks", &picture(), 64, 96)?;
+        Ok([&states.positive.states, &states.negative.states].map(values).concat())
+    };
+    let all = states()?;
+    let sizes = encoder.swap().sizes();
+    let (layers, whole, most) = (sizes.len(), sizes.iter().sum::<u64>(), *sizes.iter().max().unwrap());
+    assert!(layers >= 3 && most > 0, "{sizes:?}");
+    assert_eq!(encoder.swap().held_bytes(), whole);
+    for resident in [0, 1] {
+        encoder.swap().keep(resident, || std::time::Duration::ZERO);
+        assert!(states()? == all, "{resident} layers stay");
+        let told = encoder.swap().told();
+        assert_eq!((told.blocks, told.resident), (layers, resident));
+        let stay: u64 = sizes.iter().rev().take(resident).sum();
+        assert!(told.held_bytes <= stay + 2 * most && told.held_bytes < whole, "{told:?} of {sizes:?}");
+    }
+    encoder.swap().keep(layers, || std::time::Duration::ZERO);
+    assert!(states()? == all && encoder.unswapped_bytes() > 0);
+    Ok(())
+}
+
+#[test]
+fn a_prompts_tokens_are_counted_as_they_are_read() -> Result<()> {
+    let (_folder, encoder) = small();
+    let read = |prompt: &str| encoder.encode_cut(prompt, &picture(), 64, 96).map(|states| states.prompt_tokens_kept);
+    let long = "waves ".repeat(400);
+    for prompt in ["", "a person speaks", long.as_str()] {
+        assert_eq!(encoder.prompt_tokens(prompt)?, read(prompt)?);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_prompt_is_refused_with_its_token_count_never_cut() -> Result<()> {
     let (_folder, encoder) = small();
     let limit = encoder.encode("", &picture(), 64, 64)?.prompt_token_limit;

@@ -19,9 +19,14 @@ pub use self::{
 use super::Job;
 use crate::{
     precision::Precision,
+    size::PictureSize,
     stage::Stage,
-    table::{ModelTable, Network, Transformer},
+    table::{Clip, Llava, ModelTable, Network, Transformer, Vae},
 };
+
+/// Queries that attention takes at once, as `model::ops` has them.
+pub const QUERIES: u64 = heap::QUERIES;
+pub use self::diffusion::TOKENS_AT_ONCE;
 
 /// A CPU as the networks' code sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +61,12 @@ impl Need {
 /// What a stage needs of the heap for a job.
 #[must_use]
 pub fn need(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Need {
+    need_in_tiles((table, &table.vae), stage, job, cpu)
+}
+
+/// As [`need`], with the decoder in tiles of a VAE of its own.
+#[must_use]
+pub fn need_in_tiles((table, vae): (&ModelTable, &Vae), stage: Stage, job: &Job, cpu: Cpu) -> Need {
     let plain = |network: &Network| network.stage() == stage && cpu.value_bytes == 4;
     let mut heap = Heap::new(cpu, !table.in_f32.iter().any(plain));
     let kept = match stage {
@@ -64,7 +75,7 @@ pub fn need(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Need {
             0
         }
         Stage::TextEncoder => {
-            text::encode(&mut heap, table, job);
+            text::encode(&mut heap, (&table.llava, &table.clip), job.size, job.text_tokens(&table.llava));
             0
         }
         Stage::ImageEncoder => {
@@ -76,7 +87,7 @@ pub fn need(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Need {
             diffusion::kept(table, job, cpu)
         }
         Stage::VaeDecode => {
-            vae::decode(&mut heap, &table.vae, job);
+            vae::decode(&mut heap, vae, job);
             0
         }
     };
@@ -92,7 +103,9 @@ pub fn ops(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Ops {
             let pieces = (job.seconds / audio::SECONDS).ceil().max(1.0) as u64;
             heap.counted(pieces, |heap| audio::encode(heap, &table.whisper, job));
         }
-        Stage::TextEncoder => text::encode(&mut heap, table, job),
+        Stage::TextEncoder => {
+            text::encode(&mut heap, (&table.llava, &table.clip), job.size, job.text_tokens(&table.llava));
+        }
         Stage::ImageEncoder => vae::look(&mut heap, &table.vae, job),
         Stage::Diffusion => {
             let ((full, cached), t) = (job.passes(), &table.transformer);
@@ -110,6 +123,14 @@ pub fn ops(table: &ModelTable, stage: Stage, job: &Job, cpu: Cpu) -> Ops {
 pub fn pass_bytes(transformer: &Transformer, pass: &Pass, cpu: Cpu) -> u64 {
     let mut heap = Heap::new(cpu, true);
     diffusion::pass(&mut heap, transformer, pass);
+    heap.peak()
+}
+
+/// Bytes that the encoding of a prompt of so many tokens takes besides what its stage holds.
+#[must_use]
+pub fn prompt_bytes(networks: (&Llava, &Clip), size: PictureSize, prompt_tokens: u64, cpu: Cpu) -> u64 {
+    let mut heap = Heap::new(cpu, true);
+    text::encode(&mut heap, networks, size, networks.0.rows(prompt_tokens));
     heap.peak()
 }
 
@@ -134,12 +155,12 @@ pub fn resident_blocks(blocks: &[u64], room: u64) -> usize {
     blocks.iter().rev().take_while(stays).count()
 }
 
-/// Bytes in its files of each of the transformer's blocks, in the order in which a pass needs them, and of all that is
-/// in no block.
+/// Bytes in its files of each of a stage's blocks, in the order in which a pass needs them, and of all that is in no
+/// block.
 #[must_use]
-pub fn blocks(table: &ModelTable, precision: Precision) -> (Vec<u64>, u64) {
+pub fn blocks(table: &ModelTable, stage: Stage, precision: Precision) -> (Vec<u64>, u64) {
     let (mut blocks, mut others) = (Vec::new(), 0u64);
-    for part in table.of(Stage::Diffusion) {
+    for part in table.of(stage) {
         let bytes = part.bytes(precision);
         match part.swaps() {
             true => blocks.extend((0..part.count).map(|_| bytes)),

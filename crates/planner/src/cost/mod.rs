@@ -108,6 +108,18 @@ impl Job {
         }
     }
 
+    /// All tokens of one pass.
+    #[must_use]
+    pub fn tokens(&self, llava: &crate::table::Llava) -> u64 {
+        self.image_tokens() + self.text_tokens(llava)
+    }
+
+    /// Parts in which the transformer's wide layers take the tokens of one pass.
+    #[must_use]
+    pub fn token_chunks(&self, llava: &crate::table::Llava) -> u64 {
+        self.tokens(llava).div_ceil(cpu::TOKENS_AT_ONCE).max(1)
+    }
+
     /// Frames of one window.
     #[must_use]
     pub fn window_frames(&self) -> u64 {

@@ -98,9 +98,6 @@ pub(super) struct Chosen {
     pub(super) rank: [usize; 4],
 }
 
-/// Image tokens from which one branch alone fills a card.
-const FILLING_TOKENS: u64 = 4096;
-
 /// Which number a stage has.
 fn index(stage: Stage) -> usize {
     stage as usize
@@ -216,6 +213,9 @@ impl Planner {
                         rank[0] = usize::try_from(fit.blocks - fit.resident_blocks).unwrap_or(usize::MAX);
                     }
                     (Stage::Diffusion, Fit::Cuda(_)) => rank[0] = placed.rung,
+                    (Stage::TextEncoder, Fit::Cpu(fit)) => {
+                        rank[1] += usize::try_from(fit.blocks - fit.resident_blocks).unwrap_or(usize::MAX);
+                    }
                     _ => rank[1] += placed.rung,
                 }
                 stages[index(*stage)] = Some(placed);
@@ -234,47 +234,69 @@ impl Planner {
 
     /// On a CPU all stages stay open, since what they hold is little.
     fn on_cpu(&self, job: &Job, device: &Device, cpus: [cpu::Cpu; 5], here: &[Stage]) -> Result<Vec<Placed>, Shortage> {
-        let vae = &self.table.vae;
         let mut placed: Vec<Placed> = here
             .iter()
             .map(|&stage| {
                 let cpu = cpus[index(stage)];
                 let need = cpu::need(&self.table, stage, job, cpu);
+                let wide = stage == Stage::Diffusion;
                 let fit = CpuFit {
                     precision: self.precisions_of(stage).first().copied().unwrap_or(Precision::Bf16),
                     weights_mapped: true,
                     resident_blocks: 0,
                     blocks: 0,
+                    prefetch: 0,
+                    token_chunks: if wide { job.token_chunks(&self.table.llava) } else { 1 },
+                    query_chunk: cpu::QUERIES,
                     compute_bits: 8 * cpu.value_bytes,
                     branches_together: false,
-                    tile: [8 * vae.tile_side, 4 * vae.tile_length],
+                    tile: self.table.vae.tile(),
                 };
                 Placed { fit: Fit::Cpu(fit), rung: 0, resident: need.resident, kept: need.kept, work: need.work }
             })
             .collect();
         let resident: u64 = placed.iter().map(|p| p.resident).sum();
         for (stage, placed) in here.iter().zip(&mut placed) {
+            if *stage == Stage::VaeDecode {
+                self.cut(job, cpus[index(*stage)], placed, device.usable().saturating_sub(resident));
+            }
             let needed = resident.saturating_add(placed.kept).saturating_add(placed.work);
             if needed > device.usable() {
                 return Err(self.shortage(device, *stage, needed));
             }
-            if *stage == Stage::Diffusion
+            if matches!(stage, Stage::Diffusion | Stage::TextEncoder)
                 && let Fit::Cpu(fit) = &mut placed.fit
             {
                 // What the heap leaves of the memory is for the pages of weights.
-                let (blocks, others) = cpu::blocks(&self.table, fit.precision);
+                let (blocks, others) = cpu::blocks(&self.table, *stage, fit.precision);
                 let room = device.usable().saturating_sub(needed).saturating_sub(others);
                 fit.blocks = blocks.len() as u64;
                 fit.resident_blocks = cpu::resident_blocks(&blocks, room) as u64;
+                fit.prefetch = u64::from(fit.resident_blocks < fit.blocks);
             }
         }
         Ok(placed)
     }
 
+    /// Lets the decoder work in the largest tiles for which `room` bytes are enough, or else in the smallest.
+    fn cut(&self, job: &Job, cpu: cpu::Cpu, placed: &mut Placed, room: u64) {
+        for (rung, divisor) in ladder::TILE_DIVISORS.into_iter().enumerate() {
+            let vae = self.table.vae.with_smaller_tiles(divisor);
+            let need = cpu::need_in_tiles((&self.table, &vae), Stage::VaeDecode, job, cpu);
+            if let Fit::Cpu(fit) = &mut placed.fit {
+                fit.tile = vae.tile();
+            }
+            (placed.rung, placed.work) = (rung, need.work);
+            if need.work <= room {
+                return;
+            }
+        }
+    }
+
     /// The best fits of the stages, and whether they must load and unload in turn.
     fn on_card(&self, job: &Job, device: &Device, here: &[Stage]) -> Result<(Vec<Placed>, bool), Shortage> {
         let usable = device.usable();
-        let mut placed = here
+        let placed = here
             .iter()
             .map(|&stage| {
                 let mut smallest = u64::MAX;
@@ -290,25 +312,7 @@ impl Planner {
         let weights = placed.iter().map(|p| p.resident - cuda::CONTEXT_BYTES).fold(0, u64::saturating_add);
         let work = placed.iter().map(|p| p.work).max().unwrap_or(0);
         let in_turn = weights.saturating_add(work).saturating_add(cuda::CONTEXT_BYTES) > usable;
-        for (stage, placed) in here.iter().zip(&mut placed) {
-            let others = if in_turn { 0 } else { weights - (placed.resident - cuda::CONTEXT_BYTES) };
-            self.use_room(job, *stage, placed, usable - others);
-        }
         Ok((placed, in_turn))
-    }
-
-    /// Lets both branches of a small pass go through together where there is room: one alone does not fill a card.
-    fn use_room(&self, job: &Job, stage: Stage, placed: &mut Placed, room: u64) {
-        let Fit::Cuda(fit) = placed.fit else { return };
-        if stage != Stage::Diffusion || fit.token_chunks > 1 || job.branches < 2 || job.image_tokens() > FILLING_TOKENS
-        {
-            return;
-        }
-        let fit = cuda::Fit { branches_together: true, ..fit };
-        let work = cuda::activations(&self.table, stage, job, &fit);
-        if placed.resident.saturating_add(work) <= room {
-            *placed = Placed { fit: Fit::Cuda(fit), work, ..*placed };
-        }
     }
 
     /// A stage's fits on a card, the best first.
@@ -425,13 +429,19 @@ impl Planner {
     }
 
     /// Bytes of blocks that one pass reads, since they do not stay.
-    pub(super) fn moved_on_cpu(&self, fit: &CpuFit) -> u64 {
-        let (blocks, _) = cpu::blocks(&self.table, fit.precision);
+    pub(super) fn moved_on_cpu(&self, stage: Stage, fit: &CpuFit) -> u64 {
+        let (blocks, _) = cpu::blocks(&self.table, stage, fit.precision);
         let away = fit.blocks.saturating_sub(fit.resident_blocks) as usize;
         blocks.iter().take(away).sum()
     }
 
     fn seconds(&self, job: &Job, stage: Stage, device: &Device, placed: &Placed, turns: bool) -> f64 {
+        // Of the transformer, the full ones: a cached pass needs the last block alone, which stays. Of the Llama, one for each prompt.
+        let passes = match stage {
+            Stage::Diffusion => job.passes().0 as f64,
+            Stage::TextEncoder => 2.0,
+            _ => 0.0,
+        };
         let work = match (device.kind, device.rates.pace) {
             (DeviceKind::Cpu(cpus), Some(pace)) => {
                 let ops = cpu::ops(&self.table, stage, job, cpus[index(stage)]);
@@ -443,25 +453,15 @@ impl Planner {
             Fit::Cpu(fit) => {
                 let computing =
                     work + work::weights_read(&self.table, stage, job, fit.precision) / device.rates.weights;
-                let moved = self.moved_on_cpu(&fit);
+                let moved = self.moved_on_cpu(stage, &fit);
                 // What does not stay is read while another block computes.
-                computing.max(moved as f64 * job.passes().0 as f64 / device.rates.files)
+                computing.max(moved as f64 * passes / device.rates.files)
             }
             Fit::Cuda(fit) => {
                 let load = if turns { placed.resident as f64 / device.rates.files } else { 0.0 };
                 let (_, moved) = cuda::weights(&self.table, stage, &fit);
-                let passes = match stage {
-                    Stage::Diffusion => {
-                        // A cached pass needs the last block alone, which stays.
-                        let (full, _) = job.passes();
-                        full as f64
-                    }
-                    Stage::TextEncoder => 2.0,
-                    _ => 0.0,
-                };
-                let moving = moved as f64 * passes / device.rates.weights;
                 // What is brought ahead comes while another block computes.
-                load + if fit.prefetch > 0 { work.max(moving) } else { work + moving }
+                load + work.max(moved as f64 * passes / device.rates.weights)
             }
         }
     }

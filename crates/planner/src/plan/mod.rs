@@ -1,8 +1,9 @@
 //! Which plan fits: tier, placement, and how each stage lives in its device.
 //!
 //! Sacrifices come in this order: placement and residency (other cards, stages that load and unload in turn), precision
-//! (as far as it is allowed), speed (blocks that are swapped, smaller tiles). Size, frames and steps are lowered only
-//! to a tier's limits or by leave. Chunks of tokens and branches in turn cost next to nothing and come before precision.
+//! (as far as it is allowed), speed (blocks that are swapped, smaller tiles, features that are not kept). Size, frames and
+//! steps are lowered only to a tier's limits or by leave. Chunks of tokens and branches in turn cost next to nothing, so the
+//! engine always works in them.
 
 mod choose;
 mod ladder;
@@ -50,9 +51,6 @@ pub struct Device {
     pub rates: Rates,
 }
 
-/// Part of a card's free memory that no plan uses: fragments, and what others take meanwhile.
-const SPARE_PERCENT: u64 = 5;
-
 impl Device {
     /// A card that is not here: all of its memory is free, and nothing was measured.
     #[must_use]
@@ -64,7 +62,7 @@ impl Device {
     #[must_use]
     pub fn usable(&self) -> u64 {
         match self.kind {
-            DeviceKind::Cuda => self.free.0 / 100 * (100 - SPARE_PERCENT),
+            DeviceKind::Cuda => cuda::usable(self.free.0),
             DeviceKind::Cpu(_) => self.free.0,
         }
     }
@@ -157,6 +155,12 @@ pub struct CpuFit {
     pub resident_blocks: u64,
     /// Blocks.
     pub blocks: u64,
+    /// Blocks that are read while another computes.
+    pub prefetch: u64,
+    /// Parts in which the wide layers take their tokens.
+    pub token_chunks: u64,
+    /// Queries that attention takes at once.
+    pub query_chunk: u64,
     /// Bits of a value between operations.
     pub compute_bits: u64,
     /// Both guidance branches go one after the other.
@@ -268,12 +272,25 @@ impl Planner {
                 reasons.extend(reasons::of_choice(self, &job, &chosen));
                 Ok(self.finish(tier, limited, &job, chosen, (degraded, reasons)))
             }
-            Err(shortage) => {
-                let nearest = self.nearest(&job, window);
+            Err(with_features) => {
+                let full = Job { no_feature_cache: true, ..job };
+                let shortage = match self.fit(&full) {
+                    Ok(chosen) => {
+                        degraded.push(format!(
+                            "{with_features}; without kept features it fits, so every step runs in full"
+                        ));
+                        reasons.extend(reasons::of_choice(self, &full, &chosen));
+                        return Ok(self.finish(tier, limited, &full, chosen, (degraded, reasons)));
+                    }
+                    Err(least) => least,
+                };
+                let nearest = self.nearest(&full, window);
                 let Some((smaller, told)) = nearest else { return Err(Refusal::Memory(shortage)) };
                 if !self.allow_degrade {
                     return Err(Refusal::Memory(choose::Shortage { nearest: Some(told), ..shortage }));
                 }
+                let with_features = Job { no_feature_cache: job.no_feature_cache, ..smaller };
+                let smaller = if self.fit(&with_features).is_ok() { with_features } else { smaller };
                 let chosen = self.fit(&smaller).map_err(Refusal::Memory)?;
                 degraded.push(format!("{shortage}; lowered to {told}"));
                 reasons.extend(reasons::of_choice(self, &smaller, &chosen));

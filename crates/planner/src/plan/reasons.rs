@@ -113,9 +113,10 @@ fn of_stage(planner: &Planner, job: &Job, chosen: &Chosen, stage: Stage) -> Vec<
                 "{stage}: {} of {} blocks stay in memory and {} a pass are read while another computes",
                 fit.resident_blocks,
                 fit.blocks,
-                Bytes(planner.moved_on_cpu(&fit)),
+                Bytes(planner.moved_on_cpu(stage, &fit)),
             )];
         }
+        Fit::Cpu(fit) if chosen.stages[stage as usize].rung > 0 => return vec![in_tiles(stage, fit.tile)],
         Fit::Cpu(_) => return Vec::new(),
     };
     let Some(device) = planner.devices.get(chosen.devices[stage as usize]) else { return Vec::new() };
@@ -132,17 +133,17 @@ fn of_stage(planner: &Planner, job: &Job, chosen: &Chosen, stage: Stage) -> Vec<
         });
         let needed = Bytes(smallest.min().unwrap_or(0));
         said.push(format!(
-            "{stage}: {needed} at {best} do not fit in {usable}, so its large layers are in {}",
-            fit.precision
+            "{stage}: {needed} at {best} do not fit in {usable}, so its large layers are in {precision}, as `avatar \
+             weights convert --precision {precision}` makes them",
+            precision = fit.precision
         ));
     }
     if !fit.resident() {
         let whole = Bytes(planner.table.weights(stage, fit.precision));
         let (_, moved) = cuda::weights(&planner.table, stage, &fit);
-        let ahead = if fit.prefetch > 0 { "while another computes" } else { "one after the other" };
         said.push(format!(
             "{stage}: its weights, {whole} at {}, do not fit with its activations, so {} of {} blocks stay and {} a pass \
-             are brought {ahead}",
+             are brought while another computes",
             fit.precision,
             fit.resident_blocks,
             fit.blocks,
@@ -156,8 +157,11 @@ fn of_stage(planner: &Planner, job: &Job, chosen: &Chosen, stage: Stage) -> Vec<
         ));
     }
     if stage == Stage::VaeDecode && chosen.stages[stage as usize].rung > 0 {
-        let [side, length] = fit.tile;
-        said.push(format!("{stage}: tiles of {side} pixels and {length} frames, since larger ones do not fit"));
+        said.push(in_tiles(stage, fit.tile));
     }
     said
+}
+
+fn in_tiles(stage: Stage, [side, length]: [u64; 2]) -> String {
+    format!("{stage}: tiles of {side} pixels and {length} frames, since larger ones do not fit")
 }

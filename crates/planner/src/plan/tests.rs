@@ -78,9 +78,9 @@ fn every_tier_fits_its_nominal_card_without_another_precision() {
 fn the_largest_card_keeps_everything_in_16_bits() {
     let plan = planner(&["80GiB"]).plan(&request(704, 768, 129, 50)).unwrap();
     let fit = cuda_fit(&plan, Stage::Diffusion);
-    assert!(fit.resident() && fit.precision == Precision::Bf16 && fit.token_chunks == 1 && !fit.branches_together);
-    let small = planner(&["80GiB"]).plan(&request(128, 128, 9, 50)).unwrap();
-    assert!(cuda_fit(&small, Stage::Diffusion).branches_together);
+    assert!(fit.resident() && fit.precision == Precision::Bf16 && !fit.branches_together);
+    // 72,000 tokens, 8192 at a time.
+    assert_eq!((fit.token_chunks, fit.query_chunk, fit.tile), (9, 128, [256, 64]));
     assert!(
         plan.reasons.iter().any(|r| r.contains("fit together in 76.00 GiB and stay loaded")),
         "{:#?}",
@@ -156,6 +156,46 @@ fn a_checkpoint_has_one_precision_whatever_is_allowed() {
     assert_eq!(cuda_fit(&plan, Stage::Diffusion).precision, Precision::Int8);
 }
 
+/// The model on this machine's processor.
+fn on_cpu(free: Bytes) -> Planner {
+    let cpu = crate::cost::cpu::Cpu { threads: 2, packs: true, value_bytes: 4 };
+    let kind = DeviceKind::Cpu([cpu; 5]);
+    let device = Device { name: "cpu".into(), kind, total: free, free, rates: work::Rates::of_cores(2) };
+    Planner { devices: vec![device], ..planner(&[]) }
+}
+
+fn cpu_fit(plan: &Plan, stage: Stage) -> CpuFit {
+    match plan.stages.iter().find(|s| s.stage == stage).unwrap().fit {
+        Fit::Cpu(fit) => fit,
+        Fit::Cuda(_) => panic!("{stage} is on a card"),
+    }
+}
+
+#[test]
+fn on_a_cpu_blocks_then_tiles_then_features_are_given_up_as_memory_shrinks() {
+    let asked = request(384, 384, 33, 50);
+    let at = |free: u64| on_cpu(Bytes(free)).plan(&asked);
+    let roomy = at(1 << 40).unwrap();
+    let (diffusion, text) = (cpu_fit(&roomy, Stage::Diffusion), cpu_fit(&roomy, Stage::TextEncoder));
+    assert_eq!((diffusion.resident_blocks, diffusion.blocks, diffusion.prefetch), (60, 60, 0));
+    assert_eq!((text.resident_blocks, text.blocks, text.prefetch), (30, 30, 0));
+    let less = at(20 << 30).unwrap();
+    let (diffusion, text) = (cpu_fit(&less, Stage::Diffusion), cpu_fit(&less, Stage::TextEncoder));
+    assert!(diffusion.resident_blocks < 60 && diffusion.prefetch == 1, "{diffusion:?}");
+    assert!(text.resident_blocks == 30 || text.prefetch == 1, "{text:?}");
+    assert!(less.seconds >= roomy.seconds && less.reasons.iter().any(|r| r.contains("stay in memory and")));
+    assert_eq!(cpu_fit(&less, Stage::VaeDecode).tile, [256, 64]);
+    let small = at(roomy.phases[4].peak_bytes - 1).unwrap();
+    assert_eq!(cpu_fit(&small, Stage::VaeDecode).tile, [128, 32]);
+    assert!(small.reasons.iter().any(|r| r.contains("tiles of 128 pixels and 32 frames")), "{:?}", small.reasons);
+    // Without features the transformer needs less than with them.
+    let kept = on_cpu(Bytes(1 << 40)).plan(&Request { no_feature_cache: true, ..asked }).unwrap();
+    assert!(kept.phases[3].peak_bytes < roomy.phases[3].peak_bytes);
+    let without = at(roomy.phases[3].peak_bytes - 1).unwrap();
+    assert!(without.degraded[0].contains("every step runs in full"), "{:?}", without.degraded);
+    assert!(without.phases.iter().all(|phase| phase.peak_bytes <= phase.usable_bytes));
+}
+
 fn sizes() -> impl Strategy<Value = PictureSize> {
     (4u32..80, 4u32..80).prop_map(|(w, h)| PictureSize { width: 16 * w, height: 16 * h })
 }
@@ -189,8 +229,13 @@ fn stages_spread_over_parts_of_a_cpu_that_do_not_hold_them_together() {
         let devices = parts.iter().enumerate().map(|(i, free)| part(i, *free)).collect();
         Planner { devices, placement, ..planner(&[]) }.plan(&request(128, 128, 9, 10))
     };
-    let whole = on(&[gib(1024.0)], None).unwrap();
-    let less = Bytes(whole.peak_bytes - 1);
+    // The least that holds all stages in the smallest way there is, and a byte less.
+    let (mut no, mut yes) = (0u64, 1u64 << 40);
+    while yes - no > 1 {
+        let middle = no.midpoint(yes);
+        if on(&[Bytes(middle)], None).is_ok() { yes = middle } else { no = middle }
+    }
+    let less = Bytes(no);
     assert!(matches!(on(&[less], None), Err(Refusal::Memory(_))), "{less:?} holds all stages");
     let spread = on(&[less, less], None).unwrap();
     assert!(spread.phases.iter().all(|phase| phase.peak_bytes <= less.0), "{:?}", spread.phases);
@@ -228,6 +273,19 @@ proptest! {
         if let Ok(small) = at(less) {
             let large = at(less + more).unwrap();
             prop_assert!(large.rank <= small.rank, "{:?} after {:?}", large.rank, small.rank);
+        }
+    }
+
+    #[test]
+    fn on_a_cpu_too_no_plan_takes_more_than_is_free_and_more_memory_never_gives_a_worse_plan(
+        request in requests(), less in 0.5f64..24.0, more in 0f64..24.0,
+    ) {
+        if let Ok(small) = on_cpu(gib(less)).plan(&request) {
+            for phase in &small.phases {
+                prop_assert!(phase.peak_bytes <= gib(less).0, "{phase:?}");
+            }
+            let large = on_cpu(gib(less + more)).plan(&request).unwrap();
+            prop_assert!(large.degraded.len() < small.degraded.len() || large.rank <= small.rank, "{large:?} after {small:?}");
         }
     }
 

@@ -158,6 +158,25 @@ pub struct Vae {
     pub tile_length: u64,
 }
 
+impl Vae {
+    /// With tiles `divisor` times shorter along every side, in whole strides of 4, as `model::vae` cuts them.
+    #[must_use]
+    pub fn with_smaller_tiles(&self, divisor: u64) -> Self {
+        let smaller = |tile: u64| (tile / divisor.max(1) / 4 * 4).max(4).min(tile);
+        let (tile_side, tile_length) = match divisor {
+            0 | 1 => (self.tile_side, self.tile_length),
+            _ => (smaller(self.tile_side), smaller(self.tile_length)),
+        };
+        Self { tile_side, tile_length, ..self.clone() }
+    }
+
+    /// Side of a tile in pixels, and its length in frames.
+    #[must_use]
+    pub fn tile(&self) -> [u64; 2] {
+        [8 * self.tile_side, 4 * self.tile_length]
+    }
+}
+
 /// Sizes of the transformer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

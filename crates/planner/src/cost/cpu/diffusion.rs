@@ -37,7 +37,7 @@ pub struct Pass {
 
 impl Pass {
     /// The full passes of a job.
-    pub(super) fn of(table: &ModelTable, job: &Job) -> Self {
+    pub(crate) fn of(table: &ModelTable, job: &Job) -> Self {
         let (h, w) = job.latent();
         Self {
             window: job.window,
@@ -177,7 +177,7 @@ fn refine(heap: &mut Heap, t: &Transformer, rows: u64) -> u64 {
 }
 
 /// Tokens that pass a block's wide layers at once, as `model::diffusion` has them.
-const TOKENS_AT_ONCE: u64 = 8192;
+pub const TOKENS_AT_ONCE: u64 = 8192;
 
 /// Takes what the other pieces of the tokens gave, where they are more than one; at the end all are joined.
 fn pieces(heap: &mut Heap, rows: u64, width: u64) -> u64 {

@@ -2,28 +2,27 @@
 
 use super::{Heap, audio};
 use crate::{
-    cost::Job,
-    table::{Llava, ModelTable},
+    size::PictureSize,
+    table::{Clip, Llava},
 };
 
 /// Width of a head of CLIP.
 const CLIP_HEAD: u64 = 64;
 
 /// `TextEncoder::encode`: the picture through the vision tower, then two prompts through the Llama.
-pub(super) fn encode(heap: &mut Heap, table: &ModelTable, job: &Job) {
-    let l = &table.llava;
+///
+/// - `asked`: rows of the caller's prompt, as [`Llava::rows`] gives them
+pub(super) fn encode(heap: &mut Heap, (l, c): (&Llava, &Clip), size: PictureSize, asked: u64) {
     let side = (l.vision_positions - 1).isqrt() * l.patch;
     // The resized picture, and what the vision tower takes of it.
-    heap.take(3 * u64::from(job.size.width) * u64::from(job.size.height));
+    heap.take(3 * u64::from(size.width) * u64::from(size.height));
     let pixels = heap.take(3 * side * side * 4);
     let features = vision(heap, l);
     heap.give(pixels);
-    let asked = job.text_tokens(l);
     for valid in [asked, l.rows(l.negative)] {
         branch(heap, l, valid + l.crop);
     }
     heap.give(features);
-    let c = &table.clip;
     let layer = |heap: &mut Heap| audio::layer(heap, c.positions, [c.width, c.inner, (c.width / CLIP_HEAD).max(1)]);
     heap.aside(|heap| {
         heap.counted(2 * c.layers, layer);
