@@ -228,7 +228,8 @@ impl Fault {
             Kind::Precondition | Kind::Conflict | Kind::Cancelled => StatusCode::CONFLICT,
             Kind::OutOfRange => StatusCode::RANGE_NOT_SATISFIABLE,
             Kind::Busy { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Kind::Exhausted | Kind::OutOfMemory | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            Kind::Exhausted | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            Kind::OutOfMemory => StatusCode::INSUFFICIENT_STORAGE,
             Kind::Deadline => StatusCode::GATEWAY_TIMEOUT,
             Kind::Rejected | Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }

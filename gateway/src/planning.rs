@@ -4,7 +4,8 @@ use std::{fmt, sync::Arc};
 
 use planner::{
     Bytes, Device, ModelTable, Plan, Planner, Precision, Refusal, Request, Stage, Tier,
-    plan::{Choice, Fit},
+    cost::work::Rates,
+    plan::{Choice, DeviceRates, Fit},
     size::PictureSize,
     tiers::Excess,
 };
@@ -32,13 +33,24 @@ pub struct Fleet {
     pub placement: Option<[usize; 5]>,
 }
 
+type Ask = dyn Fn(Wanted) -> Result<Fleet, String> + Send + Sync;
+
+/// What is asked of a fleet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// Bytes alone; rates may be assumed.
+    Bytes,
+    /// Seconds too, so that a device whose rates are not known yet is measured.
+    Seconds,
+}
+
 /// Asks for it; blocking, as headers are read and a device may be measured. The error is a sentence.
 #[derive(Clone)]
-pub struct FleetSource(Arc<dyn Fn() -> Result<Fleet, String> + Send + Sync>);
+pub struct FleetSource(Arc<Ask>);
 
 impl FleetSource {
     /// A source that asks `ask`.
-    pub fn new(ask: impl Fn() -> Result<Fleet, String> + Send + Sync + 'static) -> Self {
+    pub fn new(ask: impl Fn(Wanted) -> Result<Fleet, String> + Send + Sync + 'static) -> Self {
         Self(Arc::new(ask))
     }
 }
@@ -80,7 +92,7 @@ pub fn plan(
 ) -> Result<Plan, Fault> {
     check(request)?;
     let unreadable = |reason: String| Fault::new(Kind::Precondition, reason);
-    let fleet = source.map(|source| (source.0)()).transpose().map_err(unreadable)?;
+    let fleet = source.map(|source| (source.0)(Wanted::Seconds)).transpose().map_err(unreadable)?;
     let table = match &fleet {
         Some(fleet) => fleet.table.clone(),
         None => ModelTable::published().map_err(unreadable)?,
@@ -118,6 +130,75 @@ pub fn plan(
         no_feature_cache: request.no_feature_cache,
     };
     planner.plan(&wanted).map_err(|refusal| refused(&refusal))
+}
+
+/// What a generation is lowered to, since no more fits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Lowered {
+    /// The shorter side in pixels.
+    pub(crate) size: u32,
+    /// Frames of the video.
+    pub(crate) frames: u32,
+    /// What was lowered, and why.
+    pub(crate) said: String,
+}
+
+/// Predictions are this near, so nothing is refused that is not further off.
+const NEAR_PERCENT: u64 = 5;
+
+/// Holds a generation against the devices of its stages before any weight is read. Blocking. What can be said of it goes
+/// to the log; nothing is held against a fleet that cannot be read, as the stages say better what is wrong.
+///
+/// Errors: it does not fit in any way, and may not be lowered to what does; with the device, the stage, the bytes and what
+/// would fit.
+pub(crate) fn admit(
+    wanted: &Request,
+    (tier, may_lower): (&TierOptions, bool),
+    source: &FleetSource,
+) -> Result<Option<Lowered>, Fault> {
+    let fleet = match (source.0)(Wanted::Bytes) {
+        Ok(fleet) => fleet,
+        Err(reason) => {
+            tracing::debug!("no plan before the work: {reason}");
+            return Ok(None);
+        }
+    };
+    let roomier = |device: Device| Device {
+        free: Bytes(device.free.0.saturating_add(device.free.0 / 100 * NEAR_PERCENT)),
+        ..device
+    };
+    let planner = Planner {
+        table: fleet.table,
+        tiers: tier.tiers.clone(),
+        devices: fleet.devices.into_iter().map(roomier).collect(),
+        placement: fleet.placement,
+        tier: tier.choice.clone(),
+        precisions: vec![Precision::Bf16],
+        allow_degrade: may_lower,
+    };
+    let plan = match planner.plan(wanted) {
+        Ok(plan) => plan,
+        Err(refusal @ Refusal::Memory(_)) => return Err(Fault::new(Kind::OutOfMemory, refusal.to_string())),
+        Err(refusal) => {
+            tracing::debug!("no plan before the work: {refusal}");
+            return Ok(None);
+        }
+    };
+    for degraded in &plan.degraded {
+        tracing::warn!(tier = plan.tier, "planned: {degraded}");
+    }
+    for reason in &plan.reasons {
+        tracing::info!(tier = plan.tier, "planned: {reason}");
+    }
+    let (made, of) = (plan.outcome, wanted.size);
+    let same = of.is_none_or(|size| (size.width, size.height) == (made.width, made.height))
+        && wanted.frames.is_none_or(|frames| u64::from(frames) == made.frames);
+    let said = plan.degraded.last().filter(|_| !same);
+    Ok(said.map(|said| Lowered {
+        size: made.width.min(made.height),
+        frames: u32::try_from(made.frames).unwrap_or(u32::MAX),
+        said: format!("{said}."),
+    }))
 }
 
 fn check(request: &v1::PlanGenerationRequest) -> Result<(), Fault> {
@@ -158,7 +239,7 @@ fn refused(refusal: &Refusal) -> Fault {
         Refusal::Limits(excesses) => past_limits(excesses),
         Refusal::Model { .. } => Fault::invalid("width", told),
         Refusal::NoPrecision | Refusal::NoDevice => Fault::new(Kind::Precondition, told),
-        Refusal::Memory(_) => Fault::new(Kind::Exhausted, told),
+        Refusal::Memory(_) => Fault::new(Kind::OutOfMemory, told),
     }
 }
 
@@ -202,7 +283,13 @@ pub fn message(plan: &Plan) -> v1::GenerationPlan {
         rates_measured: plan.rates.iter().all(|rates| rates.rates.measured),
         degraded: plan.degraded.clone(),
         reasons: plan.reasons.clone(),
+        rates: plan.rates.iter().map(rates).collect(),
     }
+}
+
+fn rates(of: &DeviceRates) -> v1::DeviceRates {
+    let Rates { measured, products, attention, convolutions, weights, files, pace: _ } = of.rates;
+    v1::DeviceRates { device: of.device.clone(), measured, products, attention, convolutions, weights, files }
 }
 
 fn stage(stage: Stage) -> v1::Stage {
@@ -232,10 +319,14 @@ fn fit(fit: &Fit) -> v1::StageFit {
         Fit::Cpu(fit) => v1::StageFit {
             precision: fit.precision.name().to_owned(),
             weights_mapped: fit.weights_mapped,
+            resident_blocks: fit.resident_blocks,
+            blocks: fit.blocks,
+            prefetch: fit.prefetch,
+            token_chunks: fit.token_chunks,
+            query_chunk: fit.query_chunk,
             tile_pixels: fit.tile[0],
             tile_frames: fit.tile[1],
             branches_together: fit.branches_together,
-            ..v1::StageFit::default()
         },
     }
 }
@@ -258,6 +349,61 @@ mod tests {
         assert!(fault.kind == Kind::Precondition && fault.message.contains("vram_bytes"), "{fault}");
     }
 
+    /// A processor with so much memory, and the published model.
+    fn processor(free: u64) -> FleetSource {
+        FleetSource::new(move |_| {
+            let cpu = planner::cost::cpu::Cpu { threads: 2, packs: true, value_bytes: 4 };
+            let device = Device {
+                name: "cpu".into(),
+                kind: planner::DeviceKind::Cpu([cpu; 5]),
+                total: Bytes(free),
+                free: Bytes(free),
+                rates: Rates::of_cores(2),
+            };
+            Ok(Fleet { table: ModelTable::published()?, devices: vec![device], placement: None })
+        })
+    }
+
+    /// Whatever the command line shows of a plan goes over the wire too.
+    #[test]
+    fn a_plan_over_the_wire_has_the_fit_of_each_stage_and_the_rates() {
+        let request =
+            v1::PlanGenerationRequest { width: Some(96), height: Some(96), frames: Some(5), ..Default::default() };
+        let plan = plan(&request, &TierOptions::default(), Some(&processor(4 << 30))).unwrap();
+        let sent = message(&plan);
+        for (stage, told) in plan.stages.iter().zip(&sent.stages) {
+            let Fit::Cpu(fit) = stage.fit else { panic!("{stage:?}") };
+            let told = told.fit.as_ref().unwrap();
+            assert_eq!(
+                [told.resident_blocks, told.blocks, told.prefetch],
+                [fit.resident_blocks, fit.blocks, fit.prefetch]
+            );
+            assert_eq!([told.token_chunks, told.query_chunk], [fit.token_chunks, fit.query_chunk]);
+        }
+        let transformer = sent.stages[3].fit.as_ref().unwrap();
+        assert!(transformer.resident_blocks < 60 && transformer.blocks == 60 && transformer.prefetch == 1);
+        assert_eq!((sent.rates[0].device.as_str(), sent.rates[0].products), ("cpu", plan.rates[0].rates.products));
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_before_the_work_and_lowered_where_that_is_allowed() {
+        let size = Some(PictureSize { width: 704, height: 704 });
+        let large = Request { size, frames: Some(129), steps: Some(30), ..Request::default() };
+        let tier = TierOptions::default();
+        let (strict, willing) = ((&tier, false), (&tier, true));
+        assert_eq!(admit(&large, strict, &processor(1 << 40)), Ok(None));
+        let fault = admit(&large, strict, &processor(2 << 30)).unwrap_err();
+        assert_eq!(fault.kind, Kind::OutOfMemory);
+        for part in ["needs at least", "on cpu, of which 2.10 GiB may be used", "would fit"] {
+            assert!(fault.message.contains(part), "{part} in {fault}");
+        }
+        let lowered = admit(&large, willing, &processor(2 << 30)).unwrap().unwrap();
+        assert!(lowered.size < 704 && lowered.frames <= 129 && lowered.said.contains("lowered to"), "{lowered:?}");
+        assert!(admit(&large, willing, &processor(1 << 20)).is_err());
+        let unreadable = FleetSource::new(|_| Err("no checkpoint".into()));
+        assert_eq!(admit(&large, strict, &unreadable), Ok(None));
+    }
+
     #[test]
     fn every_wrong_value_of_a_plan_is_named_at_once() {
         let request = v1::PlanGenerationRequest {
@@ -276,7 +422,7 @@ mod tests {
     fn what_does_not_fit_and_what_is_past_a_tier_are_told_apart() {
         let large = v1::PlanGenerationRequest { width: Some(1024), height: Some(1536), frames: Some(129), ..card(4) };
         let fault = plan(&large, &TierOptions::default(), None).unwrap_err();
-        assert!(fault.kind == Kind::Exhausted && fault.message.contains("would fit"), "{fault}");
+        assert!(fault.kind == Kind::OutOfMemory && fault.message.contains("would fit"), "{fault}");
         let limited = v1::PlanGenerationRequest { tier: "low".into(), ..large };
         let fault = plan(&limited, &TierOptions::default(), None).unwrap_err();
         assert_eq!((fault.kind, fault.violations[0].field.as_str()), (Kind::Invalid, "size"));

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proto::v1::{Generation, GenerationDefaults, GenerationState, PlanGenerationRequest};
+use proto::v1::{Generation, GenerationDefaults, GenerationState, Parity, PlanGenerationRequest};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
@@ -14,7 +14,7 @@ use crate::{
     config::{Options, TierOptions},
     fault::{Fault, Kind},
     intake::{Order, Upload},
-    planning::FleetSource,
+    planning::{self, FleetSource},
     runner::{self, Allowance, Pace, Previews, Workshop, prepare::Prepared},
     stages::Stages,
     store::{Accepted, Listing, Store, StoreError, request_hash, seconds_until, unix_ms},
@@ -250,8 +250,16 @@ impl Gateway {
         let settings = validate::resolve(upload.spec.clone(), &defaults)?;
         let limit = self.inner.options.max_audio_seconds;
         let tier = self.inner.options.tier.clone();
+        let inner = Arc::clone(&self.inner);
         let read = move || {
-            let prepared = Prepared::read(&upload, settings, limit, &tier)?;
+            let mut prepared = Prepared::read(&upload, settings, limit, &tier)?;
+            // The reference's rules leave nothing to lower.
+            let may_lower = tier.allow_degrade && prepared.settings.parity == Parity::Unspecified;
+            if let Some(fleet) = inner.fleet.get()
+                && let Some(lowered) = planning::admit(&prepared.request(), (&tier, may_lower), fleet)?
+            {
+                prepared = prepared.lowered(lowered);
+            }
             let request_hash = request_hash(&upload.spec, &upload.picture, &upload.audio);
             let Upload { picture, audio, order, .. } = upload;
             let generation = prepared.generation();

@@ -30,6 +30,8 @@ use crate::{
     webhook::{self, WebhookOptions},
 };
 
+mod plans;
+
 fn upload(spec: GenerationSpec, frames: u32) -> Upload {
     let mut picture = std::io::Cursor::new(Vec::new());
     image::RgbImage::from_pixel(64, 64, image::Rgb([90, 120, 150]))

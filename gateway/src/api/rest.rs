@@ -74,6 +74,7 @@ pub(crate) fn router(gateway: Gateway) -> Router {
         (status = 422, description = "A file that cannot be used.", body = ErrorBody),
         (status = 429, description = "The queue or the disk is full; `Retry-After` says when to try again.", body = ErrorBody),
         (status = 503, description = "A stage cannot be reached, or the gateway shuts down.", body = ErrorBody),
+        (status = 507, description = "The devices do not hold it; the message says what they would.", body = ErrorBody),
     )
 )]
 pub(crate) async fn create(State(gateway): State<Gateway>, request: Request) -> Result<Json<Video>, Fault> {

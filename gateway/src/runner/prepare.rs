@@ -1,7 +1,7 @@
 //! Reads a request's files and settles what is made of them.
 
 use planner::{
-    Tier,
+    Request, Tier,
     clip::{ClipPlan, FPS, REFERENCE_WINDOW, SAMPLES_PER_FRAME, frames_of},
     size::{PictureSize, generation_size, reference_size},
     tiers::{Change, Wanted},
@@ -17,7 +17,7 @@ use crate::{
         audio::{Audio, MODEL_RATE},
         picture::Picture,
     },
-    planning::past_limits,
+    planning::{Lowered, past_limits},
     sampler::{MOST_HEARD_FRAMES, ReferenceSpeech},
     validate::{MOST_AUDIO_SECONDS, Settings, face_inside},
 };
@@ -107,6 +107,36 @@ impl Prepared {
             cut_soundtrack(&mut audio, plan.frames);
         }
         Self { settings, picture, audio, size, plan, heard, warnings, held: None }
+    }
+
+    /// What is made, as the planner takes it.
+    pub(crate) fn request(&self) -> Request {
+        let (size, settings) = (self.size, &self.settings);
+        // The reference denoises no fewer frames than one window has.
+        let frames = match settings.parity {
+            Parity::Reference => self.plan.frames.max(frames_of(REFERENCE_WINDOW)),
+            Parity::Unspecified => self.plan.frames,
+        };
+        Request {
+            size: Some(size),
+            frames: u32::try_from(frames).ok(),
+            steps: Some(settings.steps),
+            prompt_tokens: None,
+            branches: Some(if settings.guidance_scale > 1.0 { 2 } else { 1 }),
+            no_feature_cache: settings.no_feature_cache,
+        }
+    }
+
+    /// The same in a smaller size, or less of it, as memory does not hold more.
+    pub(crate) fn lowered(self, to: Lowered) -> Self {
+        let Self { mut settings, picture, mut audio, held, .. } = self;
+        settings.size = settings.size.min(to.size);
+        cut_speech(&mut audio, to.frames as usize);
+        let window_latent_frames = REFERENCE_WINDOW as u32;
+        let mut held = held.unwrap_or(HeldTo { window_latent_frames, ..HeldTo::default() });
+        held.speech_frames = Some(held.speech_frames.map_or(to.frames, |frames| frames.min(to.frames)));
+        held.lowered.push(to.said);
+        Self::of(settings, picture, audio, Some(held))
     }
 
     /// The generation as it is before it starts.

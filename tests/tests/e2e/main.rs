@@ -9,6 +9,7 @@ mod demo_model;
 mod durable;
 mod face_model;
 mod fetch;
+mod fitting;
 mod forms;
 mod generate;
 mod hub;

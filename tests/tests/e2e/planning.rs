@@ -88,7 +88,9 @@ fn the_tiers_are_listed_with_an_operators_own() {
     let (code, told) = run(&["tiers", "--tiers", name, "--json"]);
     let message = told["message"].as_str().unwrap();
     assert_eq!((code, &told["field"]), (Some(2), &"tiers".into()));
-    assert!(message.contains("unknown key \"step\"") && message.contains("pixels = 0"), "{message}");
+    for part in ["unknown key \"step\"", "pixels = 0", "maximum: 24 GB and more overlaps high: 17 to 99 GB"] {
+        assert!(message.contains(part), "{part} in {message}");
+    }
 }
 
 fn generate(folder: &Path, more: &[&str]) -> (Option<i32>, Vec<Value>) {
@@ -153,6 +155,8 @@ async fn the_gateway_answers_from_the_same_planner() {
     assert_eq!((&plan["tier"], &plan["placement"]["diffusion"]), (&"low".into(), &"cuda:0".into()), "{plan}");
     let wrong = post(json!({ "vram": 8 })).await.unwrap();
     assert_eq!(wrong.status().as_u16(), 400);
+    let much = post(json!({ "vram_bytes": [1u64 << 27] })).await.unwrap();
+    assert_eq!(much.status().as_u16(), 507, "as the description of the call says");
     let past = post(json!({ "vram_bytes": [12u64 << 30], "tier": "low", "steps": 50 })).await.unwrap();
     assert_eq!(past.status().as_u16(), 400);
     let told: Value = past.json().await.unwrap();

@@ -10,7 +10,7 @@ use std::path::Path;
 use gateway::{
     TierOptions,
     config::TierFlags,
-    planning::{Fleet, FleetSource},
+    planning::{Fleet, FleetSource, Wanted},
 };
 use model::checkpoint::Choice as Form;
 use planner::{Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request, plan::StagePlan};
@@ -89,10 +89,10 @@ pub fn here(options: TierOptions, devices: &[DeviceConfig]) -> TierOptions {
 #[must_use]
 pub fn fleet(models: &Path, setup: &Setup, placement: Option<[usize; 5]>) -> FleetSource {
     let (models, setup) = (models.to_owned(), setup.clone());
-    FleetSource::new(move || {
+    FleetSource::new(move |wanted| {
         let told = |failure: Failure| failure.to_string();
         let table = table(Some(&models), setup.weights).map_err(told)?;
-        Ok(Fleet { table, devices: all_local(&setup.devices, setup.compute).map_err(told)?, placement })
+        Ok(Fleet { table, devices: all_local(&setup.devices, setup.compute, wanted).map_err(told)?, placement })
     })
 }
 
@@ -104,7 +104,7 @@ pub fn placement(models: &Path, setup: &Setup, tier: &TierOptions) -> Result<Opt
     if setup.devices.len() < 2 {
         return Ok(None);
     }
-    let devices = all_local(&setup.devices, setup.compute)?;
+    let devices = all_local(&setup.devices, setup.compute, Wanted::Bytes)?;
     let planner = Planner {
         table: table(Some(models), setup.weights)?,
         tiers: tier.tiers.clone(),
@@ -135,7 +135,7 @@ pub fn hindsight(
     let planner = Planner {
         table: table(Some(models), setup.weights).ok()?,
         tiers: tier.tiers.clone(),
-        devices: all_local(&setup.devices, setup.compute).ok()?,
+        devices: all_local(&setup.devices, setup.compute, Wanted::Seconds).ok()?,
         placement,
         tier: tier.choice.clone(),
         precisions: vec![Precision::Bf16],
@@ -161,7 +161,7 @@ fn table(models: Option<&Path>, weights: Form) -> Result<ModelTable, Failure> {
 fn devices(flags: &PlanFlags) -> Result<Vec<Device>, Failure> {
     if flags.vram.is_empty() {
         if let [only] = flags.device[..] {
-            return Ok(vec![local(only, None, flags.compute)?]);
+            return Ok(vec![local((only, None), flags.compute, Wanted::Seconds)?]);
         }
         let unbound = DeviceName::Cpu { budget_bytes: None };
         if flags.device.contains(&unbound) {
@@ -169,18 +169,22 @@ fn devices(flags: &PlanFlags) -> Result<Vec<Device>, Failure> {
             return Err(Failure::input("device", told.to_owned()));
         }
         let numbered = flags.device.iter().enumerate();
-        return numbered.map(|(number, name)| local(*name, Some(number), flags.compute)).collect();
+        return numbered.map(|(number, name)| local((*name, Some(number)), flags.compute, Wanted::Seconds)).collect();
     }
     Ok(flags.vram.iter().enumerate().map(|(i, total)| Device::card(i, *total)).collect())
 }
 
 /// The devices of a process's stages.
-fn all_local(devices: &[DeviceConfig], compute: ComputeByStage) -> Result<Vec<Device>, Failure> {
-    devices.iter().map(|device| local(device.name, device.number, compute)).collect()
+fn all_local(devices: &[DeviceConfig], compute: ComputeByStage, wanted: Wanted) -> Result<Vec<Device>, Failure> {
+    devices.iter().map(|device| local((device.name, device.number), compute, wanted)).collect()
 }
 
 /// A device of this machine: the CPU with the budget that a stage has there, or a card as its driver says.
-fn local(name: DeviceName, number: Option<usize>, compute: ComputeByStage) -> Result<Device, Failure> {
+fn local(
+    (name, number): (DeviceName, Option<usize>),
+    compute: ComputeByStage,
+    wanted: Wanted,
+) -> Result<Device, Failure> {
     match name {
         DeviceName::Cpu { budget_bytes } => {
             let budget = Bytes(budget_bytes.unwrap_or_else(|| DeviceConfig::cpu().budget_bytes));
@@ -189,7 +193,10 @@ fn local(name: DeviceName, number: Option<usize>, compute: ComputeByStage) -> Re
                 kind: DeviceKind::Cpu(machine::cpus(compute)),
                 total: budget,
                 free: budget,
-                rates: rates::of_this_machine(),
+                rates: match wanted {
+                    Wanted::Bytes => rates::kept().unwrap_or_else(rates::assumed),
+                    Wanted::Seconds => rates::of_this_machine(),
+                },
             })
         }
         DeviceName::Cuda { index } => {
@@ -202,7 +209,8 @@ fn local(name: DeviceName, number: Option<usize>, compute: ComputeByStage) -> Re
                 )
             })?;
             Ok(Device {
-                free: Bytes(card.free_bytes),
+                // What this process holds is its own to give back.
+                free: Bytes(card.total_bytes.saturating_sub(card.used_by_others_bytes)),
                 name: name.to_string(),
                 ..Device::card(0, Bytes(card.total_bytes))
             })

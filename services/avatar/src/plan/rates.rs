@@ -27,8 +27,13 @@ const KEPT_BYTES: u64 = 4096;
 pub(super) fn of_this_machine() -> Rates {
     kept().or_else(measured_now).unwrap_or_else(|| {
         tracing::warn!("the speed of this machine could not be measured; predicted seconds are those of another");
-        Rates::of_cores(model::ops::threads() as u64)
+        assumed()
     })
+}
+
+/// The rates of a machine that nobody measured.
+pub(super) fn assumed() -> Rates {
+    Rates::of_cores(model::ops::threads() as u64)
 }
 
 /// The rates that were kept.
