@@ -75,6 +75,8 @@ pub(crate) struct Script {
     pub(crate) unloads: AtomicUsize,
     /// Generations have sessions on all stages.
     pub(crate) busy: bool,
+    /// Stages that the audio encoder's call has unloaded, and those whose caches it has freed.
+    pub(crate) relieved: [u64; 2],
     /// Predict calls after which the device is nearly full.
     pub(crate) pressed: Vec<usize>,
     /// Decode calls that run out of memory when frames have left already.
@@ -229,7 +231,9 @@ impl v1::audio_encoder_service_server::AudioEncoderService for Fake {
         self.0.samples.store(tensors[0].shape()[0], Ordering::SeqCst);
         let features = constant("features", &[tensors[0].shape()[0].div_ceil(320), 5, 8]);
         let message = |body| v1::EncodeAudioResponse { body: Some(body) };
-        let memory = Some(v1::MemoryReport { peak_bytes: 7, ..Default::default() });
+        let [unloaded_stages, emptied_caches] = self.0.relieved;
+        let memory = v1::MemoryReport { peak_bytes: 7, unloaded_stages, emptied_caches, ..Default::default() };
+        let memory = Some(memory);
         let summary = message(Out::Summary(v1::EncodeAudioSummary { memory, device_use: used(1.0) }));
         Ok(answer(vec![features], move |part| message(Out::Part(part)), summary))
     }

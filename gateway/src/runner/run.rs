@@ -106,6 +106,11 @@ impl Run {
     /// Says that a stage begins; the answer is for [`Run::stage_ended`].
     pub(crate) async fn stage_began(&self, stage: Stage) -> Instant {
         self.note(stage, format!("{} began", stage_name(stage))).await;
+        // What its first call frees is told by what was free of it before.
+        if let Ok(said) = self.stages.describe(stage).await {
+            let gone = gone(&said.memory.unwrap_or_default());
+            self.lock().pressure.entry(stage.into()).or_insert((false, gone));
+        }
         Instant::now()
     }
 
@@ -214,7 +219,7 @@ impl Run {
 
     /// Says when a stage's device becomes nearly full, when it is so no more, and when idle stages had to go.
     async fn watch_pressure(&self, stage: Stage, memory: MemoryReport) {
-        let gone = [memory.unloaded_stages, memory.emptied_caches];
+        let gone = gone(&memory);
         let before = self.lock().pressure.insert(stage.into(), (memory.pressure, gone));
         let (pressed, [unloaded, emptied]) = before.unwrap_or((false, gone));
         let name = stage_name(stage);
@@ -315,6 +320,11 @@ impl Run {
     fn lock(&self) -> MutexGuard<'_, Inside> {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How many stages of a device had to go, and how many to give back their caches.
+fn gone(memory: &MemoryReport) -> [u64; 2] {
+    [memory.unloaded_stages, memory.emptied_caches]
 }
 
 fn session_id(lease: &Lease, number: i64) -> String {

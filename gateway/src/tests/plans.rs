@@ -106,3 +106,17 @@ async fn what_the_devices_cannot_hold_is_lowered_where_that_is_allowed_and_said(
     let left = script.heard.load(Ordering::Relaxed);
     assert_eq!(left, frames as usize, "the rest of the speech is not heard");
 }
+
+#[tokio::test]
+async fn what_a_stages_first_call_frees_on_its_device_is_told_by_an_event() {
+    let script = Arc::new(Script { relieved: [2, 1], ..Script::default() });
+    let desk = Desk::new(&script).await;
+    let id = desk.accept(upload(GenerationSpec { steps: Some(1), ..Default::default() }, 5)).await.unwrap();
+    assert_eq!(desk.ended(id).await.state(), GenerationState::Completed);
+    let events = desk.events(id).await;
+    let device = "to make room on audio-encoder's device, ";
+    for told in ["idle stages unloaded: 2", "stages whose caches were freed: 1"] {
+        let said = events.iter().filter(|event| event.message == format!("{device}{told}")).count();
+        assert_eq!(said, 1, "{told}");
+    }
+}

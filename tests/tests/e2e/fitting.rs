@@ -1,6 +1,6 @@
 //! Ways to fit: each takes less memory, as the process's allocator counts it, and changes nothing of the result.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use candle_core::{DType, Device, Tensor};
 use model::{
@@ -8,13 +8,9 @@ use model::{
     vae::VaeStage,
     weights::{Encoding, Matrix, Weights, ggml, gguf},
 };
-use serde_json::Value;
 use service_kit::memory::{current_bytes, peak_bytes, reset_peak};
 
-use crate::{
-    inputs::{portrait, tone},
-    stack::{avatar, text, tiny_models, video_stream},
-};
+use crate::stack::tiny_models;
 
 /// What `work` gives, and the most bytes that it held on top of what was there.
 fn measured<R>(work: impl FnOnce() -> R) -> (R, u64) {
@@ -134,30 +130,4 @@ fn smaller_tiles_take_less_and_leave_what_fits_into_one_as_it_is() {
     assert!(few < most, "{few} bytes in smaller tiles, {most} in one");
     let small = noise(&[1, channels, 2, side / 2, side / 2], 0.7);
     assert_eq!(off(&stage.decoder.decode_tiled(&small).unwrap(), &smaller.decode_tiled(&small).unwrap()), 0.0);
-}
-
-fn generate(pressure: &str) -> (Value, Vec<u8>, String) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let (image, audio, out, models) = (path("portrait.png"), path("speech.wav"), path("a.mp4"), tiny_models());
-    fs::write(&image, portrait()).unwrap();
-    fs::write(&audio, tone(0.2, 16_000)).unwrap();
-    let inputs = ["generate", "--image", &image, "--audio", &audio, "--out", &out, "--json", "--size", "64"];
-    let device = ["--device", "cpu:400MiB", "--pressure-percent", pressure, "--log", "info"];
-    let more = ["--steps", "2", "--models", models.to_str().unwrap()];
-    let done = avatar(&[&inputs[..], &more, &device].concat());
-    let stdout = text(&done.stdout);
-    let told = stdout.lines().last().unwrap_or_else(|| panic!("{}", text(&done.stderr)));
-    (serde_json::from_str(told).unwrap(), video_stream(Path::new(&out)), stdout)
-}
-
-/// From 20 % on the stages before the decoder give theirs back, which then holds the device alone.
-#[test]
-fn stages_that_are_unloaded_for_another_leave_more_to_it_and_make_the_same_video() {
-    let (all, video, _) = generate("100");
-    let (turns, same, events) = generate("20");
-    assert!(video == same, "{all} and {turns}");
-    assert!(events.contains("idle stages unloaded"), "{events}");
-    let most = |told: &Value| told["device_peak_bytes"]["cpu"].as_u64().unwrap();
-    assert!(most(&turns) < most(&all), "{} bytes in turn, {} together", most(&turns), most(&all));
 }

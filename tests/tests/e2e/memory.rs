@@ -240,9 +240,12 @@ async fn a_stage_with_a_session_is_not_unloaded_for_others_unless_all_are() {
     stages.close_session("one".into()).await.unwrap();
     let gone = client.unload(UnloadRequest { idle_only: true }).await.unwrap().into_inner();
     assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
-    velocities(&stages, "two", 4).await;
+    assert!(velocities(&stages, "two", 4).await == first, "what was unloaded comes back as it was");
+    let held = memory(&channel).await;
     let gone = client.unload(UnloadRequest::default()).await.unwrap().into_inner();
-    assert!(!gone.busy && gone.memory.unwrap().resident_bytes == 0, "{gone:?}");
+    let left = gone.memory.unwrap();
+    assert!(!gone.busy && left.resident_bytes == 0, "{gone:?}");
+    assert!(left.process_bytes + held.resident_bytes <= held.process_bytes, "{left:?} after {held:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
