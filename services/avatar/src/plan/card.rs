@@ -1,7 +1,12 @@
 //! How fast a card is: measured once, with the networks' own parts, and kept.
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
 
+use model::speed::{self, Load};
 use planner::cost::work::Rates;
 use service_kit::hardware::Card;
 
@@ -42,21 +47,14 @@ fn kept_in(card: &Card, driver: Option<&str>) -> Option<PathBuf> {
 }
 
 fn measure(index: u32) -> Result<Rates, String> {
-    use std::{
-        sync::LazyLock,
-        time::{Duration, Instant},
-    };
-
-    use model::speed::{Load, rates};
-
-    fn clock() -> Duration {
-        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-        START.elapsed()
-    }
-
     let device = model::device(Some(index)).map_err(|e| e.to_string())?;
     let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
-    rates(&device, &Load::CARD, folder.path(), clock).map_err(|e| e.to_string())
+    speed::rates(&device, &Load::CARD, folder.path(), clock).map_err(|e| e.to_string())
+}
+
+fn clock() -> Duration {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    START.elapsed()
 }
 
 #[cfg(test)]
