@@ -446,7 +446,7 @@ mod tests {
         assert_eq!(flags(&["cpu:2GiB", "cpu:3GiB"]).resolve(&mut mistakes), None);
         assert_eq!(flags(&["cpu", "cpu:1x"]).resolve_all(&mut mistakes), None);
         let text = mistakes.sentences();
-        for part in ["a stage of its own has one device", "needs its bytes", "\"cpu:1x\""] {
+        for part in ["this stage has one device", "needs its bytes", "\"cpu:1x\""] {
             assert!(text.contains(part), "{part} in {text}");
         }
         assert!(matches!(parse(&["--device", "cpu:1GiB,cpu:1GiB"]), Err(ConfigError::Mistakes(_))));

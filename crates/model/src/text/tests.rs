@@ -54,7 +54,9 @@ fn layers_of_the_llama_that_come_and_go_are_held_two_at_a_time_and_change_no_bit
         let told = encoder.swap().told();
         assert_eq!((told.blocks, told.resident), (layers, resident));
         let stay: u64 = sizes.iter().rev().take(resident).sum();
-        assert!(told.held_bytes <= stay + 2 * most && told.held_bytes < whole, "{told:?} of {sizes:?}");
+        assert!(told.held_bytes <= stay + 2 * most, "{told:?} of {sizes:?}");
+        // Of three layers one that stays and two that move are all.
+        assert!(resident > 0 || told.held_bytes < whole, "{told:?} of {sizes:?}");
     }
     encoder.swap().keep(layers, || std::time::Duration::ZERO);
     assert!(states()? == all && encoder.unswapped_bytes() > 0);

@@ -235,7 +235,8 @@ impl Pass<'_> {
             if coming == inside.ahead {
                 break;
             }
-            if inside.places.get(next) != Some(&Place::Here) {
+            // What stays and is there takes no room of those that come; what came ahead for a later pass does.
+            if next < inside.first_resident() || inside.places.get(next) != Some(&Place::Here) {
                 inside.order(next);
                 coming += 1;
             }
@@ -303,6 +304,25 @@ mod tests {
             swap.look_ahead(ahead);
             swap.keep(resident, || Duration::ZERO);
             assert_eq!(run(&swap, 3).held_bytes, held * each, "{resident} stay, {ahead} come ahead");
+        }
+    }
+
+    /// A pass with kept features needs the last block alone, and what was read for the next full one waits meanwhile.
+    #[test]
+    fn passes_through_the_last_block_alone_do_not_gather_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let each = 64 * 1024 * 4;
+        for (resident, ahead, held) in [(0, 1, 2), (0, 2, 3), (2, 1, 4)] {
+            let swap = Swap::new(blocks(folder.path(), 6));
+            swap.look_ahead(ahead);
+            swap.keep(resident, || Duration::ZERO);
+            run(&swap, 1);
+            for _ in 0..9 {
+                let mut pass = swap.pass();
+                pass.enter(5);
+                pass.leave(5);
+            }
+            assert_eq!(run(&swap, 1).held_bytes, held * each, "{resident} stay, {ahead} come ahead");
         }
     }
 
