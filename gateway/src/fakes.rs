@@ -136,8 +136,7 @@ impl v1::stage_service_server::StageService for Fake {
         // Four of them share the device with whoever asks.
         let loaded = self.0.unloads.load(Ordering::SeqCst) < 4;
         let device = self.0.device.lock().unwrap().clone();
-        let said =
-            v1::DescribeResponse { checkpoint_digest, device, device_id, loaded, memory, ..Default::default() };
+        let said = v1::DescribeResponse { checkpoint_digest, device, device_id, loaded, memory, ..Default::default() };
         Ok(Response::new(said))
     }
 

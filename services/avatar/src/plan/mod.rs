@@ -15,7 +15,8 @@ use gateway::{
 };
 use model::checkpoint::Choice as Form;
 use planner::{
-    Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request, cost::work::Rates, plan::Placement,
+    Bytes, Device, DeviceKind, ModelTable, Plan, Planner, Precision, Refusal, Request, cost::work::Rates,
+    plan::Placement,
 };
 use serde_json::json;
 use service_kit::hardware::{DeviceConfig, DeviceName, Driver, HAS_CUDA, Nvml, cards};
