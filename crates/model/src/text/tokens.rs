@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use tokenizers::Tokenizer;
+use tokenizers::{Tokenizer, models::ModelWrapper};
 
 use super::{clip_bpe, config::LlavaConfig};
 use crate::{Error, Result};
@@ -230,12 +230,21 @@ fn read(file: &PathBuf) -> Result<Tokenizer> {
     opened.map_err(|_| Error::file(file, "its merges do not fit its tokens"))?.map_err(|e| Error::file(file, e))
 }
 
-/// A tokenizer that neither fills nor cuts.
+/// A tokenizer that neither fills nor cuts, and keeps nothing of what it has read: the library does that by thread, also
+/// for tokenizers that are gone.
 ///
 /// Errors: a token past the `vocabulary` that has embeddings.
 fn plain(mut tokenizer: Tokenizer, file: &Path, vocabulary: usize) -> Result<Tokenizer> {
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|e| Error::file(file, e))?;
+    let forgetful = match tokenizer.get_model() {
+        ModelWrapper::BPE(pairs) => Some(pairs.clone()),
+        _ => None,
+    };
+    if let Some(mut pairs) = forgetful {
+        pairs.resize_cache(0);
+        tokenizer.with_model(pairs);
+    }
     match tokenizer.get_vocab(true).into_iter().find(|(_, id)| *id as usize >= vocabulary) {
         None => Ok(tokenizer),
         Some((token, id)) => {
