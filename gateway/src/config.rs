@@ -94,8 +94,10 @@ pub struct OptionFlags {
     /// Seconds (0 to 86400) that a stage may stay away before a generation that needs it fails.
     #[arg(long, env = "AVATAR_STAGE_PATIENCE", value_name = "SECONDS", default_value = "600")]
     pub stage_patience: String,
-    /// Seconds (1 to 86400) after which a call of the transformer can be taken for stuck, if it has also taken five times
-    /// what is predicted of it; then its worker is suspected, and the step is begun again.
+    /// Seconds (1 to 86400) after which a call of a stage can be taken for stuck, if it has also taken five times what is
+    /// predicted of it and its worker finishes no layer any more; then the worker is suspected, and the call is made
+    /// again. Ten times as long for a first call, which may have to read the weights; sixty times where nothing is
+    /// predicted of it.
     #[arg(long, env = "AVATAR_STUCK_AFTER", value_name = "SECONDS", default_value = "60")]
     pub stuck_after: String,
     /// How many times what is predicted of it (0 to 1000) a generation may take that has no deadline of its caller, and

@@ -5,12 +5,12 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use futures::{Stream, stream};
+use futures::{Stream, StreamExt as _, stream};
 use proto::{
     tensor::{HostTensor, TensorReader},
     v1::{self, TensorPart},
@@ -87,8 +87,16 @@ pub(crate) struct Script {
     pub(crate) out_of_memory_late: AtomicUsize,
     /// Headers of every call of the decoder.
     pub(crate) decodes: Mutex<Vec<v1::DecodeLatentsHeader>>,
-    /// Predict call that never answers.
-    pub(crate) stall_at: Option<usize>,
+    /// Calls that never answer: stage, and call of that stage, from 0.
+    pub(crate) stalls: Vec<(v1::Stage, usize)>,
+    /// Decode calls that never go on after their first frames.
+    pub(crate) stalls_late: AtomicUsize,
+    /// How long calls of all stages but the transformer take.
+    pub(crate) beside_time: Duration,
+    /// The devices get through layers all the time.
+    pub(crate) gets_on: bool,
+    /// Layers that were told of.
+    pub(crate) advances: AtomicU64,
     /// Every value of every frame, where the decoder should make no picture.
     pub(crate) flat_frames: Option<u8>,
     /// What a velocity is multiplied by.
@@ -102,14 +110,20 @@ struct Fake(Arc<Script>);
 
 impl Fake {
     /// Counts a call, which fails where the script says so.
-    fn count(&self, stage: v1::Stage) -> Result<(), ServiceError> {
-        let mut calls = self.0.calls.lock().unwrap();
-        let call = calls.entry(stage).or_default();
-        *call += 1;
-        if !self.0.out_of_memory.contains(&(stage, *call - 1)) {
-            return Ok(());
+    async fn count(&self, stage: v1::Stage) -> Result<(), ServiceError> {
+        let call = {
+            let mut calls = self.0.calls.lock().unwrap();
+            let calls = calls.entry(stage).or_default();
+            *calls += 1;
+            *calls - 1
+        };
+        if self.0.stalls.contains(&(stage, call)) {
+            std::future::pending::<()>().await;
         }
-        Err(out_of_memory(stage))
+        if stage != v1::Stage::Diffusion {
+            tokio::time::sleep(self.0.beside_time).await;
+        }
+        if self.0.out_of_memory.contains(&(stage, call)) { Err(out_of_memory(stage)) } else { Ok(()) }
     }
 }
 
@@ -136,7 +150,16 @@ impl v1::stage_service_server::StageService for Fake {
         // Four of them share the device with whoever asks.
         let loaded = self.0.unloads.load(Ordering::SeqCst) < 4;
         let device = self.0.device.lock().unwrap().clone();
-        let said = v1::DescribeResponse { checkpoint_digest, device, device_id, loaded, memory, ..Default::default() };
+        let advances = self.0.advances.fetch_add(u64::from(self.0.gets_on), Ordering::SeqCst);
+        let said = v1::DescribeResponse {
+            checkpoint_digest,
+            device,
+            device_id,
+            loaded,
+            memory,
+            advances,
+            ..Default::default()
+        };
         Ok(Response::new(said))
     }
 
@@ -234,7 +257,7 @@ impl v1::audio_encoder_service_server::AudioEncoderService for Fake {
     ) -> Result<Response<Self::EncodeAudioStream>, Status> {
         use v1::encode_audio_response::Body as Out;
         let (_, tensors) = read!(request, v1::encode_audio_request::Body);
-        self.count(v1::Stage::AudioEncoder)?;
+        self.count(v1::Stage::AudioEncoder).await?;
         self.0.encoded.fetch_add(1, Ordering::SeqCst);
         self.0.samples.store(tensors[0].shape()[0], Ordering::SeqCst);
         let features = constant("features", &[tensors[0].shape()[0].div_ceil(320), 5, 8]);
@@ -257,7 +280,7 @@ impl v1::text_encoder_service_server::TextEncoderService for Fake {
     ) -> Result<Response<Self::EncodePromptStream>, Status> {
         use v1::encode_prompt_response::Body as Out;
         let _ = read!(request, v1::encode_prompt_request::Body);
-        self.count(v1::Stage::TextEncoder)?;
+        self.count(v1::Stage::TextEncoder).await?;
         if self.0.refuse_prompt {
             return Err(ServiceError::invalid("prompt", "300 tokens; the limit is 249").into());
         }
@@ -284,7 +307,7 @@ impl v1::image_encoder_service_server::ImageEncoderService for Fake {
     ) -> Result<Response<Self::EncodeReferenceStream>, Status> {
         use v1::encode_reference_response::Body as Out;
         let (header, _) = read!(request, v1::encode_reference_request::Body);
-        self.count(v1::Stage::ImageEncoder)?;
+        self.count(v1::Stage::ImageEncoder).await?;
         self.0.encoded.fetch_add(1, Ordering::SeqCst);
         let (h, w) = (header.height as usize / 8, header.width as usize / 8);
         let tensors = vec![constant("reference_latents", &[2, 1, h, w]), constant("face_mask", &[1, 1, h, w])];
@@ -305,7 +328,7 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
         request: Request<Streaming<v1::OpenSessionRequest>>,
     ) -> Result<Response<v1::OpenSessionResponse>, Status> {
         let (header, tensors) = read!(request, v1::open_session_request::Body);
-        self.count(v1::Stage::Diffusion)?;
+        self.count(v1::Stage::Diffusion).await?;
         self.0.opened.fetch_add(1, Ordering::SeqCst);
         self.0.heard.store(header.audio_frames as usize, Ordering::SeqCst);
         self.0.sessions.lock().unwrap().insert(header.session_id, tensors.len());
@@ -318,15 +341,12 @@ impl v1::diffusion_service_server::DiffusionService for Fake {
     ) -> Result<Response<Self::PredictStream>, Status> {
         use v1::predict_response::Body as Out;
         let (header, tensors) = read!(request, v1::predict_request::Body);
-        self.count(v1::Stage::Diffusion)?;
+        self.count(v1::Stage::Diffusion).await?;
         tokio::time::sleep(self.0.predict_time).await;
         while self.0.hold.lock().unwrap().is_some_and(|step| header.step >= step) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let call = self.0.predicted.fetch_add(1, Ordering::SeqCst);
-        if self.0.stall_at == Some(call) {
-            std::future::pending::<()>().await;
-        }
         if self.0.away_at.is_some_and(|(first, calls)| (first..first.saturating_add(calls)).contains(&call)) {
             return Err(ServiceError::unavailable("nobody is there").into());
         }
@@ -382,7 +402,7 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
             return Err(ServiceError::ResourceExhausted { message, retry_after }.into());
         }
         self.0.decodes.lock().unwrap().push(header.clone());
-        self.count(v1::Stage::VaeDecode)?;
+        self.count(v1::Stage::VaeDecode).await?;
         if header.tile_divisor < self.0.tiles_that_fit {
             return Err(out_of_memory(v1::Stage::VaeDecode).into());
         }
@@ -397,6 +417,10 @@ impl v1::vae_decode_service_server::VaeDecodeService for Fake {
             let full = out_of_memory(v1::Stage::VaeDecode);
             let parts: Vec<Result<_, Status>> = frames.parts().map(|part| Ok(message(Out::Part(part)))).collect();
             return Ok(Response::new(Box::pin(stream::iter(parts.into_iter().chain([Err(full.into())])))));
+        }
+        if self.0.stalls_late.fetch_update(Ordering::SeqCst, Ordering::SeqCst, away).is_ok() {
+            let parts: Vec<Result<_, Status>> = frames.parts().map(|part| Ok(message(Out::Part(part)))).collect();
+            return Ok(Response::new(Box::pin(stream::iter(parts).chain(stream::pending()))));
         }
         let summary =
             message(Out::Summary(v1::DecodeLatentsSummary { frames: n as u32, memory: None, device_use: used(2.0) }));

@@ -167,16 +167,8 @@ pub(crate) fn admit(
         free: Bytes(device.free.0.saturating_add(device.free.0 / 100 * NEAR_PERCENT)),
         ..device
     };
-    let planner = Planner {
-        table: fleet.table,
-        tiers: tier.tiers.clone(),
-        devices: fleet.devices.into_iter().map(roomier).collect(),
-        placement: fleet.placement,
-        tier: tier.choice.clone(),
-        precisions: vec![Precision::Bf16],
-        allow_degrade: may_lower,
-    };
-    let plan = match planner.plan(wanted) {
+    let fleet = Fleet { devices: fleet.devices.into_iter().map(roomier).collect(), ..fleet };
+    let plan = match planner(fleet, tier, may_lower).plan(wanted) {
         Ok(plan) => plan,
         Err(refusal @ Refusal::Memory(_)) => return Err(Fault::new(Kind::OutOfMemory, refusal.to_string())),
         Err(refusal) => {
@@ -199,6 +191,60 @@ pub(crate) fn admit(
         frames: u32::try_from(made.frames).unwrap_or(u32::MAX),
         said: format!("{said}."),
     }))
+}
+
+/// Plans what is asked of these stages, as they compute it.
+fn planner(Fleet { table, devices, placement }: Fleet, tier: &TierOptions, allow_degrade: bool) -> Planner {
+    let (tiers, tier, precisions) = (tier.tiers.clone(), tier.choice.clone(), vec![Precision::Bf16]);
+    Planner { table, tiers, devices, placement, tier, precisions, allow_degrade }
+}
+
+/// Seconds that a generation's stages are expected to take, before anything of it was measured.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Foreseen {
+    stages: Vec<(v1::Stage, f64)>,
+    steps: u32,
+}
+
+impl Foreseen {
+    /// Predictions of a device whose rates nobody measured are within so many times what it takes.
+    const DOUBT: f64 = 4.0;
+    /// The dearest step, all passes in full and two branches, takes so many times the mean of all.
+    const DEAREST_STEP: f64 = 4.0;
+
+    fn of(plan: &Plan) -> Self {
+        let doubt = if plan.rates.iter().all(|rates| rates.rates.measured) { 1.0 } else { Self::DOUBT };
+        let stages = plan.stages.iter().map(|one| (stage(one.stage), doubt * one.seconds)).collect();
+        Self { stages, steps: u32::try_from(plan.outcome.steps).unwrap_or(u32::MAX) }
+    }
+
+    /// Seconds of a whole stage.
+    pub(crate) fn seconds(&self, stage: v1::Stage) -> f64 {
+        self.stages.iter().filter(|(of, _)| *of == stage).map(|(_, seconds)| seconds).sum()
+    }
+
+    /// Seconds of all stages.
+    pub(crate) fn total(&self) -> f64 {
+        self.stages.iter().map(|(_, seconds)| seconds).sum()
+    }
+
+    /// The most that a stage's first call takes: a step of the transformer, and of another stage all of it.
+    pub(crate) fn first_call(&self, stage: v1::Stage) -> f64 {
+        let whole = self.seconds(stage);
+        match stage {
+            v1::Stage::Diffusion => whole * (Self::DEAREST_STEP / f64::from(self.steps.max(1))).min(1.0),
+            _ => whole,
+        }
+    }
+}
+
+/// What is expected of a generation that was accepted; nothing where the fleet cannot be read or has no way for it any
+/// more. Blocking.
+pub(crate) fn foresee(wanted: &Request, tier: &TierOptions, source: &FleetSource) -> Option<Foreseen> {
+    let fleet =
+        (source.0)(Wanted::Bytes).inspect_err(|reason| tracing::debug!("nothing is foreseen: {reason}")).ok()?;
+    let plan = planner(fleet, tier, false).plan(wanted);
+    plan.inspect_err(|refusal| tracing::debug!("nothing is foreseen: {refusal}")).ok().map(|plan| Foreseen::of(&plan))
 }
 
 fn check(request: &v1::PlanGenerationRequest) -> Result<(), Fault> {
@@ -413,6 +459,60 @@ mod tests {
         assert!(admit(&large, willing, &processor(1 << 20)).is_err());
         let unreadable = FleetSource::new(|_| Err("no checkpoint".into()));
         assert_eq!(admit(&large, strict, &unreadable), Ok(None));
+    }
+
+    /// What is said to the log meanwhile.
+    fn logged<R>(work: impl FnOnce() -> R) -> (R, String) {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let file = Arc::new(log.reopen().unwrap());
+        let writer = tracing_subscriber::fmt().with_ansi(false).with_writer(file).finish();
+        let result = tracing::subscriber::with_default(writer, work);
+        (result, std::fs::read_to_string(log.path()).unwrap())
+    }
+
+    #[test]
+    fn every_step_down_of_a_plan_is_in_the_log() {
+        let size = Some(PictureSize { width: 704, height: 704 });
+        let large = Request { size, frames: Some(129), steps: Some(30), ..Request::default() };
+        let tier = TierOptions::default();
+        let (lowered, log) = logged(|| admit(&large, (&tier, true), &processor(2 << 30)).unwrap().unwrap());
+        let of_size: Vec<&str> = log.lines().filter(|line| line.contains(" WARN ")).collect();
+        let said = lowered.said.trim_end_matches('.');
+        assert!(of_size.iter().any(|line| line.contains(&format!("planned: {said}"))), "{said}: {log}");
+        // Nothing of the request is lowered here: blocks come and go instead.
+        let (admitted, log) = logged(|| admit(&large, (&tier, false), &processor(8 << 30)));
+        assert_eq!(admitted, Ok(None));
+        let fleet = (processor(8 << 30).0)(Wanted::Bytes).unwrap();
+        let plan = planner(fleet, &tier, false).plan(&large).unwrap();
+        assert!(!plan.reasons.is_empty());
+        for reason in &plan.reasons {
+            let line = log.lines().find(|line| line.contains(&format!("planned: {reason}")));
+            assert!(line.is_some_and(|line| line.contains(" INFO ")), "{reason}: {log}");
+        }
+    }
+
+    #[test]
+    fn what_is_foreseen_of_a_device_that_nobody_measured_allows_for_that() {
+        let size = Some(PictureSize { width: 256, height: 256 });
+        let wanted = Request { size, frames: Some(65), steps: Some(50), ..Request::default() };
+        let (tier, source) = (TierOptions::default(), processor(1 << 40));
+        let foreseen = foresee(&wanted, &tier, &source).unwrap();
+        let fleet = (source.0)(Wanted::Bytes).unwrap();
+        let plan = planner(fleet.clone(), &tier, false).plan(&wanted).unwrap();
+        assert!((foreseen.total() / plan.seconds - 4.0).abs() < 1e-6, "{foreseen:?}, {} s", plan.seconds);
+        let [decode, denoise] = [v1::Stage::VaeDecode, v1::Stage::Diffusion];
+        assert_eq!(foreseen.first_call(decode), foreseen.seconds(decode));
+        assert!((foreseen.seconds(denoise) / foreseen.first_call(denoise) - 12.5).abs() < 1e-6);
+        let measured = FleetSource::new(move |_| {
+            let rates = |device: &Device| Rates { measured: true, ..device.rates };
+            let devices =
+                fleet.devices.iter().map(|device| Device { rates: rates(device), ..device.clone() }).collect();
+            Ok(Fleet { devices, ..fleet.clone() })
+        });
+        let nearer = foresee(&wanted, &tier, &measured).unwrap();
+        assert!((nearer.total() / plan.seconds - 1.0).abs() < 1e-6);
+        assert_eq!(foresee(&wanted, &tier, &FleetSource::new(|_| Err("no checkpoint".into()))), None);
+        assert_eq!(foresee(&wanted, &tier, &processor(1 << 20)), None);
     }
 
     #[test]

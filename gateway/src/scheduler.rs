@@ -336,6 +336,8 @@ impl Gateway {
             directory: self.inner.store.work_dir(),
             patience: self.inner.options.stage_patience,
             pace: Pace::new(self.inner.options.concurrent, self.inner.options.stuck_after),
+            tier: self.inner.options.tier.clone(),
+            fleet: None,
             allowance: Allowance::new(self.inner.options.default_deadline, self.inner.options.concurrent),
             previews: self.inner.previews.clone(),
             stopping: self.inner.stopping.clone(),
@@ -343,7 +345,8 @@ impl Gateway {
         let closing = self.inner.closing.clone();
         while let Some(lease) = closing.run_until_cancelled(self.inner.store.next()).await {
             let began = Instant::now();
-            runner::run(Arc::clone(&lease), workshop.clone()).await;
+            let fleet = self.inner.fleet.get().cloned();
+            runner::run(Arc::clone(&lease), Workshop { fleet, ..workshop.clone() }).await;
             if lease.generation().await.state() == GenerationState::Completed {
                 let mut pace = lock(&self.inner.pace);
                 pace.truncate(PACE - 1);

@@ -47,8 +47,8 @@ pub fn document(options: &Options) -> Result<String> {
     synthesise(&avatar, options)?;
     let mut text =
         "| tier, card | budget | what is made | predicted peak | measured peak | ratio | blocks that stay | \
-                    waited for weights | reading hidden | made in, predicted |\n\
-                    | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+                    waited for weights | reading hidden | a step | made in, predicted |\n\
+                    | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
             .to_owned();
     for gib in &options.budgets {
         let card = Bytes::gib(*gib);
@@ -168,7 +168,7 @@ fn row(text: &mut String, (tier, card, budget): (&Tier, Bytes, Bytes), made: &Va
     writeln!(
         text,
         "| {}, {card} | {budget} | {}x{}x{}, {} steps | {} | {} | {ratio:.3} | {} of {} | {:.1} s | {:.1} s | \
-         {:.0} s, {:.0} s |",
+         {:.1} s | {:.0} s, {:.0} s |",
         tier.name,
         made["width"],
         made["height"],
@@ -180,7 +180,8 @@ fn row(text: &mut String, (tier, card, budget): (&Tier, Bytes, Bytes), made: &Va
         weights["blocks"],
         weights["waited_seconds"].as_f64().unwrap_or_default(),
         weights["hidden_seconds"].as_f64().unwrap_or_default(),
-        sum(&made["seconds"]),
+        made["seconds"]["diffusion"].as_f64().unwrap_or_default() / made["steps"].as_f64().unwrap_or(1.0),
+        made["elapsed_seconds"].as_f64().context("a generation has no seconds")?,
         sum(&predicted["seconds"]),
     )?;
     Ok(())

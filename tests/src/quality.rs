@@ -3,10 +3,12 @@
 //! A folder of clips holds, for each, `NN.png` (the portrait), `NN.wav` (the speech), `NN.json` (the mouth's box, and how
 //! far it is open in each frame that was drawn for this speech) and `NN.still.png` (white where those frames stand
 //! still); `models/demo/train/held_out.py` draws them. The videos are `NN-own.mp4`, with the clip's speech, and
-//! `NN-shuffled.mp4`, with the halves of that speech exchanged (`NN-shuffled.wav`), in a folder of theirs.
+//! `NN-MM.mp4`, with that of clip MM, in a folder of theirs.
 //!
-//! The exchange leaves voice, loudness and length as they are and takes the time away alone. Another clip's speech would
-//! not do that: all speech begins and ends with a closed mouth, so any two sentences have something in common.
+//! With another clip's speech the mouth should not move as it was drawn for the clip's own. But any two sentences have
+//! something in common: both begin and end with a closed mouth. So this is looked at in the frames in which both
+//! speak; there two drawn mouths have nothing in common, and a figure of 0 is that of a mouth which knows nothing of the
+//! speech that it does not hear. That of the whole clips, and those of the two drawn mouths, stand beside it.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +19,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use planner::clip::FPS;
 use serde::{Deserialize, Serialize};
 
 /// Frames by which the mouth is looked for early and late.
@@ -26,6 +27,8 @@ pub const LAGS: i32 = 3;
 const HALF: usize = 8;
 /// Rows at the bottom of the mouth's box that are skin.
 const SKIN_ROWS: usize = 3;
+/// Share of its range above which a mouth is open.
+const OPEN: f64 = 0.05;
 
 /// What is known of a clip.
 #[derive(Debug, Clone, Deserialize)]
@@ -55,17 +58,31 @@ pub struct Row {
     pub correlation: f64,
     /// Frames by which the video is late where the correlation is highest.
     pub best_lag: i32,
-    /// Correlation of the mouth's opening with the drawn one where the halves of the speech were exchanged; nothing without
-    /// that video.
-    pub shuffled: Option<f64>,
-    /// Correlation of the same video with the drawn mouth whose halves are exchanged too.
-    pub heard: Option<f64>,
+    /// The same clip with other clips' speech; nothing without such videos.
+    pub others: Vec<Other>,
     /// PSNR in dB of what stands still, against the portrait.
     pub still_psnr: f64,
     /// Mean change from frame to frame of what stands still, in levels of 255.
     pub flicker: f64,
     /// Mean change of the whole frame at the borders of windows, by that elsewhere; nothing in a single window.
     pub seam: Option<f64>,
+}
+
+/// A clip with another clip's speech: correlations of mouths' openings.
+#[derive(Debug, Clone, Serialize)]
+pub struct Other {
+    /// The clip whose speech it is.
+    pub heard: String,
+    /// With the clip's own drawn mouth, in the frames in which both clips speak.
+    pub own: f64,
+    /// Of the two drawn mouths in the same frames.
+    pub drawn: f64,
+    /// As `own`, in all frames.
+    pub own_everywhere: f64,
+    /// As `drawn`, in all frames.
+    pub drawn_everywhere: f64,
+    /// With the mouth that was drawn for the speech, in all frames.
+    pub followed: f64,
 }
 
 /// Medians over clips.
@@ -75,16 +92,31 @@ pub struct Medians {
     pub correlation: f64,
     /// See [`Row::best_lag`].
     pub best_lag: f64,
-    /// See [`Row::shuffled`].
-    pub shuffled: Option<f64>,
-    /// See [`Row::heard`].
-    pub heard: Option<f64>,
+    /// Of all videos with other speech, see [`Other`].
+    pub others: Option<OtherMedians>,
     /// See [`Row::still_psnr`].
     pub still_psnr: f64,
     /// See [`Row::flicker`].
     pub flicker: f64,
     /// See [`Row::seam`].
     pub seam: Option<f64>,
+}
+
+/// Medians over videos with other speech, see [`Other`].
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct OtherMedians {
+    /// Videos.
+    pub videos: usize,
+    /// See [`Other::own`].
+    pub own: f64,
+    /// See [`Other::drawn`].
+    pub drawn: f64,
+    /// See [`Other::own_everywhere`].
+    pub own_everywhere: f64,
+    /// See [`Other::drawn_everywhere`].
+    pub drawn_everywhere: f64,
+    /// See [`Other::followed`].
+    pub followed: f64,
 }
 
 /// How the videos are made.
@@ -96,6 +128,8 @@ pub struct Make {
     pub models: PathBuf,
     /// More flags of `avatar generate`.
     pub flags: Vec<String>,
+    /// Other clips whose speech each clip gets too.
+    pub others: usize,
 }
 
 /// Names of the clips in a folder, in order.
@@ -112,22 +146,23 @@ pub fn clips(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Makes the videos that are missing: of each clip with its speech, and with the halves of that exchanged.
+/// The other clips whose speech a clip gets: so many, as far apart as there are clips.
+fn others(clip: usize, clips: usize, wanted: usize) -> Vec<usize> {
+    let wanted = wanted.min(clips.saturating_sub(1));
+    (0..wanted).map(|i| (clip + 1 + i * (clips - 1) / wanted) % clips).collect()
+}
+
+/// Makes the videos that are missing: of each clip with its speech, and with that of other clips.
 ///
 /// Errors: a program fails.
 pub fn make(make: &Make, folder: &Path, names: &[String], videos: &Path) -> Result<()> {
     fs::create_dir_all(videos)?;
-    for name in names {
-        for kind in ["own", "shuffled"] {
+    for (number, name) in names.iter().enumerate() {
+        let others = others(number, names.len(), make.others).into_iter().map(|other| (&names[other], &names[other]));
+        for (speech, kind) in std::iter::once((name, &"own".to_owned())).chain(others) {
             let out = videos.join(format!("{name}-{kind}.mp4"));
             if out.exists() {
                 continue;
-            }
-            let mut speech = folder.join(format!("{name}.wav"));
-            if kind == "shuffled" {
-                let exchanged = videos.join(format!("{name}-{kind}.wav"));
-                exchange_halves(&speech, &Truth::read(&folder.join(format!("{name}.json")))?, &exchanged)?;
-                speech = exchanged;
             }
             let done = Command::new(&make.avatar)
                 .args(["generate", "--quiet", "--prompt", "A person speaks.", "--models"])
@@ -135,7 +170,7 @@ pub fn make(make: &Make, folder: &Path, names: &[String], videos: &Path) -> Resu
                 .arg("--image")
                 .arg(folder.join(format!("{name}.png")))
                 .arg("--audio")
-                .arg(&speech)
+                .arg(folder.join(format!("{speech}.wav")))
                 .arg("--out")
                 .arg(&out)
                 .args(&make.flags)
@@ -156,14 +191,14 @@ pub fn measure(folder: &Path, names: &[String], videos: &Path, window: usize) ->
     for name in names {
         let own = videos.join(format!("{name}-own.mp4"));
         if own.exists() {
-            rows.push(row(folder, name, videos, window).with_context(|| own.display().to_string())?);
+            rows.push(row(folder, (name, names), videos, window).with_context(|| own.display().to_string())?);
         }
     }
     ensure!(!rows.is_empty(), "{}: there is no video (NN-own.mp4) of a clip", videos.display());
     Ok(rows)
 }
 
-fn row(folder: &Path, name: &str, videos: &Path, window: usize) -> Result<Row> {
+fn row(folder: &Path, (name, names): (&str, &[String]), videos: &Path, window: usize) -> Result<Row> {
     let truth = Truth::read(&folder.join(format!("{name}.json")))?;
     let portrait = Frames::read(&folder.join(format!("{name}.png")), None)?;
     let size = Some((portrait.width, portrait.height));
@@ -172,15 +207,15 @@ fn row(folder: &Path, name: &str, videos: &Path, window: usize) -> Result<Row> {
     let measured = opening(&own, truth.mouth_box)?;
     let by_lag: Vec<f64> = (-LAGS..=LAGS).map(|lag| correlation(&measured, &truth.opening, lag)).collect();
     let best = (0..by_lag.len()).max_by(|&a, &b| by_lag[a].total_cmp(&by_lag[b])).unwrap_or_default();
-    let other = videos.join(format!("{name}-shuffled.mp4"));
-    let shuffled = match other.exists() {
-        true => {
-            let mouth = opening(&Frames::read(&other, size)?, truth.mouth_box)?;
-            let exchanged = [&truth.opening[truth.middle()..], &truth.opening[..truth.middle()]].concat();
-            Some((correlation(&mouth, &truth.opening, 0), correlation(&mouth, &exchanged, 0)))
+    let mut others = Vec::new();
+    for heard in names {
+        let video = videos.join(format!("{name}-{heard}.mp4"));
+        if heard != name && video.exists() {
+            let mouth = opening(&Frames::read(&video, size)?, truth.mouth_box)?;
+            let other = Truth::read(&folder.join(format!("{heard}.json")))?;
+            others.push(Other::of(heard, &mouth, (&truth.opening, &other.opening)));
         }
-        false => None,
-    };
+    }
     let (Some(portrait), Some(still)) = (portrait.data.first(), still.data.first()) else { bail!("no picture") };
     let still: Vec<bool> = still.iter().map(|&level| level > 127).collect();
     let everywhere = vec![true; still.len()];
@@ -191,8 +226,7 @@ fn row(folder: &Path, name: &str, videos: &Path, window: usize) -> Result<Row> {
         frames: measured.len().min(truth.opening.len()),
         correlation: by_lag[LAGS as usize],
         best_lag: best as i32 - LAGS,
-        shuffled: shuffled.map(|(own, _)| own),
-        heard: shuffled.map(|(_, heard)| heard),
+        others,
         still_psnr: psnr(&own.data, portrait, &still),
         flicker: flicker / changes.len().max(1) as f64,
         seam: seam(&changes, window),
@@ -204,26 +238,35 @@ impl Truth {
         let text = fs::read(path).with_context(|| path.display().to_string())?;
         serde_json::from_slice(&text).with_context(|| path.display().to_string())
     }
+}
 
-    /// The frame with which the second half begins.
-    fn middle(&self) -> usize {
-        self.opening.len() / 2
+impl Other {
+    /// What a mouth that heard clip `heard` has in common with the two drawn ones.
+    fn of(heard: &str, mouth: &[f64], (own, other): (&[f64], &[f64])) -> Self {
+        let both = {
+            let (own, other) = (speaks(own), speaks(other));
+            own.start.max(other.start)..own.end.min(other.end)
+        };
+        let within = |values: &[f64]| values.get(both.clone()).map(<[f64]>::to_vec).unwrap_or_default();
+        let while_both_speak = |a: &[f64], b: &[f64]| correlation(&within(a), &within(b), 0);
+        Self {
+            heard: heard.to_owned(),
+            own: while_both_speak(mouth, own),
+            drawn: while_both_speak(other, own),
+            own_everywhere: correlation(mouth, own, 0),
+            drawn_everywhere: correlation(other, own, 0),
+            followed: correlation(mouth, other, 0),
+        }
     }
 }
 
-/// Writes speech whose second half comes first; it is cut between two frames.
-fn exchange_halves(speech: &Path, truth: &Truth, out: &Path) -> Result<()> {
-    let middle = truth.middle() as f64 / f64::from(FPS);
-    let graph = format!("[0]atrim=start={middle}[a];[0]atrim=end={middle}[b];[a][b]concat=n=2:v=0:a=1");
-    let done = Command::new("ffmpeg")
-        .args(["-v", "error", "-y", "-i"])
-        .arg(speech)
-        .args(["-filter_complex", &graph])
-        .arg(out)
-        .output()
-        .context("ffmpeg")?;
-    ensure!(done.status.success(), "{}: {}", out.display(), String::from_utf8_lossy(&done.stderr));
-    Ok(())
+/// The frames from the first to the last one in which a mouth is open.
+fn speaks(opening: &[f64]) -> std::ops::Range<usize> {
+    let (least, most) = opening.iter().fold((f64::MAX, f64::MIN), |(least, most), &v| (least.min(v), most.max(v)));
+    let open = |value: &&f64| **value > least + OPEN * (most - least);
+    let first = opening.iter().position(|value| open(&value)).unwrap_or(0);
+    let last = opening.iter().rposition(|value| open(&value)).map_or(first, |last| last + 1);
+    first..last
 }
 
 impl Frames {
@@ -330,11 +373,21 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 #[must_use]
 pub fn medians(rows: &[Row]) -> Medians {
     let of = |figure: &dyn Fn(&Row) -> Option<f64>| median(rows.iter().filter_map(figure).collect());
+    let of_others = |figure: fn(&Other) -> f64| median(rows.iter().flat_map(|row| &row.others).map(figure).collect());
+    let others = || {
+        Some(OtherMedians {
+            videos: rows.iter().map(|row| row.others.len()).sum(),
+            own: of_others(|other| other.own)?,
+            drawn: of_others(|other| other.drawn)?,
+            own_everywhere: of_others(|other| other.own_everywhere)?,
+            drawn_everywhere: of_others(|other| other.drawn_everywhere)?,
+            followed: of_others(|other| other.followed)?,
+        })
+    };
     Medians {
         correlation: of(&|row| Some(row.correlation)).unwrap_or_default(),
         best_lag: of(&|row| Some(f64::from(row.best_lag))).unwrap_or_default(),
-        shuffled: of(&|row| row.shuffled),
-        heard: of(&|row| row.heard),
+        others: others(),
         still_psnr: of(&|row| Some(row.still_psnr)).unwrap_or_default(),
         flicker: of(&|row| Some(row.flicker)).unwrap_or_default(),
         seam: of(&|row| row.seam),
@@ -344,18 +397,20 @@ pub fn medians(rows: &[Row]) -> Medians {
 /// A table of rows and their medians, as Markdown.
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
-    let mut text = "| clip | frames | correlation | best lag | halves exchanged | and the mouth's too | still, dB | flicker | seam |\n\
-                    | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    let mut text = "| clip | frames | correlation | best lag | other speech | of drawn mouths | all frames | of drawn mouths | follows it | \
+                    still, dB | flicker | seam |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         .to_owned();
     let shown = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
     let mut line = |name: &str, frames: String, figures: &Medians| {
-        let Medians { correlation, best_lag, shuffled, heard, still_psnr, flicker, seam } = figures;
-        let [shuffled, heard, seam] = [shuffled, heard, seam].map(|value| shown(*value));
+        let Medians { correlation, best_lag, others, still_psnr, flicker, seam } = figures;
+        let of_others: [fn(&OtherMedians) -> f64; 5] =
+            [|all| all.own, |all| all.drawn, |all| all.own_everywhere, |all| all.drawn_everywhere, |all| all.followed];
+        let others = of_others.map(|figure| shown(others.as_ref().map(figure))).join(" | ");
+        let seam = shown(*seam);
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "| {name} | {frames} | {correlation:.2} | {best_lag} | {shuffled} | {heard} | {still_psnr:.1} | {flicker:.2} | \
-             {seam} |"
+            "| {name} | {frames} | {correlation:.2} | {best_lag} | {others} | {still_psnr:.1} | {flicker:.2} | {seam} |"
         );
     };
     for row in rows {
@@ -384,6 +439,33 @@ mod tests {
         assert!((by_lag[5] - 1.0).abs() < 1e-9 && by_lag.iter().enumerate().all(|(i, c)| i == 5 || *c < 0.95));
         assert_eq!(correlation(&[1.0; 9], &truth, 0), 0.0);
         assert!((correlation(&truth.iter().map(|v| -v).collect::<Vec<_>>(), &truth, 0) + 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_two_mouths_have_in_common_by_being_closed_at_the_ends_is_left_out() {
+        // Closed for 10 frames, open for 40 in which each follows a wave of its own, closed for 10.
+        let speech = |pace: f64| -> Vec<f64> {
+            let open = |i: i32| (10..50).contains(&i);
+            (0..60).map(|i| if open(i) { 0.6 + 0.3 * (f64::from(i - 10) * pace).sin() } else { 0.1 }).collect()
+        };
+        let turn = std::f64::consts::TAU / 40.0;
+        let (own, other) = (speech(4.0 * turn), speech(5.0 * turn));
+        assert_eq!(speaks(&own), 10..50);
+        assert_eq!(speaks(&[0.3; 9]), 0..0);
+        let deaf = Other::of("01", &own, (&own, &other));
+        assert!(deaf.own > 0.99 && deaf.drawn.abs() < 0.01 && deaf.drawn_everywhere > 0.4, "{deaf:?}");
+        let hears = Other::of("01", &other, (&own, &other));
+        assert!(hears.own.abs() < 0.01 && hears.followed > 0.99 && hears.own_everywhere > 0.4, "{hears:?}");
+        let apart = Other::of("01", &own, (&own[..5], &other));
+        assert_eq!((apart.own, apart.drawn), (0.0, 0.0), "they never speak at once");
+    }
+
+    #[test]
+    fn each_clip_gets_other_clips_speech_and_never_its_own() {
+        assert_eq!(others(0, 20, 1), [1]);
+        assert_eq!(others(19, 20, 3), [0, 6, 12]);
+        assert_eq!(others(1, 3, 9), [2, 0]);
+        assert!(others(0, 1, 3).is_empty() && others(0, 3, 0).is_empty());
     }
 
     #[test]

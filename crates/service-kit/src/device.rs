@@ -296,6 +296,7 @@ impl DeviceWorker {
         let job = move || {
             if let Some(shared) = shared.upgrade() {
                 shared.waiting.fetch_sub(1, Relaxed);
+                shared.budget.advance();
             }
             let _entered = span.enter();
             let begin = Instant::now();
@@ -305,6 +306,7 @@ impl DeviceWorker {
                 })
             });
             if let Some(shared) = shared.upgrade() {
+                shared.budget.advance();
                 let now = begin.elapsed().as_millis().min(u128::from(u64::MAX)) as u64;
                 let before = shared.pace_ms.load(Relaxed);
                 shared.pace_ms.store(before - before / 4 + now / 4, Relaxed);

@@ -194,6 +194,8 @@ pub struct Budget {
     others: Option<Vec<Arc<Share>>>,
     /// The most bytes that were held on it while a stage worked.
     peak: AtomicU64,
+    /// How often work got on there.
+    advances: Arc<AtomicU64>,
 }
 
 /// How long what was said of the machine's free memory holds: long enough that asking costs nothing beside a layer.
@@ -253,6 +255,7 @@ impl Budget {
             own: Arc::default(),
             others: Some(Vec::new()),
             peak: AtomicU64::new(0),
+            advances: Arc::default(),
         }
     }
 
@@ -262,11 +265,27 @@ impl Budget {
         let mut budgets: Vec<Self> =
             configs.iter().map(|config| Self { others: None, ..Self::new(config.clone()) }).collect();
         let on_heap = |budget: &&Self| budget.config.name.card().is_none();
+        // Parts of the processor work in turns, so what waits for one may wait for another.
+        let of_processor: Arc<AtomicU64> = Arc::default();
+        for budget in budgets.iter_mut().filter(|budget| budget.config.name.card().is_none()) {
+            budget.advances = of_processor.clone();
+        }
         let others = budgets.iter().skip(1).filter(on_heap).map(|budget| budget.own.clone()).collect();
         if let Some(first) = budgets.first_mut() {
             first.others = Some(others);
         }
         budgets
+    }
+
+    /// Notes that work got on there: a task began or ended, or a layer did.
+    pub(crate) fn advance(&self) {
+        self.advances.fetch_add(1, Relaxed);
+    }
+
+    /// How often work got on there.
+    #[must_use]
+    pub fn advances(&self) -> u64 {
+        self.advances.load(Relaxed)
     }
 
     /// Bytes of it that this process holds now.
@@ -424,6 +443,7 @@ impl Watch {
     #[must_use]
     pub fn allows(&self, bytes: u64) -> bool {
         let Watched { stage, cancel, work, reason } = &*self.0;
+        work.advance();
         let no = if let Err(gone) = cancel.check() {
             gone
         } else {

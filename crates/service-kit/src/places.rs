@@ -71,6 +71,11 @@ impl Work {
         self.places.get(self.place()).map(|place| &place.budget)
     }
 
+    /// Notes that the operation got on; whoever waits for any of its devices waits for it.
+    pub(crate) fn advance(&self) {
+        self.places.iter().for_each(|place| place.budget.advance());
+    }
+
     /// Runs the operation; says what it left on each device.
     pub(crate) fn run<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<u64>) {
         /// Ends the operation, also after a panic.

@@ -422,6 +422,7 @@ impl<M: StageModel> StageService for StageServer<M> {
             memory: Some(host.memory()),
             defaults,
             compute: format!("{:?}", host.compute).to_lowercase(),
+            advances: host.device.budget().advances(),
         }))
     }
 

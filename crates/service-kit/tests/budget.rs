@@ -250,6 +250,34 @@ async fn memory_that_another_process_takes_presses_fails_and_comes_back() {
 }
 
 #[tokio::test]
+async fn a_device_that_works_counts_its_layers_and_one_that_stands_still_does_not() {
+    let config = StageConfig::local("none");
+    let worker = DeviceWorker::spawn(&config.device, 4).unwrap();
+    let first: Host<0> = StageHost::new(&config, (), worker.clone(), CancellationToken::new());
+    let second: Host<1> = StageHost::new(&config, (), worker.clone(), CancellationToken::new());
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let (started, standing) = tokio::sync::oneshot::channel();
+    let work = first.submit(move |_, _| {
+        hold(1)?;
+        started.send(()).unwrap();
+        let _ = held.recv();
+        hold(1).map(drop)
+    });
+    standing.await.unwrap();
+    let budget = worker.budget();
+    let before = budget.advances();
+    assert!(before >= 2, "a task began and went through a layer: {before}");
+    let waiting = second.submit(|_, _| Ok(())).unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(budget.advances(), before, "whoever only waits gets nobody on");
+    drop(release);
+    work.unwrap().await.unwrap();
+    waiting.await.unwrap();
+    // A layer, two ends and a beginning.
+    assert!(budget.advances() >= before + 4, "{before}, then {}", budget.advances());
+}
+
+#[tokio::test]
 async fn a_caller_that_is_gone_stops_the_work_at_the_next_layer() {
     let (host, _) = start(64, 100);
     let (began, begun) = tokio::sync::oneshot::channel();

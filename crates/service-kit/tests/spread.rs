@@ -168,6 +168,14 @@ async fn each_device_is_charged_with_what_is_there() {
 }
 
 #[tokio::test]
+async fn whoever_waits_for_any_part_of_the_processor_sees_that_another_part_gets_on() {
+    let workers = devices([64, 64]);
+    let before = workers[1].budget().advances();
+    workers[0].try_submit(|_| Ok(())).unwrap().await.unwrap();
+    assert!(workers[1].budget().advances() >= before + 2);
+}
+
+#[tokio::test]
 async fn a_device_that_is_full_is_named_whichever_it_is() {
     let full = |error: ServiceError, expected: &str| match error {
         ServiceError::DeviceMemory { stage, device, needed_bytes, free_bytes, budget_bytes } => {

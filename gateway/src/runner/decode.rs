@@ -70,12 +70,20 @@ async fn attempt(
 ) -> Result<(mp4::Clip, proto::v1::MemoryReport), Fault> {
     let (width, height, wanted) = (prepared.size.width, prepared.size.height, prepared.plan.frames);
     let settings = mp4::Settings { program: target.ffmpeg, directory: target.directory, width, height };
-    run.begins_anew();
+    run.begins_anew(Stage::VaeDecode);
     let began = Instant::now();
-    let mut frames = stages.decode_latents(header, latents).await?;
+    let (at, watchman) = ((&stages, Stage::VaeDecode), run.watchman());
+    let mut pace = watchman.pace(Stage::VaeDecode);
+    let call = async {
+        let mut frames = stages.decode_latents(header, latents).await?;
+        let first = frames.next().await?;
+        Ok::<_, Fault>((frames, first))
+    };
+    let ((mut frames, mut next), mut took) = watchman.in_time(at, pace.limit(1), call).await?;
     let mut writer = mp4::Writer::start(settings, &prepared.audio.soundtrack).await.map_err(refused)?;
     let (mut done, mut gate) = (0, FrameGate::default());
-    while let Some(tensor) = frames.next().await? {
+    while let Some(tensor) = next {
+        pace.learn(1, took);
         let fits = matches!(*tensor.shape(), [_, h, w, 3] if h == height as usize && w == width as usize);
         if !fits || tensor.dtype() != DataType::U8 || done + tensor.shape()[0] > wanted {
             let expected = format!("U8 [at most {}, {height}, {width}, 3]", wanted - done);
@@ -85,6 +93,7 @@ async fn attempt(
         gate.push(tensor.data(), 3 * height as usize * width as usize)?;
         writer.push_frames(tensor.data()).await.map_err(refused)?;
         run.frames_done(done, wanted, began.elapsed().as_secs_f64() / done as f64).await;
+        (next, took) = watchman.in_time(at, pace.limit(1), frames.next()).await?;
     }
     if done != wanted {
         let message = format!("vae-decode: {done} frames came, {wanted} were asked for");

@@ -68,7 +68,7 @@ impl Denoise {
                 run.warn(Stage::Diffusion, sentence.into()).await;
             }
         }
-        run.begins_anew();
+        run.begins_anew(Stage::Diffusion);
         let start = noise(prepared.settings.seed, shape.values(setup.clip.latent_frames));
         let sampler = Sampler::new(setup, start).map_err(|error| wrong(0, &error))?;
         Ok(Self { sampler, followed: begun, shape })

@@ -139,9 +139,12 @@ where
     F: Future<Output = Result<T, Fault>>,
 {
     let mut ladder = Ladder::of(&run.stages, stage, false);
+    // Each is a stage's first and only call of the run.
+    let watchman = run.watchman();
+    let limit = watchman.pace(stage).limit(1);
     loop {
-        match run.patience.call(&mut call).await {
-            Ok(value) => return Ok(value),
+        match run.patience.call(|| watchman.in_time((&run.stages, stage), limit, call())).await {
+            Ok((value, _)) => return Ok(value),
             Err(fault) => ladder.next(run, fault).await?,
         };
     }

@@ -34,8 +34,10 @@ use self::{
     session::Session,
 };
 use crate::{
+    config::TierOptions,
     fault::{Fault, Kind},
     intake::{Order, Upload},
+    planning::{FleetSource, foresee},
     stages::Stages,
     store::{Change, Lease, role},
     validate,
@@ -52,8 +54,12 @@ pub(crate) struct Workshop {
     pub(crate) directory: PathBuf,
     /// How long a stage may stay away before the generation fails.
     pub(crate) patience: Duration,
-    /// What is known of the transformer's pace, from which it is told whether a call is stuck.
+    /// What is known of the pace of a stage before its first call, from which it is told whether a call is stuck.
     pub(crate) pace: Pace,
+    /// What the tiers are, by which stages compute.
+    pub(crate) tier: TierOptions,
+    /// Who knows the checkpoint and the devices, if anybody does.
+    pub(crate) fleet: Option<FleetSource>,
     /// How long a generation may be worked on that has no deadline of its caller, if that is limited.
     pub(crate) allowance: Option<Allowance>,
     /// How the denoise is shown meanwhile.
@@ -78,7 +84,8 @@ pub(crate) async fn run(lease: Arc<Lease>, workshop: Workshop) {
         lease.publish(Change { state: Some(GenerationState::Queued), message, ..Change::default() }).await;
     }
     let patience = Patience::new(Arc::clone(&lease), workshop.patience);
-    let run = Run::begin(Arc::clone(&lease), workshop.stages.clone(), (patience, workshop.allowance)).await;
+    let run =
+        Run::begin(Arc::clone(&lease), workshop.stages.clone(), (patience, workshop.pace, workshop.allowance)).await;
     let driven = AssertUnwindSafe(drive(&run, &workshop)).catch_unwind();
     let end = tokio::select! {
         biased;
@@ -160,6 +167,13 @@ async fn inputs(lease: &Lease) -> Result<Prepared, Fault> {
 async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault> {
     run.enter(GenerationState::Encoding).await;
     let prepared = inputs(&run.lease).await?;
+    if let Some(fleet) = workshop.fleet.clone() {
+        let (wanted, tier) = (prepared.request(), workshop.tier.clone());
+        let foreseen = tokio::task::spawn_blocking(move || foresee(&wanted, &tier, &fleet)).await;
+        if let Some(foreseen) = foreseen.map_err(|error| Fault::internal("nothing could be foreseen", &error))? {
+            run.foresee(foreseen);
+        }
+    }
     for warning in &prepared.warnings {
         run.warn(Stage::Unspecified, warning.clone()).await;
     }
@@ -168,7 +182,7 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
     let (denoise, told) = match Denoise::finished(run, &prepared).await {
         // Nobody but the decoder is needed any more, whatever became of the other stages.
         Some(finished) => (finished, encode::told_before(run, &prepared).await),
-        None => denoised(run, workshop, &prepared, &mut viewer).await?,
+        None => denoised(run, &prepared, &mut viewer).await?,
     };
 
     run.enter(GenerationState::Decoding).await;
@@ -190,12 +204,7 @@ async fn drive(run: &Run, workshop: &Workshop) -> Result<(Video, Outcome), Fault
 }
 
 /// Encodes the inputs and takes the denoise steps that are left.
-async fn denoised(
-    run: &Run,
-    workshop: &Workshop,
-    prepared: &Prepared,
-    viewer: &mut Viewer<'_>,
-) -> Result<(Denoise, Told), Fault> {
+async fn denoised(run: &Run, prepared: &Prepared, viewer: &mut Viewer<'_>) -> Result<(Denoise, Told), Fault> {
     let Conditions { tensors, channels, models: [heard, read, seen], told } = encode::encode(run, prepared).await?;
     let transformer = run.patience.call(|| run.stages.identity(Stage::Diffusion)).await?;
     let mut denoise = Denoise::begin(run, prepared, channels, [heard, read, seen, transformer]).await?;
@@ -212,7 +221,7 @@ async fn denoised(
         Session::close(&run.stages, run.earlier_session_id()).await;
     }
     let mut session =
-        Session::new(run.stages.clone(), (run.patience.clone(), workshop.pace), (header, &run.devices), tensors);
+        Session::new(run.stages.clone(), (run.patience.clone(), run.watchman()), (header, &run.devices), tensors);
     denoise.run(run, prepared, (&mut session, viewer)).await?;
     run.stage_ended(Stage::Diffusion, began, session.memory()).await;
     drop(session);

@@ -2,15 +2,22 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
 use proto::v1::{FaceBox, Generation, GenerationState, MemoryReport, Progress, Stage, StagePart, StageReport};
 
-use super::{allowance::Allowance, devices::Devices, patience::Patience, session::Eased};
+use super::{
+    allowance::Allowance,
+    devices::Devices,
+    pace::{Pace, Watchman},
+    patience::Patience,
+    session::Eased,
+};
 use crate::{
     fault::{Fault, Kind, stage_name},
+    planning::Foreseen,
     stages::Stages,
     store::{Change, Lease},
 };
@@ -30,10 +37,14 @@ pub(crate) struct Run {
     pub(crate) stages: Stages,
     /// How they are waited for.
     pub(crate) patience: Patience,
+    /// What is known of the pace of a stage before its first call.
+    pace: Pace,
     /// What it took of devices.
     pub(crate) devices: Arc<Devices>,
     /// How long it may be worked on, if that is limited.
     allowance: Option<Allowance>,
+    /// What is expected of it, where anybody knows.
+    foreseen: OnceLock<Foreseen>,
     began: Instant,
     /// Seconds that earlier processes worked on it.
     earlier_seconds: f64,
@@ -45,6 +56,8 @@ pub(crate) struct Run {
 #[derive(Debug)]
 struct Inside {
     progress: Progress,
+    /// Seconds of work up to which it may go on by what is foreseen of it, until its own pace says better.
+    foreseen_until: Option<f64>,
     reports: BTreeMap<i32, StageReport>,
     warnings: Vec<String>,
     /// By stage, as it said last: whether its device is nearly full, and how many stages had to go or to give back
@@ -61,7 +74,7 @@ impl Run {
     pub(crate) async fn begin(
         lease: Arc<Lease>,
         stages: Stages,
-        (patience, allowance): (Patience, Option<Allowance>),
+        (patience, pace, allowance): (Patience, Pace, Option<Allowance>),
     ) -> Self {
         let Generation { progress, deadline_unix_ms, devices, .. } = lease.generation().await;
         let allowance = allowance.filter(|_| deadline_unix_ms.is_none());
@@ -71,9 +84,24 @@ impl Run {
         let (reports, pressure) = (BTreeMap::new(), BTreeMap::new());
         let devices = Arc::new(Devices::new(devices));
         let (warnings, waited) = (Vec::new(), Duration::ZERO);
-        let inside = Mutex::new(Inside { progress, reports, warnings, pressure, eased: 0, waited });
         let earlier_seconds = progress.elapsed_seconds;
-        Self { lease, stages, patience, devices, allowance, began: Instant::now(), earlier_seconds, warned, inside }
+        let inside =
+            Mutex::new(Inside { progress, foreseen_until: None, reports, warnings, pressure, eased: 0, waited });
+        let (began, foreseen) = (Instant::now(), OnceLock::new());
+        Self { lease, stages, patience, pace, devices, allowance, foreseen, began, earlier_seconds, warned, inside }
+    }
+
+    /// Takes what is expected of the generation; the first to say it.
+    pub(crate) fn foresee(&self, foreseen: Foreseen) {
+        let until = self.allowance.map(|allowance| allowance.until(self.earlier_seconds, foreseen.total()));
+        self.lock().foreseen_until = until;
+        // It is said once, where the run begins.
+        let _ = self.foreseen.set(foreseen);
+    }
+
+    /// Who tells that stages are stuck.
+    pub(crate) fn watchman(&self) -> Watchman {
+        Watchman::new(self.patience.clone(), self.pace, self.foreseen.get().cloned())
     }
 
     /// The id for headers.
@@ -202,9 +230,11 @@ impl Run {
         }
     }
 
-    /// Drops what followed from a prediction: what is begun now was not predicted.
-    pub(crate) fn begins_anew(&self) {
-        self.lock().progress.allowed_seconds = None;
+    /// Drops what followed from the pace so far: of what is begun now only that is known which was foreseen.
+    pub(crate) fn begins_anew(&self, stage: Stage) {
+        let elapsed = self.progress(|progress| progress.allowed_seconds = None).elapsed_seconds;
+        let all = self.allowance.zip(self.foreseen.get());
+        self.lock().foreseen_until = all.map(|(allowance, foreseen)| allowance.until(elapsed, foreseen.seconds(stage)));
     }
 
     /// Resolves once it has been worked on for longer than is allowed; never where that is not limited. Time in the
@@ -212,7 +242,8 @@ impl Run {
     pub(crate) async fn overdue(&self) -> Fault {
         loop {
             let Progress { elapsed_seconds, allowed_seconds, .. } = self.progress(|_| {});
-            let left = allowed_seconds.map_or(f64::INFINITY, |allowed| allowed - elapsed_seconds);
+            let allowed = allowed_seconds.or(self.lock().foreseen_until);
+            let left = allowed.map_or(f64::INFINITY, |allowed| allowed - elapsed_seconds);
             if left <= 0.0 {
                 let message = format!(
                     "after {elapsed_seconds:.0} s of work a stage has taken longer than the server allows by what was \
@@ -324,6 +355,7 @@ impl Run {
         let more = waited.saturating_sub(std::mem::replace(&mut inside.waited, waited)).as_secs_f64();
         inside.progress.elapsed_seconds = elapsed;
         inside.progress.allowed_seconds = inside.progress.allowed_seconds.map(|allowed| allowed + more);
+        inside.foreseen_until = inside.foreseen_until.map(|until| until + more);
         change(&mut inside.progress);
         inside.progress
     }

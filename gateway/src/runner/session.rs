@@ -1,17 +1,19 @@
 //! A session of the transformer that survives the loss of its worker.
 
-use std::{
-    future::Future,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use proto::{
     tensor::HostTensor,
     v1::{MemoryReport, OpenSessionHeader, PassMode, PredictHeader, PredictItem, Stage},
 };
 
-use super::{devices::Devices, gate::rejected, ladder::Rung, pace::Pace, patience::Patience};
+use super::{
+    devices::Devices,
+    gate::rejected,
+    ladder::Rung,
+    pace::{Pace, Watchman},
+    patience::Patience,
+};
 use crate::{
     fault::{Fault, Kind},
     stages::Stages,
@@ -56,6 +58,7 @@ pub(crate) struct StepPasses {
 pub(crate) struct Session {
     stages: Stages,
     patience: Patience,
+    watchman: Watchman,
     pace: Pace,
     devices: Arc<Devices>,
     header: OpenSessionHeader,
@@ -75,16 +78,18 @@ impl Session {
     /// A session that is not open yet.
     pub(crate) fn new(
         stages: Stages,
-        (patience, pace): (Patience, Pace),
+        (patience, watchman): (Patience, Watchman),
         (header, devices): (OpenSessionHeader, &Arc<Devices>),
         tensors: Vec<HostTensor>,
     ) -> Self {
         let devices = Arc::clone(devices);
         let (memory, items_per_call) = (MemoryReport::default(), ITEMS_PER_CALL);
         let (last_kept, eased) = (None, false);
+        let pace = watchman.pace(Stage::Diffusion);
         Self {
             stages,
             patience,
+            watchman,
             pace,
             devices,
             header,
@@ -137,7 +142,12 @@ impl Session {
     /// Opens it, or opens it again.
     pub(crate) async fn open(&mut self) -> Result<(), Fault> {
         let (header, tensors, stages) = (&self.header, &self.tensors, &self.stages);
-        let (memory, used) = self.patience.call(|| stages.open_session(header.clone(), tensors.clone())).await?;
+        // It may load the weights, whatever the pace of passes is.
+        let (limit, watchman) = (self.watchman.pace(Stage::Diffusion).limit(1), &self.watchman);
+        let open = || {
+            watchman.in_time((stages, Stage::Diffusion), limit, stages.open_session(header.clone(), tensors.clone()))
+        };
+        let ((memory, used), _) = self.patience.call(open).await?;
         self.memory = memory;
         self.devices.add(used);
         Ok(())
@@ -217,8 +227,8 @@ impl Session {
                 .map(|(i, (_, values))| HostTensor::from_f32(format!("latents.{i}"), &passes.shape, values))
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(|error| Fault::internal("the latents do not fit their window", &error))?;
-            let (limit, patience) = (self.pace.limit(items.len()), &self.patience);
-            let call = || in_time(limit, patience, self.stages.predict(header.clone(), latents.clone()));
+            let (limit, at) = (self.pace.limit(items.len()), (&self.stages, Stage::Diffusion));
+            let call = || self.watchman.in_time(at, limit, self.stages.predict(header.clone(), latents.clone()));
             let (mut answer, took) = self.patience.call(call).await?;
             self.pace.learn(items.len(), took);
             self.memory = answer.memory.clone();
@@ -237,28 +247,6 @@ impl Session {
             Ok(Ok(())) => {}
             Ok(Err(fault)) => tracing::warn!(session_id, %fault, "the session was not closed"),
             Err(_) => tracing::warn!(session_id, "closing the session took too long"),
-        }
-    }
-}
-
-/// A call's answer and how long it took; one that takes longer than `limit` is dropped, and its worker suspected.
-async fn in_time<T>(
-    limit: Option<Duration>,
-    patience: &Patience,
-    call: impl Future<Output = Result<T, Fault>>,
-) -> Result<(T, Duration), Fault> {
-    let began = Instant::now();
-    let Some(limit) = limit else { return Ok((call.await?, began.elapsed())) };
-    match tokio::time::timeout(limit, call).await {
-        Ok(answer) => Ok((answer?, began.elapsed())),
-        Err(_) => {
-            let what = format!(
-                "is suspected to be stuck: a call has taken {:.0} s, 5 times its prediction",
-                limit.as_secs_f64()
-            );
-            let fault = Fault::new(Kind::Unavailable, format!("diffusion {what}")).at(Stage::Diffusion);
-            patience.say(&fault, format!("{what}; it is begun again")).await;
-            Err(fault)
         }
     }
 }

@@ -1,6 +1,9 @@
 //! How long a generation may take, and what it took.
 
+use planner::{Bytes, Device, ModelTable, cost::work::Rates};
+
 use super::*;
+use crate::planning::{Fleet, FleetSource};
 
 #[tokio::test]
 async fn what_has_not_ended_by_its_deadline_fails_whether_it_runs_or_waits() {
@@ -105,4 +108,25 @@ async fn a_record_says_what_it_took_of_each_device_also_over_a_restart_and_when_
     assert_eq!(seconds(&desk.ended(id).await), [("cpu".to_owned(), 6.75)]);
     let shown = json(&desk, &format!("/v1/videos/{id}")).await;
     assert_eq!(shown["devices"][0]["seconds"], 6.75);
+}
+
+/// A fleet whose devices take no time, as far as anybody foresees.
+fn at_once() -> FleetSource {
+    let rates =
+        Rates { products: 1e30, attention: 1e30, convolutions: 1e30, weights: 1e30, files: 1e30, ..Rates::CUDA };
+    let device = Device { rates, ..Device::card(0, Bytes(1 << 40)) };
+    let ask = move |_| Ok(Fleet { table: ModelTable::published()?, devices: vec![device.clone()], placement: None });
+    FleetSource::new(ask)
+}
+
+#[tokio::test]
+async fn a_first_call_that_takes_much_longer_than_foreseen_is_too_late_even_while_its_worker_gets_on() {
+    let stalls = vec![(Stage::TextEncoder, 0)];
+    let script = Arc::new(Script { stalls, gets_on: true, ..Script::default() });
+    let mut desk = Desk::with(&script, allowing(2)).await;
+    desk.gateway = desk.gateway.planning_for(at_once());
+    let id = desk.accept(upload(GenerationSpec { steps: Some(2), ..Default::default() }, 5)).await.unwrap();
+    let failure = desk.ended(id).await.failure.unwrap();
+    assert_eq!(failure.code, "DEADLINE_EXCEEDED", "{failure:?}");
+    assert_eq!(script.opened.load(Ordering::SeqCst), 0);
 }

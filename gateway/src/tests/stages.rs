@@ -46,20 +46,67 @@ async fn a_finished_denoise_waits_for_the_decoder_as_long_as_that_has_no_room() 
     assert_eq!(script.passes.lock().unwrap().len(), 2);
 }
 
-#[tokio::test]
-async fn a_worker_that_stands_still_is_suspected_and_the_step_is_begun_again() {
-    let script = Arc::new(Script { stall_at: Some(1), ..Script::default() });
-    let desk = Desk::with(&script, Options { stuck_after: Duration::from_secs(1), ..Options::default() }).await;
+/// Three steps with workers that are taken for stuck early: after 50 ms where a pace is known, 3 s in a first call.
+async fn watched(script: &Arc<Script>, options: Options) -> (Desk, Uuid) {
+    let options = Options { stuck_after: Duration::from_millis(50), previews: 0, ..options };
+    let desk = Desk::with(script, options).await;
     let spec = GenerationSpec { steps: Some(3), ..Default::default() };
-    let id = desk.accept(upload(spec.clone(), 5)).await.unwrap();
+    let id = desk.accept(upload(spec, 5)).await.unwrap();
+    (desk, id)
+}
+
+async fn told(desk: &Desk, id: Uuid) -> Vec<String> {
+    desk.events(id).await.into_iter().map(|event| event.message).collect()
+}
+
+/// The transformer's first call opens the session; the others are passes.
+#[tokio::test]
+async fn a_worker_that_stands_still_in_any_call_is_suspected_and_the_call_is_begun_again() {
+    let undisturbed = Arc::new(Script::default());
+    let (desk, id) = watched(&undisturbed, Options::default()).await;
+    desk.ended(id).await;
+    let stuck = |script: Script, name: &'static str| {
+        let (script, undisturbed) = (Arc::new(script), undisturbed.clone());
+        async move {
+            let (desk, id) = watched(&script, Options::default()).await;
+            let generation = desk.ended(id).await;
+            assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
+            let said = told(&desk, id).await;
+            let suspected = format!("{name} is suspected to be stuck");
+            assert!(said.iter().any(|message| message.contains(&suspected)), "{suspected}: {said:?}");
+            let latents = script.decoded.lock().unwrap().last().cloned();
+            assert!(latents == undisturbed.decoded.lock().unwrap().last().cloned(), "the latents are the same");
+        }
+    };
+    let late = Script { stalls_late: AtomicUsize::new(1), ..Script::default() };
+    let calls = [
+        (Stage::AudioEncoder, 0, "audio-encoder"),
+        (Stage::TextEncoder, 0, "text-encoder"),
+        (Stage::ImageEncoder, 0, "image-encoder"),
+        (Stage::Diffusion, 0, "diffusion"),
+        (Stage::Diffusion, 1, "diffusion"),
+        (Stage::Diffusion, 2, "diffusion"),
+        (Stage::VaeDecode, 0, "vae-decode"),
+    ];
+    let calls = calls.map(|(stage, call, name)| (Script { stalls: vec![(stage, call)], ..Script::default() }, name));
+    let all = calls.into_iter().chain([(late, "vae-decode")]).map(|(script, name)| stuck(script, name));
+    futures::future::join_all(all).await;
+}
+
+#[tokio::test]
+async fn a_worker_that_is_slow_and_gets_through_layers_is_waited_for() {
+    let script = Arc::new(Script { beside_time: Duration::from_secs(5), gets_on: true, ..Script::default() });
+    let (desk, id) = watched(&script, Options::default()).await;
     let generation = desk.ended(id).await;
     assert_eq!(generation.state(), GenerationState::Completed, "{generation:?}");
-    let said: Vec<String> = desk.events(id).await.into_iter().map(|event| event.message).collect();
-    assert!(said.iter().any(|message| message.contains("diffusion is suspected to be stuck")), "{said:?}");
-    let undisturbed = Arc::new(Script::default());
-    let (desk, id) = start_with(&undisturbed, spec, 5).await;
-    desk.ended(id).await;
-    assert!(*script.decoded.lock().unwrap() == *undisturbed.decoded.lock().unwrap(), "the latents are the same");
+    let said = told(&desk, id).await;
+    assert!(!said.iter().any(|message| message.contains("suspected")), "{said:?}");
+    for stage in ["audio-encoder", "text-encoder", "image-encoder", "vae-decode"] {
+        let message = format!("{stage} has taken 3 s for a call, longer than was foreseen; it gets on");
+        let times = said.iter().filter(|said| said.contains(&message)).count();
+        assert_eq!(times, 1, "{message}: {said:?}");
+    }
+    assert_eq!((script.encoded.load(Ordering::SeqCst), script.decodes.lock().unwrap().len()), (3, 1));
 }
 
 #[tokio::test]

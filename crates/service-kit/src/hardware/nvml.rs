@@ -223,6 +223,18 @@ mod tests {
         assert_eq!(cards(Some(&Broken)), []);
     }
 
+    #[test]
+    fn that_there_is_no_driver_is_said_once() {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let file = std::sync::Arc::new(log.reopen().unwrap());
+        let writer = tracing_subscriber::fmt().with_writer(file).finish();
+        let found = tracing::subscriber::with_default(writer, || [(); 3].map(|()| Nvml::load().is_some()));
+        let said = std::fs::read_to_string(log.path()).unwrap();
+        let times = said.matches("no CUDA devices: no driver answers").count();
+        // Where there is a driver, there is nothing to say.
+        assert_eq!(times, usize::from(!found[0]), "{found:?}: {said}");
+    }
+
     fn named(uuid: &str, gib: u64) -> Card {
         Card {
             index: 0,
