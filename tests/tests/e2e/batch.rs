@@ -1,12 +1,16 @@
 //! `avatar batch`: tables of videos, in one process and on a server.
 
-use std::fs;
+use std::{
+    fs,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
 
 use serde_json::Value;
 
 use crate::{
     inputs::{portrait, tone},
-    stack::{Stack, avatar, text, tiny_models, video_stream},
+    stack::{Stack, avatar, binary, text, tiny_models, video_stream},
 };
 
 /// A folder with a table of two good rows and some that are not.
@@ -38,11 +42,16 @@ impl Desk {
         self.0.path().join(name).to_str().unwrap().to_owned()
     }
 
+    /// The batch's flags, without those that say who makes it.
+    fn flags(&self) -> Vec<String> {
+        let (csv, out) = (self.path("list.csv"), self.path("out"));
+        ["batch", "--csv", &csv, "--out", &out, "--steps", "1", "--size", "64", "--json"].map(str::to_owned).into()
+    }
+
     /// Runs the batch with --json; gives its exit code and its lines.
     fn run(&self, more: &[&str]) -> (Option<i32>, Vec<Value>) {
-        let (csv, out) = (self.path("list.csv"), self.path("out"));
-        let flags = ["batch", "--csv", &csv, "--out", &out, "--steps", "1", "--size", "64", "--json"];
-        let done = avatar(&[&flags[..], more].concat());
+        let flags = self.flags();
+        let done = avatar(&flags.iter().map(String::as_str).chain(more.iter().copied()).collect::<Vec<_>>());
         let lines = text(&done.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         (done.status.code(), lines)
     }
@@ -89,6 +98,38 @@ fn a_wrong_row_spoils_no_other_and_a_second_run_makes_what_is_missing() {
     assert!(two.exists() && !desk.0.path().join("out/.batch").exists());
     let (code, lines) = desk.run(&[&models[..], &["--seed", "9"]].concat());
     assert_eq!((code, counts(&lines)), (Some(0), [3, 0, 0, 0]), "another seed is another video: {lines:?}");
+}
+
+#[test]
+fn a_batch_that_was_killed_goes_on_with_what_is_missing() {
+    let names = ["one", "two", "three", "four"];
+    let rows = names.map(|name| format!("{name},in/portrait.png,in/speech.wav,A person says {name},25"));
+    let rows = rows.each_ref().map(String::as_str);
+    let (desk, undisturbed, models) = (Desk::new(), Desk::new(), tiny_models());
+    let models = ["--models", models.to_str().unwrap()];
+    undisturbed.table(&rows);
+    assert_eq!(undisturbed.run(&models).0, Some(0));
+
+    desk.table(&rows);
+    let video = |desk: &Desk, name: &str| desk.0.path().join(format!("out/{name}.mp4"));
+    let there = || names.into_iter().filter(|name| video(&desk, name).exists()).count();
+    let mut batch = Command::new(binary("avatar"));
+    let mut killed = batch.args(desk.flags()).args(models).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let began = Instant::now();
+    while there() == 0 {
+        assert!(began.elapsed() < Duration::from_secs(120), "there is no video");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let made = there();
+    assert!((1..names.len()).contains(&made), "it was killed too late: {made} videos are there");
+    let (code, lines) = desk.run(&models);
+    assert_eq!((code, counts(&lines)), (Some(0), [4, made as u64, 0, 0]), "{lines:?}");
+    assert_eq!(desk.states(), ["completed"; 4]);
+    for name in names {
+        assert!(video_stream(&video(&desk, name)) == video_stream(&video(&undisturbed, name)), "{name}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
