@@ -479,15 +479,17 @@ mod tests {
         let of_size: Vec<&str> = log.lines().filter(|line| line.contains(" WARN ")).collect();
         let said = lowered.said.trim_end_matches('.');
         assert!(of_size.iter().any(|line| line.contains(&format!("planned: {said}"))), "{said}: {log}");
-        // Nothing of the request is lowered here: blocks come and go instead.
+        // Nothing of the request is lowered here: features are not kept, and blocks come and go instead.
         let (admitted, log) = logged(|| admit(&large, (&tier, false), &processor(8 << 30)));
         assert_eq!(admitted, Ok(None));
-        let fleet = (processor(8 << 30).0)(Wanted::Bytes).unwrap();
+        let mut fleet = (processor(8 << 30).0)(Wanted::Bytes).unwrap();
+        fleet.devices[0].free.0 += fleet.devices[0].free.0 / 100 * NEAR_PERCENT;
         let plan = planner(fleet, &tier, false).plan(&large).unwrap();
-        assert!(!plan.reasons.is_empty());
-        for reason in &plan.reasons {
-            let line = log.lines().find(|line| line.contains(&format!("planned: {reason}")));
-            assert!(line.is_some_and(|line| line.contains(" INFO ")), "{reason}: {log}");
+        assert!(!plan.reasons.is_empty() && !plan.degraded.is_empty());
+        let said = [(" INFO ", &plan.reasons), (" WARN ", &plan.degraded)];
+        for (level, sentence) in said.iter().flat_map(|(level, all)| all.iter().map(move |one| (level, one))) {
+            let line = log.lines().find(|line| line.contains(&format!("planned: {sentence}")));
+            assert!(line.is_some_and(|line| line.contains(*level)), "{sentence}: {log}");
         }
     }
 
