@@ -110,11 +110,11 @@ impl Ops {
 }
 
 /// Seconds until a stage's files are open and its answer is with the gateway.
-const STAGE_SECONDS: f64 = 0.02;
+const STAGE_SECONDS: f64 = 0.025;
 /// Seconds of a denoise step outside of its passes: messages, sums, and latents that are stored.
 const STEP_SECONDS: f64 = 0.005;
 /// Seconds until the video's encoder has started and ended, and pixels a second that it takes.
-const VIDEO_SECONDS: f64 = 0.1;
+const VIDEO_SECONDS: f64 = 0.15;
 const VIDEO_PIXELS: f64 = 20e6;
 
 /// Seconds of a stage in which its network does nothing.
